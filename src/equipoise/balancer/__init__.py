@@ -1,0 +1,1 @@
+"""The spine: when to plan, move and commit."""

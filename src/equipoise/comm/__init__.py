@@ -1,0 +1,1 @@
+"""The wires that expert weights travel on."""

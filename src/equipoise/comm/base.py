@@ -1,0 +1,115 @@
+"""The contract of a wire for expert weights."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from equipoise.topology import IntArray
+
+ExpertWeights = Sequence[Sequence[Tensor]]
+"""Per layer the weight tensors of this rank's slots: each [S, ...], the first dimension the slot,
+contiguous, storage stable for as long as a communicator knows it."""
+
+
+@dataclass(frozen=True)
+class ExpertMoves:
+    """One rank's share of an exchange, as index arrays over the registered weights.
+
+    Both sides order what travels between them alike: by layer, within a layer by expert. On the
+    wire, and where it lands, the bytes of a pair of ranks stand together: for each layer, for each
+    tensor of the layer, one row per expert.
+
+    Attributes:
+        send_rank: [n] int64, destination of each sent expert; ascending.
+        send_layer: [n] int64, its layer; ascending within a rank.
+        send_slot: [n] int64, the local slot (0..S-1) that holds it.
+        recv_rank: [m] int64, source of each received expert; ascending.
+        recv_layer: [m] int64, its layer; ascending within a rank.
+        into: [bytes] uint8 on the weights' device; the experts of the lowest source rank land from
+            its start, those of the next directly behind, and so on.
+    """
+
+    send_rank: IntArray
+    send_layer: IntArray
+    send_slot: IntArray
+    recv_rank: IntArray
+    recv_layer: IntArray
+    into: Tensor
+
+
+class EplbCommunicator(ABC):
+    """Moves tensors between the ranks of one group.
+
+    Queue with `add_send`, `add_recv` and `add_moves`, then `execute`. The k-th send from A to B
+    meets the k-th receive on B from A. Any dtype and shape travels, by bytes. After an error a
+    communicator can only be closed; a new one can be built in the same process.
+    """
+
+    name: ClassVar[str]
+    """What the registry and `communicator` call it."""
+
+    needs_profile_buffer_reservation: bool = True
+    """Whether a dummy pass at profile time reserves transport buffers; False where a backend
+    allocates none late."""
+
+    @abstractmethod
+    def add_send(self, tensor: Tensor, dst_rank: int) -> None:
+        """Queue a tensor to be sent at the next `execute`.
+
+        Args:
+            tensor: any shape and dtype; must not change until `execute` has returned.
+            dst_rank: rank of the group, other than this one.
+        Collective: none; `execute` meets the peer's `add_recv`.
+        Raises: TransferError if the communicator failed or was closed; ValueError on a self-send
+            or a rank outside the group.
+        """
+
+    @abstractmethod
+    def add_recv(self, tensor: Tensor, src_rank: int) -> None:
+        """Queue a contiguous tensor to be filled at the next `execute`.
+
+        Args:
+            tensor: any shape and dtype, contiguous, the bytes of the sender's tensor.
+            src_rank: rank of the group, other than this one.
+        Collective: none; `execute` meets the peer's `add_send`.
+        Raises: as `add_send`.
+        """
+
+    @abstractmethod
+    def add_moves(self, moves: ExpertMoves) -> None:
+        """Queue experts of the registered weights, without Python per expert.
+
+        Collective: none; every rank with which an expert is exchanged queues its side.
+        Raises: TransferError if no weights were registered, or the communicator failed or was
+            closed.
+        """
+
+    @abstractmethod
+    def execute(self) -> None:
+        """Do all that was queued, and forget it.
+
+        Returns with every receive complete and every sent tensor free to be overwritten.
+        Collective: every rank of the group, each the same number of times, also with nothing
+            queued.
+        Raises: TransferError that names the peer, within the deadline, on every rank concerned.
+        """
+
+    @abstractmethod
+    def set_stream(self, stream: torch.cuda.Stream | None) -> None:
+        """Use this CUDA stream for what follows; None: the current one at each call.
+
+        Collective: none.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release what the communicator holds; twice is fine.
+
+        Collective: none; never waits for a peer.
+        """

@@ -1,0 +1,70 @@
+"""How balancing is configured."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from equipoise.errors import ConfigError
+
+
+class EPLBConfig(BaseModel):
+    """Options of Expert Parallelism Load Balancing; names and meanings as vLLM users know them.
+
+    Raises: pydantic.ValidationError; `make_config` turns it into a ConfigError.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    window_size: Annotated[int, Field(ge=1)] = 1000
+    """Steps whose load a plan is made from."""
+
+    step_interval: Annotated[int, Field(ge=1)] = 3000
+    """Steps between two plans."""
+
+    num_redundant_experts: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """Slots of a layer beyond its experts. `auto`: the fewest that make slots divide by ranks and
+    leave one spare slot per rank."""
+
+    log_balancedness: bool = False
+    """Log the balancedness of the steps since the last log."""
+
+    log_balancedness_interval: Annotated[int, Field(ge=1)] = 1
+    """Steps between two such logs."""
+
+    policy: str = "deepseek"
+    """Placement policy, by the name it is registered under."""
+
+    communicator: str = "auto"
+    """Wire for expert weights. `auto` chooses and logs why; a name means it."""
+
+    staging_bytes: Annotated[int, Field(ge=1)] | None = None
+    """Largest staging buffer of a rank, in bytes; None: as large as the largest layer's incoming
+    experts."""
+
+
+def make_config(values: dict[str, Any]) -> EPLBConfig:
+    """Check option values and make a configuration of them.
+
+    Args:
+        values: option name to value; what is absent keeps its default.
+    Raises: ConfigError that names the key, what was wrong with it, and for a misspelt key the
+        nearest right one.
+    """
+    try:
+        return EPLBConfig(**values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(detail) for detail in error.errors())) from error
+
+
+def _explain(detail: Any) -> str:
+    key = str(detail["loc"][0]) if detail["loc"] else "configuration"
+    if detail["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, EPLBConfig.model_fields, n=1)
+        known = ", ".join(EPLBConfig.model_fields)
+        return f"unknown option {key!r}: " + (
+            f"did you mean {near[0]!r}?" if near else f"there are {known}"
+        )
+    return f"{key}: {detail['msg'].lower()}, got {detail['input']!r}"

@@ -1,0 +1,1 @@
+"""The reference engine: requests in, tokens out, ranks in lockstep."""

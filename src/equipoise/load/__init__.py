@@ -1,0 +1,1 @@
+"""What the router did: tokens per slot and expert, over a window of steps."""

@@ -1,0 +1,1 @@
+"""Experts of Hugging Face models become slots of a rank."""

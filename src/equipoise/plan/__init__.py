@@ -1,0 +1,1 @@
+"""How experts get there: the difference of two placements."""

@@ -1,0 +1,1 @@
+"""Where experts go: pure functions from load to placement."""

@@ -1,0 +1,1 @@
+"""Shows a job: live tables, one-file HTML, JSON."""
