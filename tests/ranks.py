@@ -1,0 +1,189 @@
+"""Real ranks for tests: processes of a forkserver that has torch loaded already.
+
+    @processes(4)
+    def test_something(rank: Rank, backend: str) -> None: ...
+
+runs the body in four processes. A rank that raises, dies or hangs fails the test by its number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+    from equipoise.comm.groups import RankGroup
+
+TIMEOUT_S = 50.0
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One rank of a test.
+
+    Attributes:
+        rank: its number.
+        size: ranks of the test.
+        store: a FileStore that they share, so no ports are taken.
+        path: a folder that they share.
+    """
+
+    rank: int
+    size: int
+    store: dist.Store
+    path: Path
+
+    def make_group(
+        self, *, generation: int = 0, timeout_s: float = 20.0, size: int | None = None
+    ) -> RankGroup:
+        """This rank's gloo groups of a generation, on the CPU."""
+        import torch
+
+        from equipoise.comm.groups import create_rank_group
+
+        return create_rank_group(
+            self.store,
+            self.rank,
+            self.size if size is None else size,
+            torch.device("cpu"),
+            generation=generation,
+            timeout=timedelta(seconds=timeout_s),
+            device_group="gloo",
+        )
+
+
+def processes(
+    num_ranks: int | None = None, *, dies: Iterable[int] = (), timeout_s: float = TIMEOUT_S
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run a test function in real processes, one per rank.
+
+    Args:
+        num_ranks: how many; None takes the test's parameter `num_ranks`.
+        dies: ranks that are expected to end without finishing the body.
+        timeout_s: seconds until ranks that still run are killed and named.
+    """
+    expected_dead = frozenset(dies)
+
+    def decorate(body: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(body)
+        _, *parameters = signature.parameters.values()
+
+        @functools.wraps(body)
+        def run(tmp_path: Path, **arguments: Any) -> None:
+            size = num_ranks if num_ranks is not None else arguments["num_ranks"]
+            run_ranks(body, size, tmp_path, arguments, expected_dead, timeout_s)
+
+        fixture = inspect.Parameter("tmp_path", inspect.Parameter.KEYWORD_ONLY)
+        keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+        run.__signature__ = signature.replace(parameters=[fixture, *keyword])  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def run_ranks(
+    body: Callable[..., None],
+    size: int,
+    path: Path,
+    arguments: dict[str, Any],
+    expected_dead: frozenset[int] = frozenset(),
+    timeout_s: float = TIMEOUT_S,
+) -> None:
+    """Start the ranks, wait for all of them, and fail by number."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "pytest", "tests.ranks"])
+    ranks: list[tuple[BaseProcess, Connection]] = []
+    for rank in range(size):
+        ours, theirs = context.Pipe(duplex=False)
+        target = (body.__module__, body.__qualname__)
+        process = context.Process(
+            target=_run_rank, args=(target, rank, size, path, arguments, theirs), daemon=True
+        )
+        process.start()
+        theirs.close()
+        ranks.append((process, ours))
+    try:
+        failures = _await_ranks(ranks, expected_dead, time.monotonic() + timeout_s)
+    finally:
+        for process, connection in ranks:
+            if process.is_alive():
+                process.kill()
+            process.join(5)
+            connection.close()
+    if failures:
+        pytest.fail("\n".join(failures), pytrace=False)
+
+
+def _await_ranks(
+    ranks: list[tuple[BaseProcess, Connection]], expected_dead: frozenset[int], deadline: float
+) -> list[str]:
+    failures = []
+    waiting = {connection: rank for rank, (_, connection) in enumerate(ranks)}
+    while waiting:
+        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            hung = ", ".join(str(rank) for rank in sorted(waiting.values()))
+            return [*failures, f"rank {hung} still running at the deadline"]
+        for connection in ready:
+            assert isinstance(connection, Connection)
+            rank = waiting.pop(connection)
+            try:
+                error = connection.recv()
+            except EOFError:
+                ranks[rank][0].join(5)
+                if rank not in expected_dead:
+                    failures.append(f"rank {rank} died: exit code {ranks[rank][0].exitcode}")
+                continue
+            if error is not None:
+                failures.append(f"rank {rank} raised:\n{error}")
+            elif rank in expected_dead:
+                failures.append(f"rank {rank} was expected to die, and finished")
+    return failures
+
+
+def _run_rank(
+    target: tuple[str, str],
+    rank: int,
+    size: int,
+    path: Path,
+    arguments: dict[str, Any],
+    connection: Connection,
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    body = importlib.import_module(target[0])
+    for name in target[1].split("."):
+        body = getattr(body, name)
+    outcome: str | None = None
+    try:
+        store = dist.FileStore(str(path / "store"), size)
+        inspect.unwrap(body)(Rank(rank, size, store, path), **arguments)  # type: ignore[arg-type]
+    except pytest.skip.Exception as skip:
+        outcome = f"skipped inside a rank: {skip}"
+    except BaseException:
+        outcome = traceback.format_exc()
+    with contextlib.suppress(BrokenPipeError):
+        connection.send(outcome)
+    connection.close()
+    # Threads of a group that a test left hanging must not keep the process.
+    os._exit(0)
