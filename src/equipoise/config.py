@@ -56,15 +56,23 @@ def make_config(values: dict[str, Any]) -> EPLBConfig:
     try:
         return EPLBConfig(**values)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(detail) for detail in error.errors())) from error
+        said = dict.fromkeys(_explain(detail) for detail in error.errors())
+        raise ConfigError("; ".join(said)) from error
+
+
+def explain_unknown(key: str) -> str:
+    """What to say of an option that does not exist, with the nearest right one."""
+    near = difflib.get_close_matches(key, EPLBConfig.model_fields, n=1)
+    known = ", ".join(EPLBConfig.model_fields)
+    return f"unknown option {key!r}: " + (
+        f"did you mean {near[0]!r}?" if near else f"there are {known}"
+    )
 
 
 def _explain(detail: Any) -> str:
     key = str(detail["loc"][0]) if detail["loc"] else "configuration"
     if detail["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, EPLBConfig.model_fields, n=1)
-        known = ", ".join(EPLBConfig.model_fields)
-        return f"unknown option {key!r}: " + (
-            f"did you mean {near[0]!r}?" if near else f"there are {known}"
-        )
+        return explain_unknown(key)
+    if key == "num_redundant_experts":
+        return f"{key} must be 'auto' or a whole number from 0 up, got {detail['input']!r}"
     return f"{key}: {detail['msg'].lower()}, got {detail['input']!r}"
