@@ -1,0 +1,122 @@
+"""From whom each expert is fetched: senders spread within a layer and over layers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from equipoise.placement import Placement
+from equipoise.topology import IntArray
+
+MAX_ROUNDS = 24
+
+
+class Holders(NamedTuple):
+    """Ranks that hold each expert, one entry per (layer, expert, rank), sorted so.
+
+    Attributes:
+        key: [H] int64, (layer * E + expert) * R + rank; ascending.
+        rank: [H] int64.
+        slot: [H] int64, lowest global slot of the rank that holds the expert.
+    """
+
+    key: IntArray
+    rank: IntArray
+    slot: IntArray
+
+
+def find_holders(placement: Placement) -> Holders:
+    """List who holds what. Collective: none."""
+    layer, slot = np.nonzero(placement.slot_to_expert >= 0)
+    ranks = placement.topology.num_ranks
+    expert = placement.slot_to_expert[layer, slot]
+    key, at = np.unique(
+        (layer * placement.num_experts + expert) * ranks + placement.topology.rank_of_slot(slot),
+        return_index=True,
+    )
+    return Holders(key, key % ranks, slot[at])
+
+
+def spread_sources(
+    holder_rank: IntArray, first: IntArray, end: IntArray, layer: IntArray, num_ranks: int
+) -> IntArray:
+    """Choose a holder for each receive so that senders share the work.
+
+    Starts from turns within each group of receives that have the same choice, then shifts
+    receives, many at a time, from ranks that send more in a layer to ones that send less; where
+    the layer does not care, from ranks that send more over all layers.
+
+    Args:
+        holder_rank: [H] int64, rank of each holder.
+        first: [M] int64, first holder that a receive may choose.
+        end: [M] int64, one past its last; above `first`.
+        layer: [M] int64; ascending.
+        num_ranks: R.
+    Returns:
+        [M] int64, index of the chosen holder; first <= it < end.
+    Collective: none; the same on every rank for the same input.
+    """
+    count = end - first
+    chosen = first + (_ordinal(first) + first) % count
+    free = np.flatnonzero(count > 1)
+    if not free.size:
+        return chosen
+    num_layers = int(layer[-1]) + 1
+    column = np.arange(count.max())
+    index = np.minimum(first[free, None] + column, end[free, None] - 1)
+    candidates = holder_rank[index]
+    at = layer[free]
+    pinned = np.flatnonzero(count == 1)
+    base = np.bincount(
+        layer[pinned] * num_ranks + holder_rank[chosen[pinned]], minlength=num_layers * num_ranks
+    )
+    pick = chosen[free] - first[free]
+    rows = np.arange(free.size)
+    for _ in range(MAX_ROUNDS):
+        source = candidates[rows, pick]
+        sends = base + np.bincount(at * num_ranks + source, minlength=num_layers * num_ranks)
+        shifted, to = _shift(sends.reshape(num_layers, num_ranks), at, source, candidates)
+        if not shifted.size:
+            break
+        pick[shifted] = to
+    chosen[free] = first[free] + pick
+    return chosen
+
+
+def _shift(
+    sends: IntArray, layer: IntArray, source: IntArray, candidates: IntArray
+) -> tuple[IntArray, IntArray]:
+    """Receives that shall change their source, and the candidate column that they change to.
+
+    A rank gives and takes at most one receive of a layer, and for the sake of the totals never
+    crosses their mean, so that simultaneous changes cannot overshoot.
+    """
+    num_ranks = sends.shape[1]
+    total = sends.sum(axis=0)
+    score = sends * (int(total.max()) + 1) + total
+    column = score[layer[:, None], candidates].argmin(axis=1)
+    target = candidates[np.arange(len(column)), column]
+    gap = sends[layer, source] - sends[layer, target]
+    mean = int(total.sum()) // num_ranks
+    within = gap >= 2
+    across = (gap == 1) & (total[source] > mean + 1) & (total[target] < mean)
+    rows = np.flatnonzero(within | across)
+    rows = rows[_ordinal(layer[rows] * num_ranks + source[rows]) == 0]
+    rows = rows[_ordinal(layer[rows] * num_ranks + target[rows]) == 0]
+    tied = rows[across[rows]]
+    tied = tied[_ordinal(source[tied]) < total[source[tied]] - mean - 1]
+    tied = tied[_ordinal(target[tied]) < mean - total[target[tied]]]
+    rows = np.concatenate([rows[within[rows]], tied])
+    return rows, column[rows]
+
+
+def _ordinal(group: IntArray) -> IntArray:
+    """[M] int64, how many earlier entries are of the same group."""
+    order = np.argsort(group, kind="stable")
+    ordered = group[order]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if order.size else order
+    ordinal = np.empty_like(order)
+    sizes = np.diff(np.r_[starts, order.size])
+    ordinal[order] = np.arange(order.size) - np.repeat(starts, sizes)
+    return ordinal

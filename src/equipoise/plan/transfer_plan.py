@@ -1,0 +1,188 @@
+"""How experts get from one placement to the next: who stages which expert, from where."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from equipoise.errors import ConfigError, PlacementError
+from equipoise.placement import Placement
+from equipoise.plan.sources import Holders, find_holders, spread_sources
+from equipoise.topology import IntArray
+
+
+@dataclass(frozen=True, eq=False)
+class TransferPlan:
+    """The difference of two placements, for all layers at once.
+
+    A row is one expert that one rank must stage in one layer: a receive, or a copy from a slot of
+    its own. A write is one slot that gets a row's bytes; several writes of a row fan out.
+
+    Attributes:
+        old: the placement that stands.
+        new: the one that shall stand.
+        layer: [M] int64. Rows are sorted by layer, dst_rank, expert.
+        dst_rank: [M] int64, rank that stages the row.
+        expert: [M] int64.
+        src_slot: [M] int64, global slot in `old` that holds the expert.
+        write_row: [W] int64, the row whose bytes the slot gets. Writes are sorted by layer, slot.
+        write_slot: [W] int64, global slot in `new`.
+    """
+
+    old: Placement
+    new: Placement
+    layer: IntArray
+    dst_rank: IntArray
+    expert: IntArray
+    src_slot: IntArray
+    write_row: IntArray
+    write_slot: IntArray
+
+    @property
+    def src_rank(self) -> IntArray:
+        """[M] int64, rank that holds the source slot."""
+        return self.old.topology.rank_of_slot(self.src_slot)
+
+    @property
+    def is_local(self) -> npt.NDArray[np.bool_]:
+        """[M] bool, whether the row comes from a slot of the rank that stages it."""
+        return np.equal(self.src_rank, self.dst_rank)
+
+    @property
+    def num_moves(self) -> int:
+        """Rows that travel between ranks."""
+        return int(np.count_nonzero(~self.is_local))
+
+    @property
+    def moves_per_layer(self) -> IntArray:
+        """[L] int64, rows that travel between ranks, by layer."""
+        return np.bincount(self.layer[~self.is_local], minlength=self.old.num_layers)
+
+    def staged_bytes(self, expert_bytes: IntArray) -> IntArray:
+        """Bytes that each rank stages in each layer, local copies included.
+
+        Args:
+            expert_bytes: [L] int64, bytes of one expert of each layer.
+        Returns:
+            [L, R] int64.
+        Collective: none.
+        Raises: PlacementError if expert_bytes is not [L].
+        """
+        layers, ranks = self.old.num_layers, self.old.topology.num_ranks
+        each = np.asarray(expert_bytes, dtype=np.int64)
+        if each.shape != (layers,):
+            raise PlacementError(f"expert_bytes must be [{layers}], got {list(each.shape)}")
+        rows = np.bincount(self.layer * ranks + self.dst_rank, minlength=layers * ranks)
+        staged: IntArray = rows.reshape(layers, ranks) * each[:, None]
+        return staged
+
+    def chunks(self, expert_bytes: IntArray, budget_bytes: int | None) -> list[IntArray]:
+        """Group the layers that have work so that what a rank stages for a group fits a budget.
+
+        Args:
+            expert_bytes: [L] int64, bytes of one expert of each layer.
+            budget_bytes: most that any rank may stage at once; None for what the largest layer
+                stages on any rank.
+        Returns:
+            Layers of each chunk, ascending; a layer without work is in none.
+        Collective: none; the same on every rank for the same input.
+        Raises: ConfigError if a layer alone exceeds the budget, saying the least that works;
+            PlacementError if expert_bytes is not [L].
+        """
+        staged = self.staged_bytes(expert_bytes)
+        least = int(staged.max())
+        budget = least if budget_bytes is None else budget_bytes
+        if budget < least:
+            worst = int(staged.max(axis=1).argmax())
+            raise ConfigError(
+                f"staging_bytes is {budget}, but layer {worst} stages {least} bytes on one rank: "
+                f"ask for at least {least}"
+            )
+        busy = np.unique(self.layer)
+        ends = np.cumsum(staged[busy], axis=0)
+        chunks = []
+        start = 0
+        while start < len(busy):
+            before = ends[start - 1] if start else 0
+            fits = ((ends[start:] - before) <= budget).all(axis=1)
+            # Sums only grow, so the layers that fit come first.
+            stop = start + int(np.count_nonzero(fits))
+            chunks.append(busy[start:stop])
+            start = stop
+        return chunks
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits, equal exactly for equal plans.
+
+        Collective: none; ranks compare the results to see that they agree.
+        """
+        digest = hashlib.blake2b(self.old.fingerprint().encode(), digest_size=8)
+        digest.update(self.new.fingerprint().encode())
+        # Rows and writes follow from the placements; the choice of sources is all that is added.
+        digest.update(self.src_slot.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def make_plan(old: Placement, new: Placement) -> TransferPlan:
+    """Find what must move so that every slot holds what `new` says.
+
+    A slot whose expert does not change, or that becomes empty, is not written. A rank that holds
+    an expert already copies it from itself; otherwise it receives it once, from a holder on its
+    own node where there is one, chosen so that no rank sends much more than others.
+
+    Args:
+        old: the placement that stands.
+        new: the one that shall stand.
+    Collective: none; the same on every rank for the same input.
+    Raises: PlacementError if they differ in layers, experts or topology.
+    """
+    _check_alike(old, new)
+    num_experts, ranks = new.num_experts, new.topology.num_ranks
+    changed = (new.slot_to_expert != old.slot_to_expert) & (new.slot_to_expert >= 0)
+    write_layer, write_slot = np.nonzero(changed)
+    group = write_layer * ranks + new.topology.rank_of_slot(write_slot)
+    rows, write_row = np.unique(
+        group * num_experts + new.slot_to_expert[write_layer, write_slot], return_inverse=True
+    )
+    group, expert = np.divmod(rows, num_experts)
+    layer, dst_rank = np.divmod(group, ranks)
+    holders = find_holders(old)
+    source = _choose_holder(holders, old, layer, dst_rank, expert)
+    columns = (layer, dst_rank, expert, holders.slot[source], write_row, write_slot)
+    for column in columns:
+        column.setflags(write=False)
+    return TransferPlan(old, new, *columns)
+
+
+def _choose_holder(
+    holders: Holders, old: Placement, layer: IntArray, dst_rank: IntArray, expert: IntArray
+) -> IntArray:
+    """[M] int64, index into `holders` that each row comes from."""
+    topology = old.topology
+    base = (layer * old.num_experts + expert) * topology.num_ranks
+    source = np.searchsorted(holders.key, base + dst_rank)
+    local = holders.key[np.minimum(source, len(holders.key) - 1)] == base + dst_rank
+    remote = np.flatnonzero(~local)
+    home = base[remote] + topology.node_of_rank(dst_rank[remote]) * topology.ranks_per_node
+    first = np.searchsorted(holders.key, home)
+    end = np.searchsorted(holders.key, home + topology.ranks_per_node)
+    away = first == end
+    first[away] = np.searchsorted(holders.key, base[remote][away])
+    end[away] = np.searchsorted(holders.key, base[remote][away] + topology.num_ranks)
+    source[remote] = spread_sources(holders.rank, first, end, layer[remote], topology.num_ranks)
+    return source
+
+
+def _check_alike(old: Placement, new: Placement) -> None:
+    for what, before, after in (
+        ("layers", old.num_layers, new.num_layers),
+        ("experts", old.num_experts, new.num_experts),
+        ("topology", old.topology, new.topology),
+    ):
+        if before != after:
+            raise PlacementError(
+                f"a plan needs placements of the same {what}: old has {before}, new {after}"
+            )
