@@ -100,12 +100,12 @@ def _shift(
     gap = sends[layer, source] - sends[layer, target]
     mean = int(total.sum()) // num_ranks
     within = gap >= 2
-    across = (gap == 1) & (total[source] > mean + 1) & (total[target] < mean)
+    across = (gap == 1) & (total[source] > mean) & (total[target] < mean)
     rows = np.flatnonzero(within | across)
     rows = rows[_ordinal(layer[rows] * num_ranks + source[rows]) == 0]
     rows = rows[_ordinal(layer[rows] * num_ranks + target[rows]) == 0]
     tied = rows[across[rows]]
-    tied = tied[_ordinal(source[tied]) < total[source[tied]] - mean - 1]
+    tied = tied[_ordinal(source[tied]) < total[source[tied]] - mean]
     tied = tied[_ordinal(target[tied]) < mean - total[target[tied]]]
     rows = np.concatenate([rows[within[rows]], tied])
     return rows, column[rows]
