@@ -1,0 +1,44 @@
+"""The oracle: one rank that holds all slots, so nothing travels.
+
+Axis letters: T tokens, K slots per token, N rows, D hidden.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from equipoise.dispatch.base import Dispatched, TokenDispatcher
+from equipoise.dispatch.routes import sum_by_weight
+from equipoise.errors import ConfigError
+from equipoise.topology import Topology
+
+
+class ReferenceDispatcher(TokenDispatcher):
+    """Plain PyTorch, without another rank; rows come sorted by slot, then by token.
+
+    Args:
+        topology: of one rank.
+    Raises: ConfigError if it has more ranks.
+    """
+
+    name: ClassVar[str] = "reference"
+
+    def __init__(self, topology: Topology) -> None:
+        if topology.num_ranks != 1:
+            raise ConfigError(
+                f"the reference dispatcher serves one rank, not {topology.num_ranks}: ask for torch"
+            )
+
+    def dispatch(self, hidden_TD: Tensor, slot_TK: Tensor) -> Dispatched:
+        """As the contract says. Collective: none."""
+        slot_M = slot_TK.reshape(-1)
+        row_N = slot_M.argsort(stable=True)
+        row_N = row_N[slot_M[row_N] >= 0]
+        hidden_ND = hidden_TD[row_N // slot_TK.shape[1]]
+        return Dispatched(hidden_ND, slot_M[row_N], row_N)
+
+    def combine(self, output_ND: Tensor, weight_TK: Tensor, dispatched: Dispatched) -> Tensor:
+        """As the contract says. Collective: none."""
+        return sum_by_weight(output_ND, dispatched.handle, weight_TK)

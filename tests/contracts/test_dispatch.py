@@ -1,0 +1,207 @@
+"""One suite over every dispatcher: what comes home is what one process would have computed."""
+
+from __future__ import annotations
+
+import signal
+from datetime import timedelta
+
+import pytest
+import torch
+from torch import Tensor
+
+from equipoise.dispatch import create_dispatcher
+from equipoise.dispatch.base import Dispatched, TokenDispatcher
+from equipoise.errors import ConfigError, TransferError
+from equipoise.topology import Topology
+from tests.ranks import Rank, processes
+
+HIDDEN = 24
+
+
+def compute(dispatched: Dispatched, first_slot: int) -> Tensor:
+    """Stands for the experts: depends on the slot, element by element, so rows' order is free."""
+    factor = (dispatched.slot_N + first_slot + 1).to(dispatched.hidden_ND.dtype)
+    return dispatched.hidden_ND * factor[:, None] + factor[:, None] / 8
+
+
+def expect(hidden: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    """Token by token, slot by slot."""
+    rows = []
+    for token, token_slots, token_weights in zip(hidden, slots.tolist(), weights, strict=True):
+        outputs = [
+            token * (slot + 1) + (slot + 1) / 8 if slot >= 0 else torch.zeros_like(token)
+            for slot in token_slots
+        ]
+        rows.append((torch.stack(outputs) * token_weights[:, None]).sum(0).to(token.dtype))
+    return torch.stack(rows) if rows else hidden
+
+
+def make_inputs(
+    case: str, topology: Topology, rank: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One rank's tokens, slots and weights; rank by rank different."""
+    random = torch.Generator().manual_seed(1000 * rank + len(case))
+    num_tokens, num_choices, num_slots = 5 + 30 * rank, 3, topology.num_slots
+    match case:
+        case "one rank without tokens":
+            num_tokens = 0 if rank == 0 else num_tokens
+        case "no tokens at all":
+            num_tokens = 0
+        case "512 tokens":
+            num_tokens, num_choices = 512 - rank, 8
+        case "one slot per token":
+            num_choices = 1
+    slots = torch.randint(num_slots, (num_tokens, num_choices), generator=random)
+    match case:
+        case "all to the last rank":
+            slots = num_slots - 1 - slots % topology.slots_per_rank
+        case "padding":
+            slots[torch.rand(num_tokens, generator=random) < 0.4] = -1
+        case "padding only":
+            slots[:] = -1
+        case "empty slots":
+            slots = slots // 2 * 2
+    hidden = torch.randn(num_tokens, HIDDEN, generator=random).to(dtype)
+    weights = torch.rand(num_tokens, num_choices, generator=random)
+    return hidden, slots, weights
+
+
+def send_and_return(
+    dispatcher: TokenDispatcher, inputs: tuple[Tensor, Tensor, Tensor], first_slot: int
+) -> tuple[Tensor, Dispatched]:
+    hidden, slots, weights = inputs
+    dispatched = dispatcher.dispatch(hidden, slots)
+    return dispatcher.combine(compute(dispatched, first_slot), weights, dispatched), dispatched
+
+
+CASES = (
+    "plain",
+    "one rank without tokens",
+    "no tokens at all",
+    "512 tokens",
+    "one slot per token",
+    "all to the last rank",
+    "padding",
+    "padding only",
+    "empty slots",
+)
+
+
+def check_cases(
+    dispatcher: TokenDispatcher, topology: Topology, rank: int, dtype: torch.dtype
+) -> None:
+    """Each case, twice in a row, so that one exchange's leftovers would show in the next."""
+    first_slot = rank * topology.slots_per_rank
+    for case in CASES * 2:
+        everybody = [make_inputs(case, topology, r, dtype) for r in range(topology.num_ranks)]
+        weight_dtype = torch.float32 if case == "padding" else dtype
+        everybody = [(h, s, w.to(weight_dtype)) for h, s, w in everybody]
+        combined, dispatched = send_and_return(dispatcher, everybody[rank], first_slot)
+        assert combined.dtype == dtype, case
+        assert torch.equal(combined, expect(*everybody[rank])), case
+
+        sent_here = torch.cat([s[s // topology.slots_per_rank == rank] for _, s, _ in everybody])
+        got = dispatched.slot_N + first_slot
+        assert torch.equal(got.sort().values, sent_here.sort().values), case
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@processes()
+def test_torch_brings_home_what_one_process_computes(
+    rank: Rank, num_ranks: int, dtype: torch.dtype
+) -> None:
+    topology = Topology(num_ranks, 5)
+    group = rank.make_group()
+    check_cases(create_dispatcher("torch", group, topology), topology, rank.rank, dtype)
+    group.barrier()
+    group.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@processes(1)
+def test_reference_computes_the_same(rank: Rank, dtype: torch.dtype) -> None:
+    topology = Topology(1, 20)
+    dispatcher = create_dispatcher("reference", rank.make_group(), topology)
+    check_cases(dispatcher, topology, 0, dtype)
+
+
+@processes(3)
+def test_torch_agrees_with_reference_on_random_exchanges(rank: Rank) -> None:
+    """Shapes drawn at random: ranks, tokens and choices; the oracle holds all slots itself."""
+    topology = Topology(3, 4)
+    group = rank.make_group()
+    dispatcher = create_dispatcher("torch", group, topology)
+    random = torch.Generator().manual_seed(5)
+    for _ in range(25):
+        num_choices = int(torch.randint(1, 9, (), generator=random))
+        counts = torch.randint(0, 513, (3,), generator=random).tolist()
+        total = sum(counts)
+        hidden = torch.randn(total, HIDDEN, generator=random)
+        slots = torch.randint(-1, topology.num_slots, (total, num_choices), generator=random)
+        weights = torch.rand(total, num_choices, generator=random)
+        mine = slice(sum(counts[: rank.rank]), sum(counts[: rank.rank + 1]))
+        inputs = (hidden[mine], slots[mine], weights[mine])
+        got, _ = send_and_return(dispatcher, inputs, rank.rank * topology.slots_per_rank)
+        assert torch.equal(got, reference_of(hidden, slots, weights, topology)[mine])
+    group.barrier()
+    group.close()
+
+
+def reference_of(hidden: Tensor, slots: Tensor, weights: Tensor, topology: Topology) -> Tensor:
+    from equipoise.dispatch.reference import ReferenceDispatcher
+
+    oracle = ReferenceDispatcher(Topology(1, topology.num_slots))
+    combined, _ = send_and_return(oracle, (hidden, slots, weights), 0)
+    return combined
+
+
+def test_reference_rows_come_by_slot_then_by_token() -> None:
+    from equipoise.dispatch.reference import ReferenceDispatcher
+
+    hidden = torch.arange(3.0)[:, None]
+    slots = torch.tensor([[2, 0], [0, -1], [2, 1]])
+    dispatched = ReferenceDispatcher(Topology(1, 3)).dispatch(hidden, slots)
+    assert dispatched.slot_N.tolist() == [0, 0, 1, 2, 2]
+    assert dispatched.hidden_ND[:, 0].tolist() == [0, 1, 2, 0, 2]
+
+
+@processes(2)
+def test_an_unknown_name_and_a_foreign_topology_are_refused(rank: Rank) -> None:
+    group = rank.make_group()
+    with pytest.raises(ConfigError, match="unknown dispatcher 'carrier_pigeon': there are ref"):
+        create_dispatcher("carrier_pigeon", group, Topology(2, 4))
+    with pytest.raises(ConfigError, match="spread over 3 ranks, but 2 exchange tokens"):
+        create_dispatcher("torch", group, Topology(3, 4))
+    with pytest.raises(ConfigError, match="serves one rank, not 2: ask for torch"):
+        create_dispatcher("reference", group, Topology(2, 4))
+
+
+@processes(3, dies=[1])
+def test_a_rank_that_dies_raises_on_the_others(rank: Rank) -> None:
+    topology = Topology(3, 2)
+    group = rank.make_group(timeout_s=5.0)
+    dispatcher = create_dispatcher("torch", group, topology)
+    inputs = make_inputs("plain", topology, rank.rank, torch.float32)
+    send_and_return(dispatcher, inputs, 0)
+    if rank.rank == 1:
+        signal.raise_signal(signal.SIGKILL)
+    with pytest.raises(TransferError, match=f"rank {rank.rank}: tokens were not exchanged") as e:
+        send_and_return(dispatcher, inputs, 0)
+    assert e.value.rank == rank.rank
+
+
+@processes(2)
+def test_a_rank_that_stays_away_raises_within_the_deadline(rank: Rank) -> None:
+    topology = Topology(2, 2)
+    group = rank.make_group(timeout_s=2.0)
+    assert group.timeout == timedelta(seconds=2)
+    dispatcher = create_dispatcher("torch", group, topology)
+    inputs = make_inputs("plain", topology, rank.rank, torch.float32)
+    send_and_return(dispatcher, inputs, 0)
+    if rank.rank == 0:
+        with pytest.raises(TransferError, match=r"take part within 2\.0 s"):
+            send_and_return(dispatcher, inputs, 0)
+        rank.store.set("raised", "yes")
+    else:
+        rank.store.wait(["raised"], timedelta(seconds=20))
