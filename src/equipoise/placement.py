@@ -234,8 +234,8 @@ def spread_load(load: npt.ArrayLike, placement: Placement) -> FloatArray:
     slots = placement.slot_to_expert
     index = np.broadcast_to(np.maximum(slots, 0), (*tokens.shape[:-2], *slots.shape))
     per_slot = np.where(slots >= 0, np.take_along_axis(per_replica, index, axis=-1), 0.0)
-    ranks = placement.topology.num_ranks
-    summed: FloatArray = per_slot.reshape(*tokens.shape[:-1], ranks, -1).sum(axis=-1)
+    by_rank = (placement.topology.num_ranks, placement.topology.slots_per_rank)
+    summed: FloatArray = per_slot.reshape(*tokens.shape[:-1], *by_rank).sum(axis=-1)
     return summed
 
 

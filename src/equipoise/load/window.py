@@ -1,0 +1,67 @@
+"""Tokens per expert over the last steps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from equipoise.errors import ConfigError
+
+
+class LoadWindow:
+    """Logical load of the last `window_size` steps of this rank, and their running sum.
+
+    Steps are folded from slots to experts by the placement of their own time, so the sums stay
+    right when the placement changes within a window. Owner: the forward thread; no host sync.
+
+    Args:
+        num_layers: L, MoE layers.
+        num_experts: E, experts of each layer.
+        window_size: steps kept; memory is window_size * L * E * 4 bytes.
+        device: where slot counts are.
+    Raises: ConfigError if window_size is below 1.
+    """
+
+    def __init__(
+        self, num_layers: int, num_experts: int, window_size: int, device: torch.device
+    ) -> None:
+        if window_size < 1:
+            raise ConfigError(f"window_size must be at least 1, got {window_size}")
+        # A step's tokens of one expert fit 32 bits; sums are kept in 64.
+        self._ring = torch.zeros(
+            window_size, num_layers, num_experts, dtype=torch.int32, device=device
+        )
+        self._sum = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
+        # One column more takes what empty slots say.
+        self._step = torch.zeros(num_layers, num_experts + 1, dtype=torch.int64, device=device)
+        self._next = 0
+
+    def push(self, slot_counts: Tensor, slot_to_expert: Tensor) -> None:
+        """Add a step; the oldest leaves once there are `window_size`.
+
+        Args:
+            slot_counts: [L, P] int64, tokens per slot in this step.
+            slot_to_expert: [L, P] int64, the placement that the step ran on; -1 for empty slots.
+        Collective: none; no host sync.
+        """
+        trash = self._step.shape[1] - 1
+        index = torch.where(slot_to_expert < 0, trash, slot_to_expert)
+        self._step.zero_().scatter_add_(1, index, slot_counts)
+        oldest = self._ring[self._next]
+        self._sum.add_(self.newest()).sub_(oldest)
+        oldest.copy_(self.newest())
+        self._next = (self._next + 1) % self._ring.shape[0]
+
+    def newest(self) -> Tensor:
+        """[L, E] int64, the last step that was pushed; a view that the next push overwrites."""
+        return self._step[:, :-1]
+
+    def sum(self) -> Tensor:
+        """[L, E] int64, tokens per expert over the window; a copy. Collective: none."""
+        return self._sum.clone()
+
+    def clear(self) -> None:
+        """Forget all steps. Collective: none; no host sync."""
+        for buffer in (self._ring, self._sum, self._step):
+            buffer.zero_()
+        self._next = 0
