@@ -1,1 +1,53 @@
-"""Where experts go: pure functions from load to placement."""
+"""Where experts go: pure functions from load to placement.
+
+Policies are found by name: ours, and those that installed packages bring as entry points of the
+group `equipoise.policies`. None is imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib.metadata import EntryPoint, entry_points
+
+from equipoise.errors import ConfigError
+from equipoise.policy.base import PlacementPolicy
+
+__all__ = ["PlacementPolicy", "get_policy", "list_policies"]
+
+GROUP = "equipoise.policies"
+
+
+def list_policies() -> tuple[str, ...]:
+    """Names that `get_policy` knows, sorted. Collective: none."""
+    return tuple(sorted(_find_entries()))
+
+
+def get_policy(name: str) -> PlacementPolicy:
+    """Make the policy that is registered under a name, with its defaults.
+
+    Args:
+        name: one of `list_policies()`.
+    Collective: none.
+    Raises: ConfigError if there is none of that name, or it cannot be imported or is no policy.
+    """
+    entries = _find_entries()
+    if name not in entries:
+        near = difflib.get_close_matches(name, entries, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"no policy {name!r}: {hint}there are {', '.join(sorted(entries))}")
+    entry = entries[name]
+    try:
+        policy = entry.load()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"policy {name!r} cannot be loaded from {entry.value}: {error}"
+        ) from error
+    if not (isinstance(policy, type) and issubclass(policy, PlacementPolicy)):
+        raise ConfigError(f"policy {name!r}: {entry.value} is not a subclass of PlacementPolicy")
+    return policy()
+
+
+def _find_entries() -> dict[str, EntryPoint]:
+    # Ours are listed here too, so that a tree works that was never installed; and they win.
+    ours = (EntryPoint("deepseek", "equipoise.policy.deepseek:DeepSeekPolicy", GROUP),)
+    return {entry.name: entry for entry in (*entry_points(group=GROUP), *ours)}
