@@ -61,4 +61,14 @@ class TransferError(EquipoiseError):
 
 
 class MembershipError(EquipoiseError):
-    """The set of ranks is not what it must be: one died, or they disagree."""
+    """The set of ranks is not what it must be: one died, or they disagree.
+
+    Attributes:
+        rank: the rank that raises, or None where it is not known.
+        peer: the rank that is missing or differs, or None.
+    """
+
+    def __init__(self, message: str, *, rank: int | None = None, peer: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.peer = peer

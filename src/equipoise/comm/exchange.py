@@ -1,0 +1,149 @@
+"""Messages between two ranks, posted together and waited for with one deadline."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PeerFailure:
+    """Why a message of a peer did not come, or was not taken.
+
+    Attributes:
+        late: the deadline passed; otherwise the connection was closed.
+        error: what the wire said.
+    """
+
+    late: bool
+    error: RuntimeError
+
+
+@dataclass(frozen=True)
+class _Message:
+    peer: int
+    incoming: bool
+    work: dist.Work
+    tensor: Tensor
+
+
+class Exchange:
+    """Sends and receives of one rank over a gloo group that are under way together.
+
+    Each peer's messages are waited for on its own connection, so that a failure names the peer.
+    A deadline that passes closes all connections of the group: gloo has no smaller way out.
+
+    Args:
+        group: with a gloo backend for CPU tensors.
+        tag: keeps this exchange's messages apart from others of the same pair.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, tag: int) -> None:
+        self._group = group
+        self._tag = tag
+        self._messages: list[_Message] = []
+        self.failures: dict[int, PeerFailure] = {}
+
+    def send(self, tensor: Tensor, peer: int) -> None:
+        """Post a contiguous CPU tensor; it must not change until `wait` has returned."""
+        self._post(tensor, peer, incoming=False)
+
+    def recv(self, tensor: Tensor, peer: int) -> None:
+        """Post a contiguous CPU tensor to be filled."""
+        self._post(tensor, peer, incoming=True)
+
+    def _post(self, tensor: Tensor, peer: int, *, incoming: bool) -> None:
+        post = self._group.recv if incoming else self._group.send
+        try:
+            work = post([tensor], peer, self._tag)
+        except RuntimeError as error:
+            self.failures.setdefault(peer, PeerFailure(late=False, error=error))
+            return
+        self._messages.append(_Message(peer, incoming, work, tensor))
+
+    def wait(
+        self, deadline: float, on_received: Callable[[int], None] | None = None
+    ) -> Mapping[int, PeerFailure]:
+        """Wait for everything that was posted, also when some of it fails.
+
+        Args:
+            deadline: of all of it, on the clock of time.monotonic.
+            on_received: called with each peer whose message has arrived, while others travel.
+        Returns:
+            What went wrong, by peer, in the order in which it was noticed; empty if nothing.
+        Collective: the peers post the other side of each message.
+        """
+        pending = sorted(self._messages, key=lambda message: not message.incoming)
+        self._messages = []
+        try:
+            while pending:
+                message = pending[0]
+                failure = _await(message.work, deadline)
+                if failure is not None:
+                    self.failures.setdefault(message.peer, failure)
+                    if failure.late:
+                        _leak(message)
+                elif message.incoming and on_received is not None:
+                    on_received(message.peer)
+                pending.pop(0)
+        finally:
+            # Not empty only where the caller was interrupted.
+            _leak(pending)
+        return self.failures
+
+
+def deadline_in(seconds: float) -> float:
+    """A deadline so many seconds from now, on the clock of time.monotonic."""
+    return time.monotonic() + seconds
+
+
+def explain(failures: Mapping[int, PeerFailure], seconds: float) -> tuple[str, int, RuntimeError]:
+    """Say which peers failed, and how.
+
+    Args:
+        failures: by peer, not empty.
+        seconds: how long the deadline was.
+    Returns:
+        the sentence's second half, the peer to blame, what the wire said of it. A peer that let
+        the deadline pass is blamed before one that closed its connection, which may have given
+        up for the same reason.
+    """
+    late = sorted(peer for peer, failure in failures.items() if failure.late)
+    closed = sorted(peer for peer, failure in failures.items() if not failure.late)
+    parts = []
+    if late:
+        parts.append(f"{name_ranks(late)} did not answer within {seconds:.1f} s")
+    if closed:
+        parts.append(f"{name_ranks(closed)} closed the connection (died, or gave up first)")
+    peer = (late or closed)[0]
+    return "; ".join(parts), peer, failures[peer].error
+
+
+def name_ranks(ranks: list[int]) -> str:
+    """`rank 2` or `ranks 2, 5`."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _await(work: dist.Work, deadline: float) -> PeerFailure | None:
+    # A timeout of zero would mean the group's own.
+    left = max(deadline - time.monotonic(), 0.001)
+    try:
+        work.wait(timedelta(seconds=left))
+    except RuntimeError as error:
+        return PeerFailure(late=time.monotonic() >= deadline, error=error)
+    return None
+
+
+def _leak(abandoned: object) -> None:
+    """Keep a message that was given up alive until the process ends.
+
+    The wire may still write to its memory, which must therefore never be used for anything else.
+    """
+    if abandoned != []:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(abandoned))

@@ -1,0 +1,302 @@
+"""The groups of one rank in one generation of the membership."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from equipoise.comm.byte_views import view_bytes
+from equipoise.comm.exchange import Exchange, deadline_in, explain, name_ranks
+from equipoise.errors import MembershipError
+
+ReduceOp = Literal["sum", "max", "min"]
+
+_TAG_MESSAGE = 0
+_TAG_CONTROL = 1
+
+
+class RankGroup:
+    """One generation's groups of one rank.
+
+    Built from a store by `create_rank_group`, beside other generations and without torch's
+    default group. Control collectives are exchanged directly between every two ranks: one hop,
+    the same result bit for bit on every rank, and a failure that names the peer. They are meant
+    for small tensors: a rank holds R copies.
+
+    Attributes:
+        rank: number of this rank in the generation.
+        size: R, ranks of the generation.
+        generation: its number.
+        device: where this rank's weights are.
+        timeout: longest wait for another rank.
+        store: what the generation agrees through, prefixed `gen{generation}/`.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        device: torch.device,
+        generation: int,
+        timeout: timedelta,
+        cpu_group: dist.ProcessGroup,
+        device_group: dist.ProcessGroup,
+    ) -> None:
+        self.rank = rank
+        self.size = size
+        self.generation = generation
+        self.device = device
+        self.timeout = timeout
+        self.store = store
+        self._cpu_group: dist.ProcessGroup | None = cpu_group
+        self._device_group: dist.ProcessGroup | None = device_group
+        self._num_decisions = 0
+
+    @property
+    def cpu_group(self) -> dist.ProcessGroup:
+        """Gloo. Raises: MembershipError after `close`."""
+        return self._unless_closed(self._cpu_group)
+
+    @property
+    def device_group(self) -> dist.ProcessGroup:
+        """NCCL, or the gloo group itself. Raises: MembershipError after `close`."""
+        return self._unless_closed(self._device_group)
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Everybody's tensor, by rank.
+
+        Args:
+            tensor: the same shape and dtype on every rank; any device.
+        Returns:
+            R tensors of that shape and dtype on the CPU, own one included.
+        Collective: every rank of the group, in the same order among the group's collectives.
+        Raises: MembershipError that names the peer, within the timeout.
+        """
+        mine = tensor.detach().to("cpu").contiguous()
+        gathered = [torch.empty_like(mine) for _ in range(self.size)]
+        gathered[self.rank].copy_(mine)
+        exchange = Exchange(self.cpu_group, _TAG_CONTROL)
+        for peer in self._peers():
+            exchange.recv(view_bytes(gathered[peer]), peer)
+        for peer in self._peers():
+            exchange.send(view_bytes(mine), peer)
+        self._finish(exchange)
+        return gathered
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp = "sum") -> None:
+        """Replace a tensor, in place, by its elementwise reduction over all ranks.
+
+        Args:
+            tensor: the same shape and dtype on every rank; any device.
+            op: what to reduce by.
+        Collective: as `all_gather`.
+        Raises: as `all_gather`.
+        """
+        stacked = torch.stack(self.all_gather(tensor))
+        match op:
+            case "sum":
+                reduced = stacked.sum(0, dtype=tensor.dtype)
+            case "max":
+                reduced = stacked.amax(0)
+            case "min":
+                reduced = stacked.amin(0)
+        tensor.copy_(reduced)
+
+    def barrier(self) -> None:
+        """Return when every rank has come here.
+
+        Collective: as `all_gather`.
+        Raises: as `all_gather`.
+        """
+        self.all_gather(torch.zeros(1, dtype=torch.uint8))
+
+    def send(self, tensor: Tensor, peer: int) -> None:
+        """Send a contiguous CPU tensor to another rank; return when it is taken.
+
+        Collective: the peer calls `recv` with a tensor of the same bytes.
+        Raises: as `all_gather`.
+        """
+        exchange = Exchange(self.cpu_group, _TAG_MESSAGE)
+        exchange.send(view_bytes(tensor), peer)
+        self._finish(exchange)
+
+    def recv(self, tensor: Tensor, peer: int) -> None:
+        """Fill a contiguous CPU tensor with what another rank sends.
+
+        Collective: the peer calls `send` with a tensor of the same bytes.
+        Raises: as `all_gather`.
+        """
+        exchange = Exchange(self.cpu_group, _TAG_MESSAGE)
+        exchange.recv(view_bytes(tensor), peer)
+        self._finish(exchange)
+
+    def decide(self, proposal: str) -> str:
+        """Settle one question for the whole generation: the first proposal to arrive stands.
+
+        Also ranks that have lost sight of each other get the same answer, as the store gives it.
+
+        Args:
+            proposal: this rank's answer; not empty.
+        Returns:
+            the proposal that stands.
+        Collective: every rank that lives, in the same order among its decisions; waits for none.
+        Raises: MembershipError if the store does not answer within the timeout.
+        """
+        key = f"decision/{self._num_decisions}"
+        self._num_decisions += 1
+        if self.size == 1:
+            return proposal
+        answers: list[bytes] = []
+
+        def ask() -> None:
+            # Whatever goes wrong here shows as an answer that does not come.
+            with contextlib.suppress(RuntimeError):
+                answers.append(self.store.compare_set(key, "", proposal))
+
+        # A store's client may block beyond its own timeout, hence a thread that can be given up.
+        thread = threading.Thread(target=ask, name="equipoise-store", daemon=True)
+        thread.start()
+        thread.join(self.timeout.total_seconds())
+        if not answers:
+            raise MembershipError(
+                f"rank {self.rank}: the store of generation {self.generation} did not answer "
+                f"within {self.timeout.total_seconds():.1f} s",
+                rank=self.rank,
+            )
+        return answers[0].decode()
+
+    def close(self) -> None:
+        """Let the groups go; twice is fine.
+
+        Collective: none; never waits for a peer.
+        """
+        held = [group for group in (self._cpu_group, self._device_group) if group is not None]
+        owns_nccl = self._device_group is not self._cpu_group
+        self._cpu_group = self._device_group = None
+        # A group with operations that never ended blocks in its destructor.
+        thread = threading.Thread(
+            target=_drop, args=(held, owns_nccl), name="equipoise-drop-group", daemon=True
+        )
+        thread.start()
+        del held
+        thread.join(1.0)
+
+    def _peers(self) -> list[int]:
+        return [peer for peer in range(self.size) if peer != self.rank]
+
+    def _finish(self, exchange: Exchange) -> None:
+        seconds = self.timeout.total_seconds()
+        failures = exchange.wait(deadline_in(seconds))
+        if failures:
+            what, peer, error = explain(failures, seconds)
+            raise MembershipError(
+                f"rank {self.rank} of generation {self.generation}: {what}",
+                rank=self.rank,
+                peer=peer,
+            ) from error
+
+    def _unless_closed(self, group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+        if group is None:
+            raise MembershipError(
+                f"rank {self.rank}: the group of generation {self.generation} was closed",
+                rank=self.rank,
+            )
+        return group
+
+
+def create_rank_group(
+    store: Store,
+    rank: int,
+    size: int,
+    device: torch.device,
+    *,
+    generation: int = 0,
+    timeout: timedelta,
+    device_group: Literal["gloo", "nccl"],
+) -> RankGroup:
+    """Join one generation's groups.
+
+    Args:
+        store: shared by all ranks; the generation takes the prefix `gen{generation}/`.
+        rank: number of this rank.
+        size: R.
+        device: where this rank's weights are.
+        generation: its number; never used before in this store.
+        timeout: longest wait for another rank, here and in every control collective.
+        device_group: "nccl" for an NCCL group beside the gloo one, on a CUDA device.
+    Collective: every rank of the generation.
+    Raises: MembershipError if a rank does not come within the timeout, naming it; ValueError if
+        the rank is outside the size, or NCCL is asked for without a CUDA device.
+    """
+    if not 0 <= rank < size:
+        raise ValueError(f"rank {rank} is not one of {size}: ranks are 0 to {size - 1}")
+    if device_group == "nccl" and device.type != "cuda":
+        raise ValueError(f"an NCCL group needs a CUDA device, not {device}: ask for gloo")
+    prefixed = PrefixStore(f"gen{generation}/", store)
+    _meet(prefixed, rank, size, timeout)
+    try:
+        cpu_group = _create_gloo(prefixed, rank, size, timeout)
+        device_side = (
+            _create_nccl(prefixed, rank, size, device, timeout)
+            if device_group == "nccl"
+            else cpu_group
+        )
+    except RuntimeError as error:
+        raise MembershipError(
+            f"rank {rank}: the groups of generation {generation} could not be made: {error}",
+            rank=rank,
+        ) from error
+    return RankGroup(prefixed, rank, size, device, generation, timeout, cpu_group, device_side)
+
+
+def _meet(store: Store, rank: int, size: int, timeout: timedelta) -> None:
+    store.set(f"here/{rank}", "yes")
+    deadline = time.monotonic() + timeout.total_seconds()
+    for peer in range(size):
+        left = max(deadline - time.monotonic(), 0.001)
+        try:
+            store.wait([f"here/{peer}"], timedelta(seconds=left))
+        except RuntimeError as error:
+            missing = [p for p in range(size) if not store.check([f"here/{p}"])]
+            raise MembershipError(
+                f"rank {rank}: {name_ranks(missing or [peer])} did not come within "
+                f"{timeout.total_seconds():.1f} s",
+                rank=rank,
+                peer=(missing or [peer])[0],
+            ) from error
+
+
+def _create_gloo(store: Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
+    backend = dist.ProcessGroupGloo(PrefixStore("gloo/", store), rank, size, timeout)
+    group = dist.ProcessGroup(store, rank, size)
+    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
+    group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+    return group
+
+
+def _create_nccl(
+    store: Store, rank: int, size: int, device: torch.device, timeout: timedelta
+) -> dist.ProcessGroup:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    backend = dist.ProcessGroupNCCL(PrefixStore("nccl/", store), rank, size, options)
+    group = dist.ProcessGroup(store, rank, size)
+    group.bound_device_id = device
+    group._register_backend(device, dist.ProcessGroup.BackendType.NCCL, backend)
+    group._set_default_backend(dist.ProcessGroup.BackendType.NCCL)
+    return group
+
+
+def _drop(groups: list[dist.ProcessGroup], owns_nccl: bool) -> None:
+    if owns_nccl:
+        groups[-1].abort()
+    groups.clear()
