@@ -37,9 +37,15 @@ class Placement:
     topology: Topology
 
     def __post_init__(self) -> None:
-        given = np.asarray(self.slot_to_expert)
-        if given.dtype.kind not in "iu" and not np.array_equal(given, given.astype(np.int64)):
-            raise PlacementError("slot_to_expert must hold whole numbers")
+        try:
+            given = np.asarray(self.slot_to_expert)
+        except (TypeError, ValueError) as error:
+            raise PlacementError("slot_to_expert must be [layers][slots] whole numbers") from error
+        # Neither a fraction nor an unsigned number may turn into another expert by a cast.
+        if given.dtype.kind not in "iu" or not (given < 2**63).all():
+            raise PlacementError(
+                f"slot_to_expert must be [layers][slots] whole numbers, got {given.dtype}"
+            )
         table = np.array(given, dtype=np.int64)
         table.setflags(write=False)
         object.__setattr__(self, "slot_to_expert", table)
@@ -188,11 +194,8 @@ class Placement:
             if not isinstance(value, int) or isinstance(value, bool):
                 raise PlacementError(f"{key} must be a whole number, got {value!r}")
             whole[key] = value
-        try:
-            table = np.array(record["slot_to_expert"], dtype=np.int64)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise PlacementError("slot_to_expert must be [layers][slots] whole numbers") from error
         topology = Topology(whole["num_ranks"], whole["slots_per_rank"], whole["num_nodes"])
+        table: Any = record.get("slot_to_expert")
         return cls(table, whole["num_experts"], topology)
 
     @classmethod
@@ -228,8 +231,12 @@ def spread_load(load: npt.ArrayLike, placement: Placement) -> FloatArray:
     Returns:
         [..., L, R] float64, tokens per rank.
     Collective: none.
+    Raises: PlacementError if the load is not of the placement's layers and experts.
     """
     tokens = np.asarray(load, dtype=np.float64)
+    if tokens.shape[-2:] != placement.replica_counts.shape:
+        layers, experts = placement.replica_counts.shape
+        raise PlacementError(f"load must be [..., {layers}, {experts}], got {list(tokens.shape)}")
     per_replica = tokens / placement.replica_counts
     slots = placement.slot_to_expert
     index = np.broadcast_to(np.maximum(slots, 0), (*tokens.shape[:-2], *slots.shape))
