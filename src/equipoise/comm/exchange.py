@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ class PeerFailure:
     """
 
     late: bool
-    error: RuntimeError
+    error: Exception
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def deadline_in(seconds: float) -> float:
     return time.monotonic() + seconds
 
 
-def explain(failures: Mapping[int, PeerFailure], seconds: float) -> tuple[str, int, RuntimeError]:
+def explain(failures: Mapping[int, PeerFailure], seconds: float) -> tuple[str, int, Exception]:
     """Say which peers failed, and how.
 
     Args:
@@ -131,10 +132,10 @@ def name_ranks(ranks: list[int]) -> str:
 
 
 def _await(work: dist.Work, deadline: float) -> PeerFailure | None:
-    # A timeout of zero would mean the group's own.
-    left = max(deadline - time.monotonic(), 0.001)
+    # Whole milliseconds, as gloo counts them; a timeout of zero would mean the group's own.
+    left_ms = max(math.ceil((deadline - time.monotonic()) * 1000), 1)
     try:
-        work.wait(timedelta(seconds=left))
+        work.wait(timedelta(milliseconds=left_ms))
     except RuntimeError as error:
         return PeerFailure(late=time.monotonic() >= deadline, error=error)
     return None
