@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -195,20 +193,6 @@ def test_json_round_trip(pair: tuple[Placement, Placement]) -> None:
 def test_json_that_is_no_placement_is_refused_by_key(text: str, message: str) -> None:
     with pytest.raises(PlacementError, match=message):
         Placement.from_json(text)
-
-
-def test_errors_of_files_name_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "placement.json"
-    path.write_text(PLACEMENT.to_json())
-    assert Placement.from_file(path) == PLACEMENT
-    path.write_text("nonsense")
-    with pytest.raises(PlacementError, match=r"placement\.json: not JSON"):
-        Placement.from_file(path)
-    path.write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(PlacementError, match=r"placement\.json: "):
-        Placement.from_file(path)
-    with pytest.raises(PlacementError, match=r"absent\.json: "):
-        Placement.from_file(tmp_path / "absent.json")
 
 
 # Load on ranks

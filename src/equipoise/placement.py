@@ -6,7 +6,6 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -197,17 +196,6 @@ class Placement:
         topology = Topology(whole["num_ranks"], whole["slots_per_rank"], whole["num_nodes"])
         table: Any = record.get("slot_to_expert")
         return cls(table, whole["num_experts"], topology)
-
-    @classmethod
-    def from_file(cls, path: Path) -> Placement:
-        """Read a placement file of ours.
-
-        Raises: PlacementError, naming the file.
-        """
-        try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, PlacementError) as error:
-            raise PlacementError(f"{path}: {error}") from error
 
 
 def place_in_order(num_layers: int, num_experts: int, topology: Topology) -> Placement:
