@@ -52,7 +52,7 @@ class ExpertParallelModel:
         recorder: counts this rank's tokens by the slot they are sent to.
     """
 
-    model: nn.Module
+    model: Any
     expert_weights: list[list[Tensor]]
     maps: PlacementMaps
     recorder: LoadRecorder
@@ -67,7 +67,7 @@ class ExpertParallelModel:
         return self._routing.expert_cpu_s
 
     @contextmanager
-    def route(self, valid: Tensor | None, first_position: int) -> Iterator[nn.Module]:
+    def route(self, valid: Tensor | None, first_position: int) -> Iterator[Any]:
         """Tell the layers what the next forward pass is about.
 
         Args:

@@ -1,0 +1,323 @@
+"""A job: the same prompts with balancing off and on, and what can be said of both."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from equipoise.balancer import EplbState, RebalanceOutcome
+from equipoise.comm import create_eplb_communicator
+from equipoise.comm.base import EplbCommunicator
+from equipoise.comm.groups import RankGroup
+from equipoise.dispatch import create_dispatcher
+from equipoise.dispatch.base import TokenDispatcher
+from equipoise.dispatch.maps import PlacementMaps
+from equipoise.engine.check import check_outputs
+from equipoise.engine.engine import Engine, EngineLimits, Request
+from equipoise.engine.ledger import StepFigures, merge_steps
+from equipoise.engine.loss import Scores, Text, score_in_lockstep, score_plain
+from equipoise.engine.records import (
+    CheckRecord,
+    Emit,
+    JobRecord,
+    LossRecord,
+    Pass,
+    PhaseRecord,
+    RebalanceRecord,
+    Record,
+    ResultRecord,
+    StepRecord,
+)
+from equipoise.engine.spec import JobSpec
+from equipoise.engine.texts import encode_all, list_kinds
+from equipoise.errors import ConfigError
+from equipoise.load.recorder import LoadRecorder
+from equipoise.models.experts import ExpertParallelModel, make_expert_parallel
+from equipoise.models.families import read_model_shape
+from equipoise.models.loading import load_model, load_tokenizer
+from equipoise.placement import place_in_order
+from equipoise.policy import get_policy
+from equipoise.topology import Topology, choose_num_redundant
+
+MERGE_STEPS = 16
+"""Steps between two meetings of the ranks beyond the model's own: there figures are merged, and
+whether anybody has requests left is found out. So a pass ends with up to 15 dummy steps."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a job works with on this rank."""
+
+    spec: JobSpec
+    group: RankGroup
+    emit: Emit
+    tokenizer: Any
+    kinds: tuple[str, ...]
+    prompts: list[tuple[int, ...]]
+    held_out: list[Text]
+    spread: ExpertParallelModel
+    dispatcher: TokenDispatcher
+    communicator: EplbCommunicator
+    limits: EngineLimits
+    num_parameters: int
+
+    def say(self, record: Record) -> None:
+        """Emit on rank 0."""
+        if self.group.rank == 0:
+            self.emit(record)
+
+    def owned(self) -> list[int]:
+        """Prompts of this rank."""
+        return list(range(self.group.rank, len(self.prompts), self.group.size))
+
+
+def run_job(spec: JobSpec, group: RankGroup, emit: Emit) -> None:
+    """Serve the prompts twice, compare, and say what happened.
+
+    In this order: the pass without balancing; the held-out loss on the initial placement; the pass
+    with balancing; the loss on the placement that it arrived at; the comparison with the plain
+    model, which rank 0 loads beside its slots.
+
+    Args:
+        spec: the same on every rank.
+        group: its ranks; its timeout must allow for rank 0 loading the plain model.
+        emit: called on rank 0 only, with records in the order that records.py gives.
+    Collective: every rank of the group.
+    Raises: ConfigError, PlacementError or ModelError, on every rank, if the job cannot be done;
+        TransferError or MembershipError within the deadline if a rank does not take part.
+    """
+    torch.manual_seed(spec.seed)
+    if group.device.type == "cpu":
+        # Ranks share the cores; threads of theirs would only wait for each other.
+        torch.set_num_threads(1)
+    job = _prepare(spec, group, emit)
+    try:
+        _run(job)
+    finally:
+        job.communicator.close()
+        job.dispatcher.close()
+
+
+def _run(job: _Job) -> None:
+    job.say(_describe(job))
+    off, off_s = _serve(job, "off", None, keep_logits=False)
+    before = _score(job)
+    balancer = EplbState(job.spec.config, job.group, get_policy(job.spec.config.policy))
+    spread = job.spread
+    balancer.add_model(
+        "model", spread.expert_weights, spread.maps, spread.recorder, job.communicator
+    )
+    on, on_s = _serve(job, "on", balancer, keep_logits=job.spec.check)
+    after = _score(job)
+    plain_scores, check = _check(job, off, on) if job.spec.check else (None, None)
+    samples = _gather_samples(job, on)
+    losses = _list_losses(job, before, after, plain_scores)
+    job.say(ResultRecord(check, losses, {"off": off_s, "on": on_s}, samples))
+
+
+def _prepare(spec: JobSpec, group: RankGroup, emit: Emit) -> _Job:
+    _compare_with_group(spec, group)
+    shape = read_model_shape(spec.model)
+    requested = spec.config.num_redundant_experts
+    num_redundant = choose_num_redundant(
+        shape.num_experts, spec.num_ranks, None if requested == "auto" else requested
+    )
+    topology = Topology(spec.num_ranks, (shape.num_experts + num_redundant) // spec.num_ranks)
+    placement = place_in_order(shape.num_layers, shape.num_experts, topology)
+    get_policy(spec.config.policy)  # an unknown one is refused before the work, not after half
+
+    tokenizer = load_tokenizer(spec.model)
+    # Experts leave the CPU slot by slot: a GPU need hold those of its rank alone.
+    model: Any = load_model(spec.model, _dtype(spec), torch.device("cpu"))
+    longest = getattr(model.config, "max_position_embeddings", None)
+    prompts = encode_all(tokenizer, spec.prompts, "prompt", spec.max_new_tokens, longest)
+    held_out = encode_all(tokenizer, spec.held_out, "held-out text", 0, longest)
+    kinds = list_kinds(spec.prompts, spec.held_out)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+
+    dispatcher = create_dispatcher("torch", group, topology)
+    spread = make_expert_parallel(
+        model,
+        PlacementMaps(placement, group.device),
+        group.rank,
+        dispatcher,
+        LoadRecorder(shape.num_layers, topology.num_slots, group.device),
+    )
+    return _Job(
+        spec=spec,
+        group=group,
+        emit=emit,
+        tokenizer=tokenizer,
+        kinds=kinds,
+        prompts=prompts,
+        held_out=[
+            Text(kinds.index(text.kind), tokens)
+            for text, tokens in zip(spec.held_out, held_out, strict=True)
+        ],
+        spread=spread,
+        dispatcher=dispatcher,
+        communicator=create_eplb_communicator(
+            group, spec.config.communicator, spread.expert_weights
+        ),
+        limits=EngineLimits(
+            max_batch_size=spec.max_batch_size,
+            max_new_tokens=spec.max_new_tokens,
+            max_len=max(map(len, prompts)) + spec.max_new_tokens,
+            end_tokens=_find_end_tokens(model),
+        ),
+        num_parameters=num_parameters,
+    )
+
+
+def _compare_with_group(spec: JobSpec, group: RankGroup) -> None:
+    if spec.num_ranks != group.size:
+        raise ConfigError(f"the job is for {spec.num_ranks} ranks, but the group has {group.size}")
+    if spec.device != group.device.type:
+        raise ConfigError(f"the job is for {spec.device}, but the group is on {group.device}")
+    if not spec.prompts:
+        raise ConfigError("there are no prompts: a job needs at least one")
+    for name in ("max_new_tokens", "max_batch_size"):
+        if getattr(spec, name) < 1:
+            raise ConfigError(f"{name} must be at least 1, got {getattr(spec, name)}")
+    if spec.max_steps is not None and spec.max_steps < 1:
+        raise ConfigError(f"max_steps must be at least 1, got {spec.max_steps}")
+
+
+def _dtype(spec: JobSpec) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    return dtype
+
+
+def _find_end_tokens(model: Any) -> frozenset[int]:
+    end = model.generation_config.eos_token_id
+    if end is None:
+        return frozenset()
+    return frozenset([end] if isinstance(end, int) else end)
+
+
+def _describe(job: _Job) -> JobRecord:
+    spec, device = job.spec, job.group.device
+    chosen = " (chosen by auto)" if spec.config.communicator == "auto" else ""
+    return JobRecord(
+        model=str(spec.model),
+        device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+        dtype=spec.dtype,
+        communicator=job.communicator.name + chosen,
+        policy=spec.config.policy,
+        num_prompts=len(spec.prompts),
+        kinds=job.kinds,
+        placement=job.spread.maps.placement,
+        num_parameters=job.num_parameters,
+        expert_bytes=sum(t[0].numel() * t.element_size() for t in job.spread.expert_weights[0]),
+    )
+
+
+def _serve(
+    job: _Job, in_pass: Pass, balancer: EplbState | None, *, keep_logits: bool
+) -> tuple[dict[int, Request], float]:
+    """One pass over the prompts; this rank's requests by prompt, and the pass's wall seconds."""
+    job.say(PhaseRecord(in_pass))
+    limits = replace(job.limits, keep_logits=keep_logits)
+    engine = Engine(job.spread, job.group.rank, limits, balancer)
+    prompts = job.spec.prompts
+    requests = {
+        i: Request(i, job.kinds.index(prompts[i].kind), job.prompts[i]) for i in job.owned()
+    }
+    engine.submit(requests.values())
+    started_s = time.perf_counter()
+    num_steps, anybody_works = 0, True
+    most = job.spec.max_steps
+    while anybody_works and (most is None or num_steps < most):
+        num_due = MERGE_STEPS if most is None else min(MERGE_STEPS, most - num_steps)
+        figures: list[StepFigures] = []
+        outcomes: list[RebalanceOutcome] = []
+        for _ in range(num_due):
+            of_step, of_balancer = engine.step()
+            figures.append(of_step)
+            outcomes += of_balancer
+        records, anybody_works = merge_steps(
+            job.group,
+            figures,
+            first_step=num_steps + 1,
+            in_pass=in_pass,
+            kinds=job.kinds,
+            has_work=engine.has_work,
+        )
+        rebalances = [_make_rebalance_record(outcome) for outcome in outcomes]
+        # Stable: at one step, what ran comes before what was moved after it.
+        said: list[StepRecord | RebalanceRecord] = [*records, *rebalances]
+        for record in sorted(said, key=lambda record: record.step):
+            job.say(record)
+        num_steps += num_due
+    return requests, time.perf_counter() - started_s
+
+
+def _make_rebalance_record(outcome: RebalanceOutcome) -> RebalanceRecord:
+    return RebalanceRecord(
+        step=outcome.step,
+        moves=outcome.moves,
+        local_moves=outcome.local_moves,
+        moves_per_layer=outcome.moves_per_layer,
+        bytes=outcome.bytes,
+        plan_s=outcome.plan_s,
+        transfer_s=outcome.transfer_s,
+        balancedness_before=outcome.balancedness_before,
+        balancedness_after=outcome.balancedness_after,
+        placement=outcome.placement,
+    )
+
+
+def _score(job: _Job) -> Scores:
+    job.say(PhaseRecord("loss"))
+    return score_in_lockstep(job.group, job.spread, job.held_out, len(job.kinds))
+
+
+def _check(
+    job: _Job, off: dict[int, Request], on: dict[int, Request]
+) -> tuple[Scores | None, CheckRecord | None]:
+    """Both None on other ranks than 0."""
+    job.say(PhaseRecord("check"))
+    plain: Any = None
+    if job.group.rank == 0:
+        plain = load_model(job.spec.model, _dtype(job.spec), job.group.device)
+    vocabulary_size = job.spread.model.config.vocab_size
+    check = check_outputs(job.group, plain, job.prompts, off, on, vocabulary_size)
+    if plain is None:
+        return None, check
+    return score_plain(plain, job.held_out, len(job.kinds)), check
+
+
+def _gather_samples(job: _Job, on: dict[int, Request]) -> tuple[tuple[str, str, str], ...]:
+    """The first prompt of each kind with its continuation."""
+    firsts: dict[str, int] = {}
+    for number, prompt in enumerate(job.spec.prompts):
+        firsts.setdefault(prompt.kind, number)
+    samples = []
+    for kind, number in firsts.items():
+        tokens = torch.full((job.limits.max_new_tokens,), -1)
+        if number in on:
+            generated = torch.tensor(on[number].generated, dtype=torch.int64)
+            tokens[: len(generated)] = generated
+        job.group.all_reduce(tokens, "max")
+        text = job.tokenizer.decode(tokens[tokens >= 0].tolist(), skip_special_tokens=True)
+        samples.append((kind, job.spec.prompts[number].text, text))
+    return tuple(samples)
+
+
+def _list_losses(
+    job: _Job, before: Scores, after: Scores, plain: Scores | None
+) -> tuple[LossRecord, ...]:
+    return tuple(
+        LossRecord(
+            kind=name,
+            num_tokens=int(before.num_tokens[kind]),
+            off=before.mean(kind),
+            on=after.mean(kind),
+            plain=None if plain is None else plain.mean(kind),
+        )
+        for kind, name in enumerate(job.kinds)
+        if before.num_tokens[kind] > 0
+    )
