@@ -1,7 +1,9 @@
 """What a job says of itself while it runs; display, report and JSON are made of these alone.
 
-Rank 0 emits them in order: one `JobRecord`; then per pass a `PhaseRecord`, `StepRecord`s and
-`RebalanceRecord`s; at last one `ResultRecord`. Everything is summed over ranks already.
+Rank 0 emits them in order: one `JobRecord`; then a `PhaseRecord` for each of "off", "loss" (initial
+placement), "on", "loss" (placement arrived at) and, if asked for, "check"; at last one `ResultRecord`.
+Behind "off" and "on" stand their `StepRecord`s, and behind "on" its `RebalanceRecord`s, each behind
+the step after which experts moved. They come in bursts of 16 steps. Everything is merged over ranks.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ class JobRecord:
         communicator: the wire in use and, where `auto` chose it, why.
         policy: placement policy.
         num_prompts: prompts of all ranks.
-        kinds: kinds of text, in the order in which they are served.
+        kinds: kinds of text, in the order in which they first occur.
         placement: the initial one; it has ranks, slots, layers and experts.
         num_parameters: of the logical model.
         expert_bytes: bytes of one expert, all its tensors.
@@ -48,24 +50,25 @@ class JobRecord:
 
 @dataclass(frozen=True)
 class PhaseRecord:
-    """The job enters a phase: "off" and "on" are the passes, "check" compares, "loss" scores."""
+    """The job enters a phase: "off" and "on" are the passes, "loss" scores held-out text on the
+    placement that stands, "check" compares with the plain model."""
 
     phase: Literal["off", "on", "loss", "check"]
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One forward pass on all ranks.
+    """One forward pass on all ranks; passes in which no rank had a token are left out.
 
     Attributes:
         in_pass: which pass.
         step: counted from 1 within the pass.
-        kind: kind of text in flight on all ranks, None where kinds mix or all ranks idle.
+        kind: kind of text in flight, on every rank that has any; None where kinds mix.
         num_tokens: tokens of all ranks that went through the model; padding is not counted.
         num_new_tokens: tokens that were generated.
         logical_count: [L, E] int64, tokens per expert.
         slot_count: [L, P] int64, tokens per slot, as they were really sent.
-        expert_cpu_s: [R] float64, thread CPU seconds that each rank's experts took.
+        expert_cpu_s: [R] float64, thread CPU seconds that each rank's experts took; 0 on GPUs.
         step_s: wall seconds of the slowest rank's step, balancing included.
     """
 
@@ -159,7 +162,7 @@ class LossRecord:
         num_tokens: tokens scored.
         off: on the initial placement.
         on: on the placement that balancing arrived at.
-        plain: of the plain model in one process; None where it was not checked.
+        plain: of the plain model in one process; None without the check.
     """
 
     kind: str
@@ -175,9 +178,9 @@ class ResultRecord:
 
     Attributes:
         check: None where it was not asked for.
-        losses: one per kind.
+        losses: one per kind that has held-out text.
         seconds: wall seconds of each pass, "off" and "on".
-        samples: per kind one prompt and its continuation, for people to read.
+        samples: per kind of prompt its name, the first prompt and its continuation.
     """
 
     check: CheckRecord | None
