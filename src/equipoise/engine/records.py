@@ -1,9 +1,10 @@
 """What a job says of itself while it runs; display, report and JSON are made of these alone.
 
-Rank 0 emits them in order: one `JobRecord`; then a `PhaseRecord` for each of "off", "loss" (initial
-placement), "on", "loss" (placement arrived at) and, if asked for, "check"; at last one `ResultRecord`.
-Behind "off" and "on" stand their `StepRecord`s, and behind "on" its `RebalanceRecord`s, each behind
-the step after which experts moved. They come in bursts of 16 steps. Everything is merged over ranks.
+Rank 0 emits them in order: one `JobRecord`; then a `PhaseRecord` for each of "off", "loss" (on the
+initial placement), "on", "loss" (on the placement arrived at) and, if asked for, "check"; at last
+one `ResultRecord`. Behind "off" and "on" stand their `StepRecord`s, and behind "on" its
+`RebalanceRecord`s, each behind the step after which experts moved; they come in bursts of 16 steps.
+Everything is merged over ranks already.
 """
 
 from __future__ import annotations
@@ -50,8 +51,7 @@ class JobRecord:
 
 @dataclass(frozen=True)
 class PhaseRecord:
-    """The job enters a phase: "off" and "on" are the passes, "loss" scores held-out text on the
-    placement that stands, "check" compares with the plain model."""
+    """The job enters a phase: "off" and "on" serve, "loss" scores, "check" compares."""
 
     phase: Literal["off", "on", "loss", "check"]
 
