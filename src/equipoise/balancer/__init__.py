@@ -1,1 +1,7 @@
 """The spine: when to plan, move and commit."""
+
+from equipoise.balancer.model_state import EplbModelState
+from equipoise.balancer.outcome import RebalanceOutcome
+from equipoise.balancer.state import EplbState
+
+__all__ = ["EplbModelState", "EplbState", "RebalanceOutcome"]

@@ -1,0 +1,39 @@
+"""What a rebalance did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from equipoise.placement import Placement
+from equipoise.topology import FloatArray, IntArray
+
+
+@dataclass(frozen=True)
+class RebalanceOutcome:
+    """One plan and what became of it, the same on every rank.
+
+    Attributes:
+        model: name of the model in its `EplbState`.
+        step: the step after which slots and maps switched, counted from 1.
+        moves: experts that a rank received from another, over all layers and ranks.
+        local_moves: slots filled from another slot of their own rank, or by a fan-out copy.
+        moves_per_layer: [L] int64, `moves` by layer.
+        bytes: bytes that travelled between ranks.
+        plan_s: seconds for reducing the load and planning, on the slowest rank.
+        transfer_s: seconds for moving and committing, on the slowest rank.
+        balancedness_before: [L] float64, the standing placement on the window's load.
+        balancedness_after: [L] float64, the new placement on the same load.
+        placement: the one now in force.
+    """
+
+    model: str
+    step: int
+    moves: int
+    local_moves: int
+    moves_per_layer: IntArray
+    bytes: int
+    plan_s: float
+    transfer_s: float
+    balancedness_before: FloatArray
+    balancedness_after: FloatArray
+    placement: Placement
