@@ -162,6 +162,14 @@ def test_steps_can_be_limited_and_the_check_left_out(tmp_path: Path) -> None:
     assert PhaseRecord("check") not in said
 
 
+def test_requests_that_steps_did_not_reach_are_no_difference(tmp_path: Path) -> None:
+    result = run_alone(replace(make_spec(save_model(tmp_path), 1), max_steps=3))[-1]
+    assert isinstance(result, ResultRecord)
+    assert result.check is not None
+    # Two rows, three steps, both passes.
+    assert (result.check.num_tokens, result.check.num_identical) == (12, 12)
+
+
 def test_half_precision_serves_too(tmp_path: Path) -> None:
     spec = replace(make_spec(save_model(tmp_path), 1), dtype="bfloat16")
     result = run_alone(spec)[-1]

@@ -103,6 +103,8 @@ def run_job(spec: JobSpec, group: RankGroup, emit: Emit) -> None:
 
 def _run(job: _Job) -> None:
     job.say(_describe(job))
+    # The first forward pass of a process pays for late imports; neither pass shall.
+    Engine(job.spread, job.group.rank, job.limits).step()
     off, off_s = _serve(job, "off", None, keep_logits=False)
     before = _score(job)
     balancer = EplbState(job.spec.config, job.group, get_policy(job.spec.config.policy))
