@@ -22,7 +22,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from equipoise.comm.groups import RankGroup
 
 TIMEOUT_S = 50.0
+_SLOW_IMPORTS = (
+    "transformers.integrations.moe",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe",
+)
 
 
 @dataclass(frozen=True)
@@ -51,21 +55,31 @@ class Rank:
     path: Path
 
     def make_group(
-        self, *, generation: int = 0, timeout_s: float = 20.0, size: int | None = None
+        self,
+        *,
+        generation: int = 0,
+        timeout_s: float = 20.0,
+        size: int | None = None,
+        device: str = "cpu",
+        device_group: Literal["gloo", "nccl"] = "gloo",
     ) -> RankGroup:
-        """This rank's gloo groups of a generation, on the CPU."""
+        """This rank's groups of a generation; on "cuda", ranks take turns over the GPUs."""
         import torch
 
         from equipoise.comm.groups import create_rank_group
 
+        where = torch.device(device)
+        if device == "cuda":
+            where = torch.device("cuda", self.rank % torch.cuda.device_count())
+            torch.cuda.set_device(where)
         return create_rank_group(
             self.store,
             self.rank,
             self.size if size is None else size,
-            torch.device("cpu"),
+            where,
             generation=generation,
             timeout=timedelta(seconds=timeout_s),
-            device_group="gloo",
+            device_group=device_group,
         )
 
 
@@ -108,7 +122,9 @@ def run_ranks(
 ) -> None:
     """Start the ranks, wait for all of them, and fail by number."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "pytest", "tests.ranks"])
+    context.set_forkserver_preload(
+        ["torch", "torch.distributed", "pytest", "tests.ranks", *_SLOW_IMPORTS]
+    )
     ranks: list[tuple[BaseProcess, Connection]] = []
     for rank in range(size):
         ours, theirs = context.Pipe(duplex=False)

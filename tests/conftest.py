@@ -1,0 +1,15 @@
+"""Skips what needs devices that this machine does not have, and says so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    num_devices = torch.cuda.device_count()
+    for item in items:
+        for marker, wanted in (("gpu", 1), ("multi_gpu", 2)):
+            if item.get_closest_marker(marker) and num_devices < wanted:
+                reason = f"needs {wanted} CUDA device{'s' * (wanted > 1)}, there are {num_devices}"
+                item.add_marker(pytest.mark.skip(reason=reason))
