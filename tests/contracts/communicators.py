@@ -20,7 +20,7 @@ from equipoise.comm.memory import MemoryEplbCommunicator, MemoryFabric
 from equipoise.comm.registry import create_eplb_communicator
 from tests.ranks import Rank, run_ranks
 
-BACKENDS = ("memory", "torch_gloo")
+BACKENDS = ("memory", "torch_gloo", "nixl")
 """Every backend that has to pass; all but "memory" by its name in the registry."""
 
 PATIENCE_S = 20.0

@@ -17,7 +17,10 @@ from equipoise.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _CLASSES = MappingProxyType(
-    {"torch_gloo": "equipoise.comm.torch_gloo:TorchDistGlooStagedEplbCommunicator"}
+    {
+        "nixl": "equipoise.comm.nixl:NixlEplbCommunicator",
+        "torch_gloo": "equipoise.comm.torch_gloo:TorchDistGlooStagedEplbCommunicator",
+    }
 )
 _DEFAULT_TIMEOUT_S = 60.0
 

@@ -1,0 +1,313 @@
+"""The only place that knows NIXL: an agent, its memory, its peers, its READs."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import logging
+import os
+import secrets
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from equipoise.comm.nixl.spans import Spans
+from equipoise.errors import CommunicatorUnavailable
+
+logger = logging.getLogger(__name__)
+
+_INSTALL = "pip install 'equipoise[nixl]'"
+
+_UCX_SETTINGS = MappingProxyType(
+    {
+        # UCX keeps registrations of released memory; without a bound they grow with every round.
+        "UCX_RCACHE_MAX_UNRELEASED": "1024",
+        # The progress thread copies under UCX's lock, which is a spin lock unless told otherwise:
+        # a rank that polls meanwhile burns a whole core. On two cores, READs took twice as long.
+        "UCX_USE_MT_MUTEX": "y",
+    }
+)
+# Loading the InfiniBand modules of the 1.5.1 wheels makes Python crash in libnl when it exits.
+_UCX_WITHOUT_INFINIBAND = MappingProxyType({"UCX_MODULES": "^ib"})
+
+
+def has_nixl() -> bool:
+    """Whether NIXL, or RIXL, can be imported here. Collective: none."""
+    try:
+        _load()
+    except CommunicatorUnavailable:
+        return False
+    return True
+
+
+class WireError(Exception):
+    """NIXL refused, or could not do, what was asked of it.
+
+    Attributes:
+        lost: the peer is gone.
+    """
+
+    def __init__(self, message: str, *, lost: bool = False) -> None:
+        super().__init__(message)
+        self.lost = lost
+
+
+@dataclass(frozen=True, eq=False)
+class Registration:
+    """Memory that NIXL knows."""
+
+    descriptors: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """A READ under way.
+
+    Attributes:
+        handle: NIXL's.
+        buffers: what it writes to, kept alive as long as it may.
+    """
+
+    handle: Any
+    buffers: tuple[object, ...]
+
+
+class Agent:
+    """One NIXL agent with a name that no other has, on this host or elsewhere.
+
+    Owner: one thread at a time; agents do not share anything.
+
+    Args:
+        device: where the memory is that it registers.
+    Raises: CommunicatorUnavailable if NIXL is not installed, or cannot start here.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        api = _load()
+        self.memory: Literal["DRAM", "VRAM"] = "DRAM" if device.type == "cpu" else "VRAM"
+        self.device_id = device.index or 0
+        self.name = f"equipoise-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(8)}"
+        config = api.nixl_agent_config(
+            enable_prog_thread=True, capture_telemetry=False, backends=["UCX"]
+        )
+        bindings = sys.modules[api.nixl_agent.__module__].nixlBind
+        found = [value for value in vars(bindings).values() if isinstance(value, type)]
+        self._errors: tuple[type[Exception], ...] = (
+            RuntimeError,
+            *(value for value in found if issubclass(value, Exception)),
+        )
+        self._lost: type[Exception] = bindings.nixlRemoteDisconnectError
+        try:
+            self._agent: Any = api.nixl_agent(self.name, config)
+        except self._errors as error:
+            raise CommunicatorUnavailable(f"NIXL cannot start here: {error}") from error
+        if "UCX" not in self._agent.backends:
+            raise CommunicatorUnavailable(
+                f"this NIXL has no UCX: install the one of PyPI, {_INSTALL}"
+            )
+        self._registrations: set[Registration] = set()
+        self._reads: set[Read] = set()
+        self._peers: set[str] = set()
+        self._is_quarantined = False
+
+    @property
+    def num_open(self) -> int:
+        """Registrations, READs, peers, and the agent itself, that are not released."""
+        held = len(self._registrations) + len(self._reads) + len(self._peers)
+        return held + (self._agent is not None)
+
+    def register(self, spans: Spans) -> Registration:
+        """Make memory known to NIXL; at least one span."""
+        table = self._describe(spans, self.device_id)
+        registration = Registration(self._agent.register_memory(table, self.memory))
+        self._registrations.add(registration)
+        return registration
+
+    def deregister(self, registration: Registration) -> None:
+        """Let go of memory that no READ names."""
+        self._agent.deregister_memory(registration.descriptors)
+        self._registrations.remove(registration)
+
+    def describe(self) -> bytes:
+        """What peers need to reach this agent and all that it has registered by now."""
+        metadata: bytes = self._agent.get_agent_metadata()
+        return metadata
+
+    def connect(self, metadata: bytes) -> str:
+        """Take up a peer from what it `describe`s.
+
+        Returns:
+            Its name.
+        """
+        given = self._agent.add_remote_agent(metadata)
+        name = given.decode() if isinstance(given, bytes) else str(given)
+        self._peers.add(name)
+        self._agent.make_connection(name)
+        return name
+
+    def notify(self, name: str, message: bytes) -> None:
+        """Send a peer a notification; never waits for it.
+
+        Raises: WireError if the peer is gone.
+        """
+        try:
+            self._agent.send_notif(name, message)
+        except self._errors as error:
+            raise self._explain(error) from error
+
+    def take_notifications(self) -> dict[str, list[bytes]]:
+        """What has come, by the sender's name; each is returned once."""
+        taken: dict[str, list[bytes]] = self._agent.get_new_notifs()
+        return taken
+
+    def post_read(
+        self,
+        name: str,
+        local: Spans,
+        remote: Spans,
+        remote_device_id: int,
+        message: bytes,
+        buffers: tuple[object, ...],
+    ) -> Read:
+        """Begin to fill local memory from a peer's.
+
+        Args:
+            name: the peer.
+            local: where to, all registered here.
+            remote: where from, all registered there; span by span as long as `local`.
+            remote_device_id: of the peer's memory.
+            message: what the peer is notified of when all has been read.
+            buffers: what to keep alive until then.
+        Raises: WireError if the peer is gone, or its memory is not what it described.
+        """
+        agent = self._agent
+        here = agent.get_xfer_descs(self._describe(local, self.device_id), self.memory)
+        there = agent.get_xfer_descs(self._describe(remote, remote_device_id), self.memory)
+        try:
+            handle = agent.initialize_xfer("READ", here, there, name, message)
+            read = Read(handle, buffers)
+            self._reads.add(read)
+            agent.transfer(handle)
+        except self._errors as error:
+            raise self._explain(error) from error
+        return read
+
+    def is_complete(self, read: Read) -> bool:
+        """Whether all has arrived. Raises: WireError if it never will."""
+        try:
+            state = self._agent.check_xfer_state(read.handle)
+        except self._errors as error:
+            raise self._explain(error) from error
+        if state == "ERR":
+            raise WireError("a READ ended in an error")
+        return bool(state == "DONE")
+
+    @property
+    def has_reads(self) -> bool:
+        """Whether there are READs that were not released."""
+        return bool(self._reads)
+
+    def release(self, read: Read) -> None:
+        """Forget a READ that is complete."""
+        read.handle.release()
+        self._reads.remove(read)
+
+    def release_ended(self) -> None:
+        """Forget all READs that have ended, well or not."""
+        for read in list(self._reads):
+            # NIXL refuses to release what it could not stop: that has not ended.
+            with contextlib.suppress(*self._errors):
+                if self._has_ended(read):
+                    self.release(read)
+
+    def quarantine(self) -> None:
+        """Keep this agent, its memory and its READs' buffers until the process ends.
+
+        A READ that has not ended may still write, even after its handle was released.
+        """
+        if not self._is_quarantined:
+            self._is_quarantined = True
+            logger.warning("%d NIXL READs have not ended: their memory is kept", len(self._reads))
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
+
+    def close(self) -> None:
+        """Release everything, or with READs that have not ended nothing; twice is fine.
+
+        Collective: none; waits for no peer.
+        """
+        if self._agent is None:
+            return
+        self.release_ended()
+        if self._reads:
+            self.quarantine()
+            return
+        for name in list(self._peers):
+            self._agent.remove_remote_agent(name)
+            self._peers.remove(name)
+        for registration in list(self._registrations):
+            self.deregister(registration)
+        self._agent = None
+
+    def _has_ended(self, read: Read) -> bool:
+        try:
+            return self.is_complete(read)
+        except WireError:
+            return True
+
+    def _describe(self, spans: Spans, device_id: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+        device = np.full_like(spans.address, device_id)
+        return np.stack((spans.address, spans.num_bytes, device), axis=1).astype(np.uint64)
+
+    def _explain(self, error: Exception) -> WireError:
+        return WireError(f"NIXL says {error}", lost=isinstance(error, self._lost))
+
+
+def _list_modules() -> tuple[str, ...]:
+    """The package that picks a build by CUDA version, the builds alone, and ROCm's namesake."""
+    builds = ("nixl_cu13", "nixl_cu12")
+    if (torch.version.cuda or "").startswith("12."):
+        builds = ("nixl_cu12", "nixl_cu13")
+    return ("nixl", *builds, "rixl")
+
+
+def _load() -> ModuleType:
+    """The module with NIXL's Python interface. Raises: CommunicatorUnavailable."""
+    _set_ucx_defaults()
+    quiet = "NIXL_LOG_LEVEL" not in os.environ
+    reasons = []
+    for name in _list_modules():
+        try:
+            module = importlib.import_module(f"{name}._api")
+        except ImportError as error:
+            reasons.append(str(error))
+            continue
+        if quiet:
+            # It reports every agent on standard output, which is the program's own.
+            logging.getLogger("nixl").setLevel(logging.WARNING)
+        return module
+    raise CommunicatorUnavailable(
+        f"the communicator nixl needs NIXL: {_INSTALL} ({'; '.join(reasons)})"
+    )
+
+
+def _set_ucx_defaults() -> None:
+    """Set what UCX reads from the environment when it is loaded; the user's values stand."""
+    wanted = dict(_UCX_SETTINGS)
+    if not any(Path("/sys/class/infiniband").glob("*")):
+        wanted.update(_UCX_WITHOUT_INFINIBAND)
+    missing = {name: value for name, value in wanted.items() if name not in os.environ}
+    early = [name for name in _list_modules() if f"{name}._api" in sys.modules]
+    if early and "UCX_RCACHE_MAX_UNRELEASED" in missing:
+        logger.warning(
+            "%s was imported before Equipoise could set UCX_RCACHE_MAX_UNRELEASED: its cache of "
+            "registrations may grow without bound; set it to 1024 in the environment",
+            early[0],
+        )
+    os.environ.update(missing)

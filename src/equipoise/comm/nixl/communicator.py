@@ -1,0 +1,245 @@
+"""The communicator: sets a group's agents up, and runs exchanges between them."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import secrets
+from collections import deque
+from dataclasses import dataclass
+from typing import ClassVar, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from equipoise.comm.base import ExpertWeights
+from equipoise.comm.byte_views import view_bytes
+from equipoise.comm.exchange import Exchange, deadline_in
+from equipoise.comm.nixl.agent import Agent, Registration
+from equipoise.comm.nixl.exchange import Mailbox, NixlExchange, Pair, Remote
+from equipoise.comm.nixl.messages import TOKEN_BYTES, Failed
+from equipoise.comm.nixl.pool import SendPool, plan_offers
+from equipoise.comm.nixl.spans import Regions, Spans, span_of
+from equipoise.comm.queued import Inbox, Landing, Outbox, QueuedCommunicator
+from equipoise.errors import TransferError
+
+_TAG_HELLO_SIZE = 4
+_TAG_HELLO = 5
+_FORMAT = 1
+_POOL_BYTES = 32 << 20
+_FEWEST_PIECES = 8
+
+
+@dataclass(frozen=True)
+class _Wire:
+    """What a communicator holds while it is open."""
+
+    pool: SendPool
+    registered: Regions
+    remotes: dict[int, Remote]
+    mailbox: Mailbox
+
+
+class NixlEplbCommunicator(QueuedCommunicator):
+    """The sender offers, the receiver READs straight into its tensors, and NIXL confirms.
+
+    Weights and the pool are registered once; nothing of them is copied on the sender's side. Other
+    tensors are sent through the pool, piece by piece: registering them for the peers would leave
+    a trace in every peer's agent that only disconnecting removes. Tensors to be received are
+    registered for one exchange, which costs 0.1 to 0.5 ms, and 5 us more for each.
+    After a TransferError tensors that were to be received may still be written to: they are kept
+    alive, and must not be used.
+
+    Args:
+        group: with a gloo backend for CPU tensors; agents introduce themselves over it.
+        expert_weights: as for the base.
+        timeout_s: as for the base.
+        pool_bytes: of the pool; what does not fit takes turns.
+    Collective: every rank of the group.
+    Raises: CommunicatorUnavailable if NIXL is not installed or cannot start; TransferError if a
+        rank does not come in time.
+    """
+
+    name: ClassVar[str] = "nixl"
+    needs_profile_buffer_reservation = False
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        expert_weights: ExpertWeights,
+        timeout_s: float,
+        *,
+        pool_bytes: int = _POOL_BYTES,
+    ) -> None:
+        super().__init__(group.rank(), group.size(), expert_weights, timeout_s)
+        if self._device is None:
+            self._device = torch.device("cpu")
+        agent = Agent(self._device)
+        pool = SendPool(pool_bytes, max(_FEWEST_PIECES, self.size - 1), self._device)
+        weights = Spans.of(span_of(rows) for layer in self._rows for rows in layer)
+        registered = Spans.join([weights, Spans.of([span_of(pool.data)])])
+        token = secrets.token_bytes(TOKEN_BYTES)
+        try:
+            agent.register(registered)
+            remotes = self._meet(group, agent, token)
+        except BaseException:
+            agent.close()
+            raise
+        self._agent = agent
+        mailbox = Mailbox(agent, token, remotes)
+        self._wire: _Wire | None = _Wire(pool, Regions(registered), remotes, mailbox)
+
+    @property
+    def num_open_handles(self) -> int:
+        """Agents, peers, registrations and READs that NIXL holds for this communicator.
+
+        The same before and after every exchange that ended well; 0 after `close`, unless a READ
+        never ended.
+        """
+        return self._agent.num_open
+
+    def _meet(self, group: dist.ProcessGroup, agent: Agent, token: bytes) -> dict[int, Remote]:
+        hello = {
+            "format": _FORMAT,
+            "memory": agent.memory,
+            "device": agent.device_id,
+            "token": token.hex(),
+            "agent": base64.b64encode(agent.describe()).decode(),
+        }
+        remotes = {}
+        for peer, data in self._swap(group, json.dumps(hello).encode()).items():
+            theirs = json.loads(data)
+            for key in ("format", "memory"):
+                if theirs[key] != hello[key]:
+                    raise TransferError(
+                        f"rank {self.rank} has {key} {hello[key]}, rank {peer} {theirs[key]}: "
+                        "all ranks need the same",
+                        rank=self.rank,
+                        peer=peer,
+                    )
+            name = agent.connect(base64.b64decode(theirs["agent"]))
+            remotes[peer] = Remote(name, bytes.fromhex(theirs["token"]), theirs["device"])
+        return remotes
+
+    def _swap(self, group: dist.ProcessGroup, mine: bytes) -> dict[int, bytes]:
+        """Everybody's hello, by rank; at set-up only."""
+        outgoing = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+        sizes = {peer: torch.zeros(1, dtype=torch.int64) for peer in self._peers}
+        own_size = view_bytes(torch.tensor([len(mine)], dtype=torch.int64))
+        self._swap_tensors(
+            group, _TAG_HELLO_SIZE, own_size, {p: view_bytes(size) for p, size in sizes.items()}
+        )
+        hellos = {p: torch.empty(int(size), dtype=torch.uint8) for p, size in sizes.items()}
+        self._swap_tensors(group, _TAG_HELLO, outgoing, hellos)
+        return {peer: hello.numpy().tobytes() for peer, hello in hellos.items()}
+
+    def _swap_tensors(
+        self,
+        group: dist.ProcessGroup,
+        tag: int,
+        outgoing: torch.Tensor,
+        incoming: dict[int, torch.Tensor],
+    ) -> None:
+        exchange = Exchange(group, tag)
+        for peer, tensor in incoming.items():
+            exchange.recv(tensor, peer)
+        for peer in incoming:
+            exchange.send(outgoing, peer)
+        failures = exchange.wait(deadline_in(self.timeout_s))
+        if failures:
+            self._raise({}, failures, self.timeout_s)
+
+    def _exchange(self, outbox: Outbox, inbox: Inbox) -> None:
+        wire = self._wire
+        assert wire is not None, "closed communicators are refused before"
+        exchange = NixlExchange(
+            self.rank,
+            self._num_exchanges,
+            self.timeout_s,
+            self._agent,
+            wire.mailbox,
+            wire.pool,
+            wire.remotes,
+            self._settle,
+        )
+        with self._on_stream():
+            # READs follow no stream: all that writes or reads these tensors must be over.
+            self._settle()
+            pairs = self._pair_up(wire, outbox, inbox)
+            landing = self._register_landings(wire, inbox)
+            try:
+                exchange.run(pairs)
+            finally:
+                self._agent.release_ended()
+                if self._agent.has_reads:
+                    self._agent.quarantine()
+                elif landing is not None:
+                    self._agent.deregister(landing)
+        if any(pair.has_failed for pair in pairs):
+            self._give_up(exchange, pairs)
+
+    def _pair_up(self, wire: _Wire, outbox: Outbox, inbox: Inbox) -> list[Pair]:
+        pairs = []
+        deadline = deadline_in(self.timeout_s)
+        for peer, announced in self._announce(outbox, inbox).items():
+            landings = inbox.get(peer, [])
+            offers = plan_offers(outbox.get(peer, []), wire.registered, wire.pool.piece_bytes)
+            pairs.append(
+                Pair(
+                    peer,
+                    announced,
+                    deque(offers),
+                    Spans.of(span_of(landing.data) for landing in landings),
+                    tuple(landing.data for landing in landings),
+                    deadline,
+                    self.timeout_s,
+                )
+            )
+        return pairs
+
+    def _register_landings(self, wire: _Wire, inbox: Inbox) -> Registration | None:
+        """Make known what is not registered yet: of each storage what will be written."""
+        bounds: dict[int, tuple[int, int]] = {}
+        landings: list[Landing] = [landing for each in inbox.values() for landing in each]
+        for landing in landings:
+            address, num_bytes = span_of(landing.data)
+            if not num_bytes or wire.registered.contain(address, num_bytes):
+                continue
+            storage = landing.data.untyped_storage().data_ptr()
+            start, stop = bounds.get(storage, (address, address))
+            bounds[storage] = min(start, address), max(stop, address + num_bytes)
+        if not bounds:
+            return None
+        return self._agent.register(Spans.of((a, b - a) for a, b in bounds.values()))
+
+    def _give_up(self, exchange: NixlExchange, pairs: list[Pair]) -> NoReturn:
+        """Raise, and tell peers with which all went well that the next exchange will not."""
+        refusals = {pair.peer: pair.refusal for pair in pairs if pair.refusal is not None}
+        failures = {pair.peer: pair.failure for pair in pairs if pair.failure is not None}
+        allowed_s = max(pair.allowed_s for pair in pairs if pair.has_failed)
+        for pair in pairs:
+            if not pair.has_failed:
+                reason = f"rank {self.rank} has failed in exchange {self._num_exchanges}"
+                exchange.tell(pair, Failed(self._num_exchanges + 1, reason))
+        self._raise(refusals, failures, allowed_s)
+
+    def _settle(self) -> None:
+        """Wait on the host for the work that stands on the current stream."""
+        if self._is_cuda:
+            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            event.record()
+            event.synchronize()
+
+    def _on_stream(self) -> contextlib.AbstractContextManager[object]:
+        if not self._is_cuda:
+            return contextlib.nullcontext()
+        return torch.cuda.stream(self._stream or torch.cuda.current_stream(self._device))
+
+    @property
+    def _is_cuda(self) -> bool:
+        return self._device is not None and self._device.type == "cuda"
+
+    def _release(self) -> None:
+        self._wire = None
+        self._agent.close()
