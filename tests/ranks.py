@@ -32,10 +32,8 @@ if TYPE_CHECKING:
     from equipoise.comm.groups import RankGroup
 
 TIMEOUT_S = 50.0
-_SLOW_IMPORTS = (
-    "transformers.integrations.moe",
-    "transformers.models.qwen3_moe.modeling_qwen3_moe",
-)
+# Two seconds for each rank that loads a model, were it not done once before ranks are forked.
+_SLOW_IMPORTS = ("transformers.models.qwen3_moe.modeling_qwen3_moe",)
 
 
 @dataclass(frozen=True)
