@@ -12,7 +12,7 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -34,6 +34,10 @@ _UCX_SETTINGS = MappingProxyType(
         "UCX_USE_MT_MUTEX": "y",
     }
 )
+# NIXL's own Python class leaves this at 0, and an idle agent then takes a whole core. With another
+# value the progress thread sleeps until UCX has something for it, or so long.
+_PROGRESS_DELAY_US = 10_000
+
 # Loading the InfiniBand modules of the 1.5.1 wheels makes Python crash in libnl when it exits.
 _UCX_WITHOUT_INFINIBAND = MappingProxyType({"UCX_MODULES": "^ib"})
 
@@ -90,28 +94,26 @@ class Agent:
     """
 
     def __init__(self, device: torch.device) -> None:
-        api = _load()
+        self._nixl = nixl = _load()
+        self._memory: Any = nixl.DRAM_SEG if device.type == "cpu" else nixl.VRAM_SEG
         self.memory: Literal["DRAM", "VRAM"] = "DRAM" if device.type == "cpu" else "VRAM"
         self.device_id = device.index or 0
         self.name = f"equipoise-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(8)}"
-        config = api.nixl_agent_config(
-            enable_prog_thread=True, capture_telemetry=False, backends=["UCX"]
-        )
-        bindings = sys.modules[api.nixl_agent.__module__].nixlBind
-        found = [value for value in vars(bindings).values() if isinstance(value, type)]
-        self._errors: tuple[type[Exception], ...] = (
-            RuntimeError,
-            *(value for value in found if issubclass(value, Exception)),
-        )
-        self._lost: type[Exception] = bindings.nixlRemoteDisconnectError
+        found = [value for value in vars(nixl).values() if isinstance(value, type)]
+        self._errors = tuple(value for value in found if issubclass(value, Exception))
+        config = nixl.nixlAgentConfig()
+        config.useProgThread = True
+        config.pthrDelay = _PROGRESS_DELAY_US
+        config.useListenThread = False
+        config.captureTelemetry = False
         try:
-            self._agent: Any = api.nixl_agent(self.name, config)
+            self._agent: Any = nixl.nixlAgent(self.name, config)
+            self._agent.createBackend("UCX", {})
         except self._errors as error:
-            raise CommunicatorUnavailable(f"NIXL cannot start here: {error}") from error
-        if "UCX" not in self._agent.backends:
             raise CommunicatorUnavailable(
-                f"this NIXL has no UCX: install the one of PyPI, {_INSTALL}"
-            )
+                f"NIXL is installed and cannot start UCX here ({error}): {_INSTALL} brings one "
+                "that can"
+            ) from error
         self._registrations: set[Registration] = set()
         self._reads: set[Read] = set()
         self._peers: set[str] = set()
@@ -126,18 +128,19 @@ class Agent:
     def register(self, spans: Spans) -> Registration:
         """Make memory known to NIXL; at least one span."""
         table = self._describe(spans, self.device_id)
-        registration = Registration(self._agent.register_memory(table, self.memory))
+        registration = Registration(self._nixl.nixlRegDList(self._memory, table))
+        self._agent.registerMem(registration.descriptors)
         self._registrations.add(registration)
         return registration
 
     def deregister(self, registration: Registration) -> None:
         """Let go of memory that no READ names."""
-        self._agent.deregister_memory(registration.descriptors)
+        self._agent.deregisterMem(registration.descriptors)
         self._registrations.remove(registration)
 
     def describe(self) -> bytes:
         """What peers need to reach this agent and all that it has registered by now."""
-        metadata: bytes = self._agent.get_agent_metadata()
+        metadata: bytes = self._agent.getLocalMD()
         return metadata
 
     def connect(self, metadata: bytes) -> str:
@@ -146,10 +149,9 @@ class Agent:
         Returns:
             Its name.
         """
-        given = self._agent.add_remote_agent(metadata)
-        name = given.decode() if isinstance(given, bytes) else str(given)
+        name: str = self._agent.loadRemoteMD(metadata).decode()
         self._peers.add(name)
-        self._agent.make_connection(name)
+        self._agent.makeConnection(name, [])
         return name
 
     def notify(self, name: str, message: bytes) -> None:
@@ -158,13 +160,13 @@ class Agent:
         Raises: WireError if the peer is gone.
         """
         try:
-            self._agent.send_notif(name, message)
+            self._agent.genNotif(name, message)
         except self._errors as error:
             raise self._explain(error) from error
 
     def take_notifications(self) -> dict[str, list[bytes]]:
         """What has come, by the sender's name; each is returned once."""
-        taken: dict[str, list[bytes]] = self._agent.get_new_notifs()
+        taken: dict[str, list[bytes]] = self._agent.getNotifs({})
         return taken
 
     def post_read(
@@ -187,14 +189,13 @@ class Agent:
             buffers: what to keep alive until then.
         Raises: WireError if the peer is gone, or its memory is not what it described.
         """
-        agent = self._agent
-        here = agent.get_xfer_descs(self._describe(local, self.device_id), self.memory)
-        there = agent.get_xfer_descs(self._describe(remote, remote_device_id), self.memory)
+        here = self._nixl.nixlXferDList(self._memory, self._describe(local, self.device_id))
+        there = self._nixl.nixlXferDList(self._memory, self._describe(remote, remote_device_id))
         try:
-            handle = agent.initialize_xfer("READ", here, there, name, message)
+            handle = self._agent.createXferReq(self._nixl.NIXL_READ, here, there, name, message)
             read = Read(handle, buffers)
             self._reads.add(read)
-            agent.transfer(handle)
+            self._agent.postXferReq(handle)
         except self._errors as error:
             raise self._explain(error) from error
         return read
@@ -202,12 +203,12 @@ class Agent:
     def is_complete(self, read: Read) -> bool:
         """Whether all has arrived. Raises: WireError if it never will."""
         try:
-            state = self._agent.check_xfer_state(read.handle)
+            status = self._agent.getXferStatus(read.handle)
         except self._errors as error:
             raise self._explain(error) from error
-        if state == "ERR":
-            raise WireError("a READ ended in an error")
-        return bool(state == "DONE")
+        if status not in (self._nixl.NIXL_SUCCESS, self._nixl.NIXL_IN_PROG):
+            raise WireError(f"a READ ended with {status}")
+        return bool(status == self._nixl.NIXL_SUCCESS)
 
     @property
     def has_reads(self) -> bool:
@@ -216,7 +217,7 @@ class Agent:
 
     def release(self, read: Read) -> None:
         """Forget a READ that is complete."""
-        read.handle.release()
+        self._agent.releaseXferReq(read.handle)
         self._reads.remove(read)
 
     def release_ended(self) -> None:
@@ -249,7 +250,7 @@ class Agent:
             self.quarantine()
             return
         for name in list(self._peers):
-            self._agent.remove_remote_agent(name)
+            self._agent.invalidateRemoteMD(name)
             self._peers.remove(name)
         for registration in list(self._registrations):
             self.deregister(registration)
@@ -266,7 +267,9 @@ class Agent:
         return np.stack((spans.address, spans.num_bytes, device), axis=1).astype(np.uint64)
 
     def _explain(self, error: Exception) -> WireError:
-        return WireError(f"NIXL says {error}", lost=isinstance(error, self._lost))
+        return WireError(
+            f"NIXL says {error}", lost=isinstance(error, self._nixl.nixlRemoteDisconnectError)
+        )
 
 
 def _list_modules() -> tuple[str, ...]:
@@ -277,21 +280,15 @@ def _list_modules() -> tuple[str, ...]:
     return ("nixl", *builds, "rixl")
 
 
-def _load() -> ModuleType:
-    """The module with NIXL's Python interface. Raises: CommunicatorUnavailable."""
+def _load() -> Any:
+    """The module with NIXL's bindings. Raises: CommunicatorUnavailable."""
     _set_ucx_defaults()
-    quiet = "NIXL_LOG_LEVEL" not in os.environ
     reasons = []
     for name in _list_modules():
         try:
-            module = importlib.import_module(f"{name}._api")
+            return importlib.import_module(f"{name}._bindings")
         except ImportError as error:
             reasons.append(str(error))
-            continue
-        if quiet:
-            # It reports every agent on standard output, which is the program's own.
-            logging.getLogger("nixl").setLevel(logging.WARNING)
-        return module
     raise CommunicatorUnavailable(
         f"the communicator nixl needs NIXL: {_INSTALL} ({'; '.join(reasons)})"
     )
@@ -303,7 +300,7 @@ def _set_ucx_defaults() -> None:
     if not any(Path("/sys/class/infiniband").glob("*")):
         wanted.update(_UCX_WITHOUT_INFINIBAND)
     missing = {name: value for name, value in wanted.items() if name not in os.environ}
-    early = [name for name in _list_modules() if f"{name}._api" in sys.modules]
+    early = [name for name in _list_modules() if f"{name}._bindings" in sys.modules]
     if early and "UCX_RCACHE_MAX_UNRELEASED" in missing:
         logger.warning(
             "%s was imported before Equipoise could set UCX_RCACHE_MAX_UNRELEASED: its cache of "
