@@ -1,1 +1,1 @@
-"""Starts the ranks of a job and watches over them."""
+"""Starts the ranks of a job: as processes of this machine, or as one process of torchrun's."""
