@@ -79,7 +79,8 @@ def run_local(spec: JobSpec, seats: Sequence[Seat], emit: Emit, *, job: str = EN
     Raises: JobFailed, naming the rank that it began with.
     """
     preload_ranks()
-    from torch.distributed.distributed_c10d import TCPStore  # while the forkserver loads it too
+    # Here, so that it loads while the forkserver does.
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     store = TCPStore(
         "127.0.0.1",

@@ -16,7 +16,8 @@ from multiprocessing.connection import Connection, wait
 from typing import cast
 
 import torch
-from torch.distributed.distributed_c10d import Store, TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import Store
 
 from equipoise.comm.groups import RankGroup, create_rank_group
 from equipoise.engine.records import Emit, Record
