@@ -46,24 +46,25 @@ class SlotRows:
 
     Attributes:
         rows: [S, row bytes] uint8, the weights.
-        slots: [n] int64 on the weights' device, which of them.
+        slots: [n] int64, which of them; on the host, where addresses are counted.
     """
 
     rows: Tensor
-    slots: Tensor
+    slots: IntArray
 
     @property
     def num_bytes(self) -> int:
         """Bytes on the wire."""
-        return self.slots.numel() * self.rows.shape[1]
+        return len(self.slots) * self.rows.shape[1]
 
     def pack(self, out: Tensor) -> None:
         """Enqueue the copy into `out` [num_bytes] uint8."""
-        shaped = out.view(self.slots.numel(), self.rows.shape[1])
+        shaped = out.view(len(self.slots), self.rows.shape[1])
+        slots = torch.tensor(self.slots, device=self.rows.device)
         if out.device == self.rows.device:
-            torch.index_select(self.rows, 0, self.slots, out=shaped)
+            torch.index_select(self.rows, 0, slots, out=shaped)
         else:
-            shaped.copy_(self.rows.index_select(0, self.slots), non_blocking=True)
+            shaped.copy_(self.rows.index_select(0, slots), non_blocking=True)
 
 
 Outgoing = WholeTensor | SlotRows
@@ -144,8 +145,7 @@ class QueuedCommunicator(EplbCommunicator):
         incoming = list(self._find_landings(moves))
         for peer, layer, span in _split(moves.send_rank, moves.send_layer):
             for rows in self._rows[layer]:
-                slots = torch.tensor(moves.send_slot[span], device=rows.device)
-                self._outbox.setdefault(peer, []).append(SlotRows(rows, slots))
+                self._outbox.setdefault(peer, []).append(SlotRows(rows, moves.send_slot[span]))
         for peer, landing in incoming:
             self._inbox.setdefault(peer, []).append(landing)
 

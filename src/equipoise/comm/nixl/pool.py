@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,8 +67,8 @@ def _spans_of_rows(item: SlotRows) -> Spans:
     base, row_bytes = item.rows.data_ptr(), item.rows.shape[1]
     if not row_bytes:
         return Spans.of(())
-    address = base + item.slots.cpu().numpy() * row_bytes
-    return Spans(address, address * 0 + row_bytes)
+    address = base + item.slots * row_bytes
+    return Spans(address, np.full_like(address, row_bytes))
 
 
 class SendPool:
