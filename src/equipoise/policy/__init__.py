@@ -49,5 +49,8 @@ def get_policy(name: str) -> PlacementPolicy:
 
 def _find_entries() -> dict[str, EntryPoint]:
     # Ours are listed here too, so that a tree works that was never installed; and they win.
-    ours = (EntryPoint("deepseek", "equipoise.policy.deepseek:DeepSeekPolicy", GROUP),)
+    ours = (
+        EntryPoint("deepseek", "equipoise.policy.deepseek:DeepSeekPolicy", GROUP),
+        EntryPoint("flow", "equipoise.policy.flow:FlowPolicy", GROUP),
+    )
     return {entry.name: entry for entry in (*entry_points(group=GROUP), *ours)}
