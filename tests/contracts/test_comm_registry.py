@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from equipoise.comm import create_eplb_communicator, list_communicators
-from equipoise.errors import ConfigError
+from equipoise.errors import CommunicatorUnavailable, ConfigError
 from tests.contracts.communicators import BACKENDS
 from tests.ranks import Rank, processes
 
@@ -21,7 +21,7 @@ def test_every_registered_wire_is_held_to_the_contract() -> None:
 
 
 @processes(2)
-def test_a_name_means_it_and_auto_says_what_it_chose(rank: Rank) -> None:
+def test_a_name_means_it_and_one_rank_of_a_host_says_which_and_why(rank: Rank) -> None:
     group = rank.make_group(timeout_s=7)
     records: list[str] = []
     handler = logging.Handler()
@@ -29,15 +29,51 @@ def test_a_name_means_it_and_auto_says_what_it_chose(rank: Rank) -> None:
     logger = logging.getLogger("equipoise.comm.registry")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    assert create_eplb_communicator(group, "torch_gloo", ()).name == "torch_gloo"
-    assert records == []
-    for backend in (None, "auto"):
+    wanted = {
+        "torch_gloo": ("torch_gloo", "communicator torch_gloo: as asked for"),
+        "nixl": ("nixl", "communicator nixl: as asked for"),
+        "auto": ("nixl", "communicator nixl: auto; every rank has NIXL"),
+        None: ("nixl", "communicator nixl: auto; every rank has NIXL"),
+    }
+    for backend, (name, word) in wanted.items():
         chosen = create_eplb_communicator(group, backend, ())
-        assert chosen.name == "torch_gloo"
-        assert records.pop().startswith("communicator auto: torch_gloo, which")
+        assert chosen.name == name
+        assert records == ([word] if rank.rank == 0 else [])
+        records.clear()
         chosen.execute()
+        chosen.close()
     with pytest.raises(ConfigError, match=r"'torch_glo': did you mean 'torch_gloo'\? there are"):
         create_eplb_communicator(group, "torch_glo", ())
+
+
+@processes(2)
+def test_ranks_that_ask_for_different_wires_are_told_so(rank: Rank) -> None:
+    group = rank.make_group(timeout_s=7)
+    message = "rank 0 asks for communicator auto, rank 1 for torch_gloo: all ranks need the same"
+    with pytest.raises(ConfigError, match=message):
+        create_eplb_communicator(group, "auto" if rank.rank == 0 else "torch_gloo", ())
+
+
+def hide_nixl() -> None:
+    """Make this process one in which NIXL is not installed."""
+    for name in ("nixl", "nixl_cu13", "nixl_cu12", "rixl"):
+        sys.modules[name] = None  # type: ignore[assignment]
+
+
+@processes(3)
+def test_where_one_rank_has_no_nixl_auto_takes_gloo_and_nixl_is_refused_by_all(rank: Rank) -> None:
+    if rank.rank == 1:
+        hide_nixl()
+    group = rank.make_group(timeout_s=7)
+    message = r"NIXL, which rank 1 cannot import: pip install 'equipoise\[nixl\]'"
+    with pytest.raises(CommunicatorUnavailable, match=message):
+        create_eplb_communicator(group, "nixl", ())
+    assert create_eplb_communicator(group, "auto", ()).name == "torch_gloo"
+
+
+@processes(1)
+def test_a_single_rank_needs_no_nixl(rank: Rank) -> None:
+    assert create_eplb_communicator(rank.make_group(), "auto", ()).name == "torch_gloo"
 
 
 @processes(2)
@@ -57,6 +93,7 @@ def test_groups_of_an_engine_serve_as_well(rank: Rank) -> None:
 
 
 def test_wires_are_imported_on_use() -> None:
-    code = "import sys, equipoise.comm; print('equipoise.comm.torch_gloo' in sys.modules)"
+    code = "import sys, equipoise.comm; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    imported = set(done.stdout.split())
+    assert imported.isdisjoint({"equipoise.comm.torch_gloo", "nixl", "nixl_cu13", "nixl_cu12"})

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import logging
+import socket
+import struct
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol
+from typing import ClassVar, Protocol
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from equipoise.comm.base import EplbCommunicator, ExpertWeights
+from equipoise.comm.exchange import Exchange, deadline_in, explain, name_ranks
 from equipoise.comm.groups import RankGroup
-from equipoise.errors import ConfigError
+from equipoise.comm.nixl.agent import has_nixl
+from equipoise.errors import CommunicatorUnavailable, ConfigError, TransferError
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +31,7 @@ _CLASSES = MappingProxyType(
     }
 )
 _DEFAULT_TIMEOUT_S = 60.0
+_TAG_GREETING = 6
 
 
 class GroupCoordinator(Protocol):
@@ -50,31 +59,110 @@ def create_eplb_communicator(
     Args:
         group_coordinator: its groups carry the weights; a RankGroup's timeout is the
             communicator's, others wait for a peer up to 60 s.
-        backend: a name of `list_communicators`; None or "auto" chooses, and logs which and why.
+        backend: a name of `list_communicators`; None or "auto" takes nixl where every rank has it,
+            else torch_gloo. The first rank of each host logs which it is and why.
         expert_weights: what moves are sent from.
     Returns:
         the communicator; its `name` says which.
     Collective: every rank of the group, with the same backend.
-    Raises: ConfigError if there is none of this name; CommunicatorUnavailable if it cannot work
-        here.
+    Raises: ConfigError if there is none of this name, or ranks ask for different ones;
+        CommunicatorUnavailable if it cannot work on every rank; TransferError if a rank does not
+        come in time.
     """
-    name = backend
-    if name is None or name == "auto":
-        name = "torch_gloo"
-        logger.info("communicator auto: torch_gloo, which works on every device")
-    if name not in _CLASSES:
-        near = difflib.get_close_matches(name, _CLASSES, n=1)
+    asked = backend or "auto"
+    if asked != "auto" and asked not in _CLASSES:
+        near = difflib.get_close_matches(asked, _CLASSES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(
-            f"unknown communicator {name!r}: {hint}there are auto, {', '.join(_CLASSES)}"
+            f"unknown communicator {asked!r}: {hint}there are auto, {', '.join(_CLASSES)}"
         )
     timeout_s = (
         group_coordinator.timeout.total_seconds()
         if isinstance(group_coordinator, RankGroup)
         else _DEFAULT_TIMEOUT_S
     )
+    group = group_coordinator.cpu_group
+    greetings = _greet(group, _Greeting.of_this_rank(asked), timeout_s)
+    name, reason = _choose(asked, greetings)
+    rank = group.rank()
+    if all(greetings[other].host != greetings[rank].host for other in range(rank)):
+        logger.info("communicator %s: %s", name, reason)
     module, _, class_name = _CLASSES[name].partition(":")
     communicator: EplbCommunicator = getattr(importlib.import_module(module), class_name)(
-        group_coordinator.cpu_group, expert_weights, timeout_s
+        group, expert_weights, timeout_s
     )
     return communicator
+
+
+@dataclass(frozen=True)
+class _Greeting:
+    """What ranks tell each other before a communicator is made.
+
+    Attributes:
+        asked: the backend.
+        has_nixl: whether it can be imported; False where it is not asked for.
+        host: [8] bytes, equal on equal hosts.
+    """
+
+    asked: str
+    has_nixl: bool
+    host: bytes
+
+    _LAYOUT: ClassVar[struct.Struct] = struct.Struct("<32s?8s")
+
+    @classmethod
+    def of_this_rank(cls, asked: str) -> _Greeting:
+        host = hashlib.blake2b(socket.gethostname().encode(), digest_size=8).digest()
+        return cls(asked, asked in ("auto", "nixl") and has_nixl(), host)
+
+    def to_tensor(self) -> Tensor:
+        data = self._LAYOUT.pack(self.asked.encode(), self.has_nixl, self.host)
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+    @classmethod
+    def from_tensor(cls, tensor: Tensor) -> _Greeting:
+        asked, found, host = cls._LAYOUT.unpack(tensor.numpy().tobytes())
+        return cls(asked.rstrip(b"\0").decode(), found, host)
+
+
+def _greet(group: dist.ProcessGroup, mine: _Greeting, timeout_s: float) -> list[_Greeting]:
+    """Everybody's greeting, by rank."""
+    own = mine.to_tensor()
+    heard = [torch.empty_like(own) for _ in range(group.size())]
+    heard[group.rank()] = own
+    peers = [peer for peer in range(group.size()) if peer != group.rank()]
+    exchange = Exchange(group, _TAG_GREETING)
+    for peer in peers:
+        exchange.recv(heard[peer], peer)
+    for peer in peers:
+        exchange.send(own, peer)
+    failures = exchange.wait(deadline_in(timeout_s))
+    if failures:
+        what, peer, cause = explain(failures, timeout_s)
+        raise TransferError(
+            f"rank {group.rank()}: no communicator: {what}", rank=group.rank(), peer=peer
+        ) from cause
+    return [_Greeting.from_tensor(tensor) for tensor in heard]
+
+
+def _choose(asked: str, greetings: list[_Greeting]) -> tuple[str, str]:
+    """The backend's name and why; the same on every rank."""
+    for rank, greeting in enumerate(greetings):
+        if greeting.asked != greetings[0].asked:
+            raise ConfigError(
+                f"rank 0 asks for communicator {greetings[0].asked}, rank {rank} for "
+                f"{greeting.asked}: all ranks need the same"
+            )
+    without = [rank for rank, greeting in enumerate(greetings) if not greeting.has_nixl]
+    if asked == "nixl" and without:
+        raise CommunicatorUnavailable(
+            f"the communicator nixl needs NIXL, which {name_ranks(without)} cannot import: "
+            "pip install 'equipoise[nixl]'"
+        )
+    if asked != "auto":
+        return asked, "as asked for"
+    if without:
+        return "torch_gloo", f"auto; {name_ranks(without)} cannot import NIXL"
+    if len(greetings) == 1:
+        return "torch_gloo", "auto; a single rank sends nothing"
+    return "nixl", "auto; every rank has NIXL"
