@@ -137,7 +137,9 @@ def _await(work: dist.Work, deadline: float) -> PeerFailure | None:
     try:
         work.wait(timedelta(milliseconds=left_ms))
     except RuntimeError as error:
-        return PeerFailure(late=time.monotonic() >= deadline, error=error)
+        # A connection that the peer closed says so, also when it is looked at past the deadline.
+        late = time.monotonic() >= deadline and "by peer" not in str(error)
+        return PeerFailure(late=late, error=error)
     return None
 
 

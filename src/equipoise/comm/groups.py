@@ -71,15 +71,17 @@ class RankGroup:
         """NCCL, or the gloo group itself. Raises: MembershipError after `close`."""
         return self._unless_closed(self._device_group)
 
-    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+    def all_gather(self, tensor: Tensor, *, busy_s: float = 0.0) -> list[Tensor]:
         """Everybody's tensor, by rank.
 
         Args:
             tensor: the same shape and dtype on every rank; any device.
+            busy_s: seconds that a rank may have good reason to come later than this one; the
+                timeout begins behind them.
         Returns:
             R tensors of that shape and dtype on the CPU, own one included.
         Collective: every rank of the group, in the same order among the group's collectives.
-        Raises: MembershipError that names the peer, within the timeout.
+        Raises: MembershipError that names the peer, within `busy_s` and the timeout.
         """
         mine = tensor.detach().to("cpu").contiguous()
         gathered = [torch.empty_like(mine) for _ in range(self.size)]
@@ -89,7 +91,7 @@ class RankGroup:
             exchange.recv(view_bytes(gathered[peer]), peer)
         for peer in self._peers():
             exchange.send(view_bytes(mine), peer)
-        self._finish(exchange)
+        self._finish(exchange, busy_s)
         return gathered
 
     def all_reduce(self, tensor: Tensor, op: ReduceOp = "sum") -> None:
@@ -193,8 +195,8 @@ class RankGroup:
     def _peers(self) -> list[int]:
         return [peer for peer in range(self.size) if peer != self.rank]
 
-    def _finish(self, exchange: Exchange) -> None:
-        seconds = self.timeout.total_seconds()
+    def _finish(self, exchange: Exchange, busy_s: float = 0.0) -> None:
+        seconds = busy_s + self.timeout.total_seconds()
         failures = exchange.wait(deadline_in(seconds))
         if failures:
             what, peer, error = explain(failures, seconds)

@@ -1,0 +1,140 @@
+"""Where staged experts lie, and which slots get them: offsets of one rank's share of a chunk."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from equipoise.plan.transfer_plan import TransferPlan
+from equipoise.topology import IntArray
+
+
+@dataclass(frozen=True)
+class StagedBlock:
+    """Experts of one layer that come from one rank; they stand together, tensor by tensor.
+
+    Attributes:
+        source: rank that they come from; may be this one.
+        layer: theirs.
+        rows: [n] int64, rows of the plan, ascending.
+        offset: bytes from the start of the staging buffer.
+        positions: [w] int64, which of the n each write takes; more than one may take the same.
+        slots: [w] int64, local slot (0..S-1) that it fills.
+    """
+
+    source: int
+    layer: int
+    rows: IntArray
+    offset: int
+    positions: IntArray
+    slots: IntArray
+
+    def find_views(self, staging: Tensor, row_bytes: list[int]) -> list[Tensor]:
+        """The block's part of the staging buffer.
+
+        Args:
+            staging: [bytes] uint8.
+            row_bytes: bytes of one slot of each tensor of the layer.
+        Returns:
+            for each tensor [n, row bytes] uint8.
+        """
+        num_rows = len(self.rows)
+        ends = itertools.accumulate((num_rows * size for size in row_bytes), initial=self.offset)
+        return [
+            staging[start:end].view(num_rows, size)
+            for (start, end), size in zip(itertools.pairwise(ends), row_bytes, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class ChunkShare:
+    """What one rank does in one chunk.
+
+    Attributes:
+        layers: [l] int64, the chunk's, ascending; the same on every rank.
+        sent: [s] int64, rows of the plan that this rank sends; by destination, layer, expert.
+        received: [m] int64, rows that it receives; by source, layer, expert.
+        blocks: what it stages, in the order in which it lies: received experts by source and
+            layer, as the wire brings them, then its own by layer.
+        remote_bytes: bytes of the received ones.
+        num_bytes: bytes of all.
+        busiest_bytes: most that any rank sends and receives in this chunk; the same everywhere.
+    """
+
+    layers: IntArray
+    sent: IntArray
+    received: IntArray
+    blocks: tuple[StagedBlock, ...]
+    remote_bytes: int
+    num_bytes: int
+    busiest_bytes: int
+
+
+def share_chunk(
+    plan: TransferPlan, rank: int, layers: IntArray, expert_bytes: IntArray
+) -> ChunkShare:
+    """Work out one rank's share of a chunk.
+
+    Args:
+        plan: what moves.
+        rank: whose share.
+        layers: [l] int64, the chunk's.
+        expert_bytes: [L] int64, bytes of one expert of each layer.
+    Collective: none.
+    """
+    inside = np.isin(plan.layer, layers)
+    comes_from, goes_to = plan.src_rank, plan.dst_rank
+    sent = np.flatnonzero(inside & (comes_from == rank) & (goes_to != rank))
+    sent = sent[np.argsort(goes_to[sent], kind="stable")]
+    staged = np.flatnonzero(inside & (goes_to == rank))
+    # Own experts last; the sort is stable, so layers and experts keep the plan's order.
+    staged = staged[np.lexsort((comes_from[staged], comes_from[staged] == rank))]
+    is_remote = comes_from[staged] != rank
+    sizes = expert_bytes[plan.layer[staged]]
+    return ChunkShare(
+        layers=layers,
+        sent=sent,
+        received=staged[is_remote],
+        blocks=_cut_blocks(plan, staged, sizes),
+        remote_bytes=int(sizes[is_remote].sum()),
+        num_bytes=int(sizes.sum()),
+        busiest_bytes=_find_busiest(plan, np.flatnonzero(inside & ~plan.is_local), expert_bytes),
+    )
+
+
+def _find_busiest(plan: TransferPlan, travelling: IntArray, expert_bytes: IntArray) -> int:
+    ends = np.concatenate((plan.src_rank[travelling], plan.dst_rank[travelling]))
+    sizes = np.tile(expert_bytes[plan.layer[travelling]], 2)
+    return int(np.bincount(ends, sizes, minlength=1).max())
+
+
+def _cut_blocks(plan: TransferPlan, staged: IntArray, sizes: IntArray) -> tuple[StagedBlock, ...]:
+    if not staged.size:
+        return ()
+    source, layer = plan.src_rank[staged], plan.layer[staged]
+    starts = np.flatnonzero((np.diff(source) != 0) | (np.diff(layer) != 0)) + 1
+    edges = [0, *starts.tolist(), len(staged)]
+    offsets = np.concatenate(([0], np.cumsum(sizes)))
+    # Writes in the order of where their row lies, so that a block's are a slice of them.
+    place_of_row = np.full(len(plan.layer), -1)
+    place_of_row[staged] = np.arange(len(staged))
+    place = place_of_row[plan.write_row]
+    writes = np.argsort(place, kind="stable")
+    place = place[writes]
+    blocks = []
+    for start, stop in itertools.pairwise(edges):
+        ours = slice(*np.searchsorted(place, (start, stop)))
+        blocks.append(
+            StagedBlock(
+                source=int(source[start]),
+                layer=int(layer[start]),
+                rows=staged[start:stop],
+                offset=int(offsets[start]),
+                positions=place[ours] - start,
+                slots=plan.write_slot[writes[ours]] % plan.new.topology.slots_per_rank,
+            )
+        )
+    return tuple(blocks)
