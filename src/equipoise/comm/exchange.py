@@ -64,14 +64,14 @@ class Exchange:
         try:
             work = post([tensor], peer, self._tag)
         except RuntimeError as error:
-            self.failures.setdefault(peer, PeerFailure(late=False, error=error))
+            self.failures.setdefault(peer, _blame(error, late=False))
             return
         self._messages.append(_Message(peer, incoming, work, tensor))
 
     def wait(
         self, deadline: float, on_received: Callable[[int], None] | None = None
     ) -> Mapping[int, PeerFailure]:
-        """Wait for everything that was posted, also when some of it fails.
+        """Wait for everything that was posted, also when some of it fails; the last call.
 
         Args:
             deadline: of all of it, on the clock of time.monotonic.
@@ -96,6 +96,8 @@ class Exchange:
         finally:
             # Not empty only where the caller was interrupted.
             _leak(pending)
+            # Whoever keeps an error keeps this exchange, and not the connections.
+            del self._group
         return self.failures
 
 
@@ -139,8 +141,13 @@ def _await(work: dist.Work, deadline: float) -> PeerFailure | None:
     except RuntimeError as error:
         # A connection that the peer closed says so, also when it is looked at past the deadline.
         late = time.monotonic() >= deadline and "by peer" not in str(error)
-        return PeerFailure(late=late, error=error)
+        return _blame(error, late=late)
     return None
+
+
+def _blame(error: RuntimeError, *, late: bool) -> PeerFailure:
+    # Its frames would keep the connections open for as long as somebody keeps the error.
+    return PeerFailure(late=late, error=error.with_traceback(None))
 
 
 def _leak(abandoned: object) -> None:
