@@ -5,6 +5,7 @@ EquipoiseError
 ├── PlacementError (ValueError)     a placement cannot be, or does not fit
 ├── TraceError (ValueError)         a load file cannot be read as one
 ├── ModelError (ValueError)         a model or a checkpoint cannot be taken over
+├── DependencyError (ImportError)   an optional package is not installed; says how to
 ├── CommunicatorUnavailable         a wire cannot work here; says what to install
 ├── TransferError                   weights did not arrive; names the ranks
 └── MembershipError                 the set of ranks is not what it must be
@@ -31,6 +32,10 @@ class TraceError(EquipoiseError, ValueError):
 
 class ModelError(EquipoiseError, ValueError):
     """A model or a checkpoint cannot be taken over."""
+
+
+class DependencyError(EquipoiseError, ImportError):
+    """An optional package is not installed; the message says how to install it."""
 
 
 class CommunicatorUnavailable(EquipoiseError):  # noqa: N818 - the field's name for it

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from equipoise.balancer.stats import ModelStats
 from equipoise.comm.base import EplbCommunicator, ExpertWeights
 from equipoise.dispatch.maps import PlacementMaps
+from equipoise.errors import PlacementError
 from equipoise.load.recorder import LoadRecorder
 from equipoise.load.window import LoadWindow
 from equipoise.placement import Placement
 from equipoise.topology import IntArray
+
+OnCommit = Callable[[int, IntArray], None]
+"""Called with a layer and its local slots [n] int64, n > 0, that hold another expert now."""
 
 
 @dataclass
@@ -26,6 +32,9 @@ class EplbModelState:
         recorder: counts the tokens of the current step.
         window: logical load of the last steps.
         communicator: the wire for its weights.
+        rank: whose slots these are.
+        on_commit: what the engine does with slots that have switched, or None.
+        stats: its rebalances so far.
     """
 
     name: str
@@ -34,24 +43,20 @@ class EplbModelState:
     recorder: LoadRecorder
     window: LoadWindow
     communicator: EplbCommunicator
+    rank: int
+    on_commit: OnCommit | None = None
+    stats: ModelStats = field(default_factory=ModelStats)
     since_log: torch.Tensor = field(init=False)
     """[L, E] int64, tokens of this rank per expert since balancedness was last logged."""
 
     def __post_init__(self) -> None:
         self.since_log = torch.zeros_like(self.maps.replica_counts)
+        self._addresses = self._find_addresses()
 
     @property
     def placement(self) -> Placement:
         """The placement that is committed."""
         return self.maps.placement
-
-    @property
-    def expert_bytes(self) -> IntArray:
-        """[L] int64, bytes of one expert in each layer, all its tensors."""
-        return np.array(
-            [sum(t[0].numel() * t.element_size() for t in layer) for layer in self.expert_weights],
-            dtype=np.int64,
-        )
 
     def record_step(self) -> None:
         """Take the step's counts into the window, and start the next step at zero.
@@ -60,3 +65,52 @@ class EplbModelState:
         """
         self.window.push(self.recorder.counts, self.maps.slot_to_expert)
         self.recorder.clear()
+
+    def commit(self, target: Placement, layers: IntArray) -> None:
+        """Switch the maps of layers whose slots have just been filled, and tell the engine.
+
+        Args:
+            target: what their slots hold now.
+            layers: [l] int64.
+        Collective: none; every rank at the same step.
+        """
+        before = self.placement
+        self.maps.commit(target, layers)
+        if self.on_commit is None:
+            return
+        for layer, slots in _find_switched(before, target, layers, self.rank):
+            self.on_commit(layer, slots)
+
+    def check_storage(self) -> None:
+        """Refuse weights that have moved in memory, where a wire would not find them.
+
+        Collective: none.
+        Raises: PlacementError that names the layer and the tensor.
+        """
+        for (layer, tensor), then, now in zip(
+            ((i, t) for i, each in enumerate(self.expert_weights) for t in range(len(each))),
+            self._addresses,
+            self._find_addresses(),
+            strict=True,
+        ):
+            if then != now:
+                raise PlacementError(
+                    f"model {self.name!r}: layer {layer}, tensor {tensor} has moved in memory "
+                    "since it was added: weights must keep their storage, copy into it instead"
+                )
+
+    def _find_addresses(self) -> list[int]:
+        return [tensor.data_ptr() for layer in self.expert_weights for tensor in layer]
+
+
+def _find_switched(
+    before: Placement, after: Placement, layers: IntArray, rank: int
+) -> Iterable[tuple[int, IntArray]]:
+    num_slots = after.topology.slots_per_rank
+    local = slice(rank * num_slots, (rank + 1) * num_slots)
+    for layer in layers.tolist():
+        held = after.slot_to_expert[layer, local]
+        # An empty slot keeps its bytes, so there is nothing to derive from them anew.
+        changed = (held != before.slot_to_expert[layer, local]) & (held >= 0)
+        if changed.any():
+            yield layer, np.flatnonzero(changed)

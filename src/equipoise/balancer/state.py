@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import threading
 import time
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from equipoise.balancer.model_state import EplbModelState
+from equipoise.balancer.model_state import EplbModelState, OnCommit
 from equipoise.balancer.outcome import RebalanceOutcome
+from equipoise.balancer.stats import EplbStats
 from equipoise.comm.base import EplbCommunicator, ExpertWeights
 from equipoise.comm.groups import RankGroup
 from equipoise.config import EPLBConfig
 from equipoise.dispatch.maps import PlacementMaps
-from equipoise.errors import ConfigError, MembershipError
+from equipoise.errors import ConfigError, DependencyError, EquipoiseError, PlacementError
 from equipoise.load.recorder import LoadRecorder
 from equipoise.load.window import LoadWindow
-from equipoise.placement import Placement, measure_balancedness, spread_load
+from equipoise.placement import measure_balancedness, spread_load
 from equipoise.plan.transfer_plan import make_plan
 from equipoise.policy.base import PlacementPolicy
 from equipoise.topology import IntArray
-from equipoise.transfer.executor import TransferStats, rearrange_expert_weights_inplace
+from equipoise.transfer.agreement import agree
+from equipoise.transfer.executor import (
+    TransferStats,
+    check_fit,
+    rearrange_expert_weights_inplace,
+)
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.registry import Collector
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +43,8 @@ logger = logging.getLogger(__name__)
 class EplbState:
     """Keeps the experts of one or more models balanced over the ranks of a group.
 
-    Owner: the forward thread of its rank; nothing else calls it.
+    Owner: the forward thread of its rank, which makes every call; only `stats` may be called from
+    any thread.
 
     Args:
         config: the same on every rank.
@@ -44,6 +58,9 @@ class EplbState:
         self.policy = policy
         self.steps = 0
         self._models: dict[str, EplbModelState] = {}
+        self._listeners: list[Callable[[RebalanceOutcome], None]] = []
+        # Guards what `stats` reads.
+        self._lock = threading.Lock()
 
     def add_model(
         self,
@@ -52,57 +69,157 @@ class EplbState:
         maps: PlacementMaps,
         recorder: LoadRecorder,
         communicator: EplbCommunicator,
+        *,
+        on_commit: OnCommit | None = None,
     ) -> EplbModelState:
         """Put a model under balance, before its first step.
 
         Args:
             name: not used by another model of this state.
-            expert_weights: per MoE layer the tensors [S, ...] of this rank's slots.
+            expert_weights: per MoE layer the tensors [S, ...] of this rank's slots, contiguous,
+                each with memory of its own that it keeps.
             maps: its placement on the device.
             recorder: what its layers count tokens with.
             communicator: a wire that knows these weights.
+            on_commit: called on the forward thread with a layer and its local slots [n] int64
+                that hold another expert now, after slots and maps have switched and before the
+                next forward pass, so that the engine makes anew what it derived from the weights.
+                What it raises ends `step`, on this rank alone.
         Collective: every rank of the group, models in the same order.
-        Raises: ConfigError if the name is taken; MembershipError, on every rank, if ranks come
-            with different configurations or placements.
+        Raises: ConfigError if the name is taken; PlacementError, naming the layer and the tensor,
+            if weights, recorder or maps do not fit each other; TransferError, on every other
+            rank, if one has such a problem, and on every rank if they come with different
+            configurations, placements or weights; MembershipError if one does not come.
         """
-        if name in self._models:
-            raise ConfigError(f"a model named {name!r} is already under balance")
-        self._compare_over_ranks(name, maps.placement)
-        window = LoadWindow(
-            maps.placement.num_layers,
-            maps.placement.num_experts,
-            self.config.window_size,
-            maps.slot_to_expert.device,
+        problem: Exception | None = None
+        try:
+            if name in self._models:
+                raise ConfigError(f"a model named {name!r} is already under balance")
+            check_fit(maps.placement, expert_weights, self.group)
+            _check_recorder(recorder, maps)
+        except EquipoiseError as error:
+            problem = error
+        facts = {
+            "model name": name,
+            "configuration": self.config.model_dump_json(),
+            "policy": self.policy.name,
+            "placement": maps.placement.fingerprint(),
+            "weights": repr([[(list(t.shape), t.dtype) for t in each] for each in expert_weights]),
+        }
+        agree(self.group, facts, problem)
+        model = EplbModelState(
+            name,
+            expert_weights,
+            maps,
+            recorder,
+            LoadWindow(
+                maps.placement.num_layers,
+                maps.placement.num_experts,
+                self.config.window_size,
+                recorder.counts.device,
+            ),
+            communicator,
+            self.group.rank,
+            on_commit,
         )
-        model = EplbModelState(name, expert_weights, maps, recorder, window, communicator)
-        self._models[name] = model
+        with self._lock:
+            self._models[name] = model
         return model
+
+    def add_listener(self, listener: Callable[[RebalanceOutcome], None]) -> None:
+        """Tell this listener, too, of every rebalance.
+
+        Args:
+            listener: called on the forward thread, on this rank, once all models' experts are
+                where they go.
+        Collective: none.
+        """
+        self._listeners.append(listener)
+
+    def stats(self) -> EplbStats:
+        """Figures of this moment; any thread may ask. Collective: none."""
+        with self._lock:
+            figures = {model.name: model.stats for model in self._models.values()}
+            return EplbStats(self.steps, MappingProxyType(figures))
+
+    def register_metrics(self, registry: CollectorRegistry) -> Collector:
+        """Have the caller's Prometheus registry read `stats` when it is scraped.
+
+        Returns:
+            what `registry.unregister` takes; until then the registry keeps this state alive.
+        Collective: none; all figures but steps are the same on every rank.
+        Raises: DependencyError without prometheus-client; ValueError if the registry has metrics
+            of these names.
+        """
+        try:
+            from equipoise.balancer.metrics import register_stats
+        except ImportError as error:
+            raise DependencyError(
+                "metrics need prometheus-client: pip install 'equipoise[metrics]'"
+            ) from error
+        return register_stats(registry, self.stats)
 
     def step(self) -> tuple[RebalanceOutcome, ...]:
         """Close a forward pass: take its load, and rebalance when a plan is due.
 
+        A rank without requests calls it as often as the others: its forward pass is a dummy whose
+        tokens are padding, so it takes part in dispatch and adds nothing to the load.
+
         Returns:
             One outcome per model that a plan was made for; empty on most steps.
         Collective: every rank of the group, once after each forward pass.
-        Raises: TransferError or MembershipError, on every rank concerned, within the deadline.
+        Raises: TransferError or MembershipError, on every rank concerned, within the deadline;
+            PlacementError if weights have moved in memory.
         """
-        self.steps += 1
+        with self._lock:
+            self.steps += 1
         for model in self._models.values():
             model.record_step()
         if self.config.log_balancedness:
             self._log_balancedness()
         return self.rearrange() if self.steps % self.config.step_interval == 0 else ()
 
-    def rearrange(self) -> tuple[RebalanceOutcome, ...]:
+    def rearrange(self, *, is_profile: bool = False) -> tuple[RebalanceOutcome, ...]:
         """Plan from the window's load now, and move experts.
 
+        Args:
+            is_profile: change nothing, but take the buffers that a real call may need, so that
+                memory profiling sees them.
         Returns:
-            One outcome per model whose window has any load.
+            One outcome per model whose window has any load; none of a profile pass.
         Collective: every rank of the group, at the same step.
-        Raises: as `step`.
+        Raises: as `step`; TransferError if ranks come at different steps or with different models.
         """
-        outcomes = [self._rearrange_model(model) for model in self._models.values()]
-        return tuple(outcome for outcome in outcomes if outcome is not None)
+        self._agree_to_move()
+        if is_profile:
+            for model in self._models.values():
+                rearrange_expert_weights_inplace(
+                    model.placement,
+                    model.placement,
+                    model.expert_weights,
+                    model.communicator,
+                    self.group,
+                    staging_bytes=self.config.staging_bytes,
+                    is_profile=True,
+                )
+            return ()
+        told = [self._rearrange_model(model) for model in self._models.values()]
+        outcomes = tuple(outcome for outcome in told if outcome is not None)
+        # Only now: a listener that raises shall not keep this rank from what others move.
+        for outcome in outcomes:
+            for listener in self._listeners:
+                listener(outcome)
+        return outcomes
+
+    def _agree_to_move(self) -> None:
+        problem: Exception | None = None
+        try:
+            for model in self._models.values():
+                model.check_storage()
+        except EquipoiseError as error:
+            problem = error
+        facts = {"number of steps": str(self.steps), "models": repr(list(self._models))}
+        agree(self.group, facts, problem)
 
     def _rearrange_model(self, model: EplbModelState) -> RebalanceOutcome | None:
         started = time.perf_counter()
@@ -120,7 +237,7 @@ class EplbState:
             model.communicator,
             self.group,
             staging_bytes=self.config.staging_bytes,
-            on_commit=lambda layers: model.maps.commit(target, layers),
+            on_commit=lambda layers: model.commit(target, layers),
             plan=plan,
         )
         sums, seconds = self._reduce_stats(stats, planned - started)
@@ -137,6 +254,8 @@ class EplbState:
             balancedness_after=measure_balancedness(spread_load(load, target)),
             placement=target,
         )
+        with self._lock:
+            model.stats = model.stats.add(outcome)
         if self.group.rank == 0:
             _log_outcome(outcome)
         return outcome
@@ -172,17 +291,18 @@ class EplbState:
                     per_layer.min(),
                 )
 
-    def _compare_over_ranks(self, name: str, placement: Placement) -> None:
-        said = (name, self.config.model_dump_json(), self.policy.name, placement.fingerprint())
-        digest = hashlib.blake2b(repr(said).encode(), digest_size=8).digest()
-        mine = torch.frombuffer(bytearray(digest), dtype=torch.int64)
-        everybody = [int(theirs) for theirs in self.group.all_gather(mine)]
-        different = [rank for rank, theirs in enumerate(everybody) if theirs != everybody[0]]
-        if different:
-            raise MembershipError(
-                f"rank 0 and rank {', '.join(map(str, different))} add model {name!r} with "
-                "different configurations, policies or placements; they must be the same"
-            )
+
+def _check_recorder(recorder: LoadRecorder, maps: PlacementMaps) -> None:
+    counted, placed = list(recorder.counts.shape), list(maps.slot_to_expert.shape)
+    if counted != placed:
+        raise PlacementError(
+            f"the recorder counts [layers, slots] {counted}, the placement has {placed}"
+        )
+    if recorder.counts.device != maps.slot_to_expert.device:
+        raise PlacementError(
+            f"the recorder is on {recorder.counts.device}, the maps are on "
+            f"{maps.slot_to_expert.device}: both must be where tokens are routed"
+        )
 
 
 def _log_outcome(outcome: RebalanceOutcome) -> None:

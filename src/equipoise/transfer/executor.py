@@ -102,7 +102,7 @@ def rearrange_expert_weights_inplace(
     problem: Exception | None = None
     facts = dict.fromkeys(("old placement", "new placement", "plan", "weights", "options"), "")
     try:
-        _check_fit(old, expert_weights, group)
+        check_fit(old, expert_weights, group)
         plan = plan or make_plan(old, new)
         facts = _collect_facts(old, new, plan, expert_weights)
     except EquipoiseError as error:
@@ -242,17 +242,26 @@ class _Mover:
         return torch.tensor(numbers, device=self.staging.device)
 
 
-def _check_fit(old: Placement, expert_weights: ExpertWeights, group: RankGroup) -> None:
+def check_fit(placement: Placement, expert_weights: ExpertWeights, group: RankGroup) -> None:
+    """Refuse weights that are not what a placement says of a rank's slots.
+
+    Args:
+        placement: what the slots hold.
+        expert_weights: per layer the tensors [S, ...] of this rank's slots.
+        group: all ranks of the placement.
+    Collective: none.
+    Raises: PlacementError that says what does not fit, as `check_expert_weights` does too.
+    """
     check_expert_weights(expert_weights)
-    topology = old.topology
+    topology = placement.topology
     if topology.num_ranks != group.size:
         raise PlacementError(
             f"the placement is for {topology.num_ranks} ranks, the group has {group.size}"
         )
-    if len(expert_weights) != old.num_layers:
+    if len(expert_weights) != placement.num_layers:
         raise PlacementError(
             f"there are weights for {len(expert_weights)} layers, the placement has "
-            f"{old.num_layers}"
+            f"{placement.num_layers}"
         )
     num_slots = expert_weights[0][0].shape[0]
     if num_slots != topology.slots_per_rank:
