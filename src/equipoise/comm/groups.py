@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import threading
 import time
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from equipoise.comm.byte_views import view_bytes
 from equipoise.comm.exchange import Exchange, deadline_in, explain, name_ranks
-from equipoise.errors import MembershipError
+from equipoise.errors import ConfigError, MembershipError
 
 ReduceOp = Literal["sum", "max", "min"]
 
@@ -27,9 +29,10 @@ class RankGroup:
     """One generation's groups of one rank.
 
     Built from a store by `create_rank_group`, beside other generations and without torch's
-    default group. Control collectives are exchanged directly between every two ranks: one hop,
-    the same result bit for bit on every rank, and a failure that names the peer. They are meant
-    for small tensors: a rank holds R copies.
+    default group; or over groups that an engine has already, which it keeps. Control collectives
+    are exchanged directly between every two ranks: one hop, the same result bit for bit on every
+    rank, and a failure that names the peer. They are meant for small tensors: a rank holds R
+    copies.
 
     Attributes:
         rank: number of this rank in the generation.
@@ -50,6 +53,8 @@ class RankGroup:
         timeout: timedelta,
         cpu_group: dist.ProcessGroup,
         device_group: dist.ProcessGroup,
+        *,
+        owns_device_group: bool = True,
     ) -> None:
         self.rank = rank
         self.size = size
@@ -59,7 +64,108 @@ class RankGroup:
         self.store = store
         self._cpu_group: dist.ProcessGroup | None = cpu_group
         self._device_group: dist.ProcessGroup | None = device_group
+        self._owns_device_group = owns_device_group
         self._num_decisions = 0
+
+    @classmethod
+    def from_process_groups(
+        cls,
+        cpu_group: dist.ProcessGroup,
+        device_group: dist.ProcessGroup | None = None,
+        *,
+        device: torch.device,
+        timeout: timedelta,
+        store: Store | None = None,
+    ) -> Self:
+        """Take groups that an engine has already; it keeps them, also when this one is closed.
+
+        A deadline that passes closes the connections of `cpu_group`, and messages travel over it
+        by tag: an engine that sends on it too, or goes on after a failure, gives one of its own,
+        like `torch.distributed.new_group(ranks, backend="gloo")`.
+
+        Args:
+            cpu_group: with a gloo backend; the default group, a subgroup, or one that torch's
+                registry does not know.
+            device_group: of the same ranks in the same order, for tokens; None for `cpu_group`.
+            device: where this rank's weights are.
+            timeout: longest wait for another rank.
+            store: that all of these ranks reach; None for the one `cpu_group` was made from.
+                Other groups may use it too.
+        Collective: every rank of the group.
+        Raises: ConfigError if this process is not in a group, a group has no gloo backend, or
+            both differ; MembershipError if a rank does not come in time.
+        """
+        for name, given in (("cpu_group", cpu_group), ("device_group", device_group or cpu_group)):
+            if not isinstance(given, dist.ProcessGroup):
+                raise ConfigError(f"{name} is no group that this process is a member of")
+            seat, expected = (given.rank(), given.size()), (cpu_group.rank(), cpu_group.size())
+            if seat != expected:
+                raise ConfigError(
+                    f"this process is rank {expected[0]} of {expected[1]} in cpu_group, but "
+                    f"{seat[0]} of {seat[1]} in {name}: both must have the same ranks"
+                )
+        _check_gloo(cpu_group)
+        store = store or cpu_group.get_group_store()
+        group = cls(
+            store,
+            cpu_group.rank(),
+            cpu_group.size(),
+            device,
+            0,
+            timeout,
+            cpu_group,
+            device_group or cpu_group,
+            owns_device_group=False,
+        )
+        # Rank 0's word sets this group's keys apart from all others in the store.
+        word = torch.tensor([secrets.randbits(62)])
+        group.store = PrefixStore(f"equipoise/{int(group.all_gather(word)[0]):x}/", store)
+        return group
+
+    @classmethod
+    def from_device_mesh(
+        cls, mesh: DeviceMesh, dim: str | int | None = None, *, timeout: timedelta
+    ) -> Self:
+        """Take the ranks of a mesh dimension; tokens travel over the mesh's own group.
+
+        Control collectives get a gloo group of their own, made from the store of the mesh's group:
+        a deadline that passes leaves the mesh as it is.
+
+        Args:
+            mesh: of CPU or CUDA devices; on CUDA, this rank's current device.
+            dim: name or number of the dimension; None where there is but one.
+            timeout: longest wait for another rank.
+        Collective: every rank of the dimension.
+        Raises: ConfigError if there is no such dimension; MembershipError if a rank does not come
+            in time.
+        """
+        try:
+            mesh_group = mesh.get_group(dim)
+        except (RuntimeError, KeyError, IndexError) as error:
+            names = ", ".join(mesh.mesh_dim_names or map(str, range(mesh.ndim)))
+            raise ConfigError(
+                f"dim {dim!r} is none of the mesh's dimensions: ask for one of {names}"
+            ) from error
+        rank, size, store = mesh_group.rank(), mesh_group.size(), mesh_group.get_group_store()
+        device = torch.device(mesh.device_type)
+        if device.type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device())
+        # All ranks count their calls alike, so a mesh may be taken more than once.
+        number = store.add(f"equipoise/mesh/{rank}", 1)
+        prefixed = PrefixStore(f"equipoise/mesh{number}/", store)
+        _meet(prefixed, rank, size, timeout)
+        cpu_group = _create_gloo(prefixed, rank, size, timeout)
+        return cls(
+            prefixed,
+            rank,
+            size,
+            device,
+            0,
+            timeout,
+            cpu_group,
+            mesh_group,
+            owns_device_group=False,
+        )
 
     @property
     def cpu_group(self) -> dist.ProcessGroup:
@@ -68,7 +174,7 @@ class RankGroup:
 
     @property
     def device_group(self) -> dist.ProcessGroup:
-        """NCCL, or the gloo group itself. Raises: MembershipError after `close`."""
+        """NCCL, the gloo group itself, or the engine's. Raises: MembershipError after `close`."""
         return self._unless_closed(self._device_group)
 
     def all_gather(self, tensor: Tensor, *, busy_s: float = 0.0) -> list[Tensor]:
@@ -177,12 +283,12 @@ class RankGroup:
         return answers[0].decode()
 
     def close(self) -> None:
-        """Let the groups go; twice is fine.
+        """Let the groups go, those of the engine unharmed; twice is fine.
 
         Collective: none; never waits for a peer.
         """
         held = [group for group in (self._cpu_group, self._device_group) if group is not None]
-        owns_nccl = self._device_group is not self._cpu_group
+        owns_nccl = self._owns_device_group and self._device_group is not self._cpu_group
         self._cpu_group = self._device_group = None
         # A group with operations that never ended blocks in its destructor.
         thread = threading.Thread(
@@ -275,6 +381,18 @@ def _meet(store: Store, rank: int, size: int, timeout: timedelta) -> None:
                 rank=rank,
                 peer=(missing or [peer])[0],
             ) from error
+
+
+def _check_gloo(group: dist.ProcessGroup) -> None:
+    try:
+        name = group._get_backend(torch.device("cpu")).name()
+    except RuntimeError:
+        name = "none"
+    if name != "gloo":
+        raise ConfigError(
+            f"cpu_group needs the backend gloo for CPU tensors, and has {name}: make one by "
+            'torch.distributed.new_group(ranks, backend="gloo")'
+        )
 
 
 def _create_gloo(store: Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
