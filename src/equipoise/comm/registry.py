@@ -1,16 +1,20 @@
-"""Which wires there are, and how one is made."""
+"""Which wires there are, and how one is made.
+
+Wires are found by name: ours, and those that installed packages bring as entry points of the group
+`equipoise.communicators`. Such a class takes what ours take: a process group, the expert weights,
+and the seconds to wait for a peer. None is imported before it is asked for.
+"""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib
 import logging
 import socket
 import struct
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import ClassVar, Protocol
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,12 +28,16 @@ from equipoise.errors import CommunicatorUnavailable, ConfigError, TransferError
 
 logger = logging.getLogger(__name__)
 
-_CLASSES = MappingProxyType(
-    {
-        "nixl": "equipoise.comm.nixl:NixlEplbCommunicator",
-        "torch_gloo": "equipoise.comm.torch_gloo:TorchDistGlooStagedEplbCommunicator",
-    }
+GROUP = "equipoise.communicators"
+_OURS = (
+    EntryPoint("nixl", "equipoise.comm.nixl:NixlEplbCommunicator", GROUP),
+    EntryPoint(
+        "torch_gloo", "equipoise.comm.torch_gloo:TorchDistGlooStagedEplbCommunicator", GROUP
+    ),
 )
+_NOT_YET = ("pynccl", "torch_nccl")
+"""Names that vLLM has, and this version has not."""
+
 _DEFAULT_TIMEOUT_S = 60.0
 _TAG_GREETING = 6
 
@@ -47,8 +55,8 @@ class GroupCoordinator(Protocol):
 
 
 def list_communicators() -> tuple[str, ...]:
-    """Names that a communicator may be asked for by, sorted."""
-    return tuple(sorted(_CLASSES))
+    """Names that a communicator may be asked for by, sorted. Collective: none."""
+    return tuple(sorted(_find_entries()))
 
 
 def create_eplb_communicator(
@@ -66,16 +74,13 @@ def create_eplb_communicator(
         the communicator; its `name` says which.
     Collective: every rank of the group, with the same backend.
     Raises: ConfigError if there is none of this name, or ranks ask for different ones;
-        CommunicatorUnavailable if it cannot work on every rank; TransferError if a rank does not
-        come in time.
+        CommunicatorUnavailable if it cannot work on every rank, or is not in this version;
+        TransferError if a rank does not come in time.
     """
     asked = backend or "auto"
-    if asked != "auto" and asked not in _CLASSES:
-        near = difflib.get_close_matches(asked, _CLASSES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(
-            f"unknown communicator {asked!r}: {hint}there are auto, {', '.join(_CLASSES)}"
-        )
+    entries = _find_entries()
+    if asked != "auto" and asked not in entries:
+        raise _refuse_name(asked, sorted(entries))
     timeout_s = (
         group_coordinator.timeout.total_seconds()
         if isinstance(group_coordinator, RankGroup)
@@ -87,11 +92,37 @@ def create_eplb_communicator(
     rank = group.rank()
     if all(greetings[other].host != greetings[rank].host for other in range(rank)):
         logger.info("communicator %s: %s", name, reason)
-    module, _, class_name = _CLASSES[name].partition(":")
-    communicator: EplbCommunicator = getattr(importlib.import_module(module), class_name)(
-        group, expert_weights, timeout_s
-    )
+    communicator: EplbCommunicator = _load(entries[name])(group, expert_weights, timeout_s)
     return communicator
+
+
+def _find_entries() -> dict[str, EntryPoint]:
+    # Ours are listed here, so that a tree works that was never installed; and they win.
+    return {entry.name: entry for entry in (*entry_points(group=GROUP), *_OURS)}
+
+
+def _refuse_name(name: str, there: list[str]) -> Exception:
+    choice = f"there are auto, {', '.join(there)}"
+    if name in _NOT_YET:
+        return CommunicatorUnavailable(f"communicator {name!r} is not in this version: {choice}")
+    near = difflib.get_close_matches(name, there, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return ConfigError(f"unknown communicator {name!r}: {hint}{choice}")
+
+
+def _load(entry: EntryPoint) -> Any:
+    """The class, whose constructor is no part of the contract of its instances."""
+    try:
+        found = entry.load()
+    except (ImportError, AttributeError) as error:
+        raise CommunicatorUnavailable(
+            f"communicator {entry.name!r} cannot be loaded from {entry.value}: {error}"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, EplbCommunicator)):
+        raise ConfigError(
+            f"communicator {entry.name!r}: {entry.value} is not a subclass of EplbCommunicator"
+        )
+    return found
 
 
 @dataclass(frozen=True)
