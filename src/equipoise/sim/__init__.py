@@ -1,0 +1,1 @@
+"""What placements would have been worth on load that was recorded."""
