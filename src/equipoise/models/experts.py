@@ -108,8 +108,8 @@ def make_expert_parallel(
     Raises: ModelError if the model has no experts that can be taken over, or other layers or
         experts than the placement.
     """
+    _check_shape(model, maps)
     layers = _find_experts(model)
-    _check_shape(layers, maps)
     function = _load_experts_function()
     routing = _Routing()
     expert_weights = []
@@ -120,6 +120,28 @@ def make_expert_parallel(
         )
     model.to(maps.slot_to_expert.device)
     return ExpertParallelModel(model, expert_weights, maps, recorder, routing)
+
+
+def count_experts(model: nn.Module) -> tuple[int, int]:
+    """L and E: MoE layers of a model, and experts of each.
+
+    Args:
+        model: as transformers loads it.
+    Collective: none.
+    Raises: ModelError if it has no experts that can be taken over, or not as many in all layers.
+    """
+    counts = [int(module.num_experts) for module in _find_experts(model)]  # type: ignore[arg-type]
+    if not counts:
+        raise ModelError(
+            "the model has no experts that can be taken over: tested families are "
+            f"{', '.join(FAMILIES)}"
+        )
+    if len(set(counts)) > 1:
+        raise ModelError(
+            f"the model's MoE layers have {' or '.join(map(str, sorted(set(counts))))} experts: "
+            "all must have as many"
+        )
+    return len(counts), counts[0]
 
 
 def _load_experts_function() -> _ExpertsFunction:
@@ -139,18 +161,13 @@ def _find_experts(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def _check_shape(layers: list[nn.Module], maps: PlacementMaps) -> None:
+def _check_shape(model: nn.Module, maps: PlacementMaps) -> None:
     placement = maps.placement
-    if not layers:
+    num_layers, num_experts = count_experts(model)
+    if (num_layers, num_experts) != (placement.num_layers, placement.num_experts):
         raise ModelError(
-            "the model has no experts that can be taken over: tested families are "
-            f"{', '.join(FAMILIES)}"
-        )
-    counts = sorted({int(module.num_experts) for module in layers})  # type: ignore[arg-type]
-    if len(layers) != placement.num_layers or counts != [placement.num_experts]:
-        raise ModelError(
-            f"the model has {len(layers)} MoE layers of {' or '.join(map(str, counts))} experts, "
-            f"the placement {placement.num_layers} of {placement.num_experts}"
+            f"the model has {num_layers} MoE layers of {num_experts} experts, the placement "
+            f"{placement.num_layers} of {placement.num_experts}"
         )
 
 
