@@ -14,7 +14,7 @@ from equipoise.load.trace_files import read_trace
 from equipoise.placement import Placement
 from equipoise.policy import get_policy
 from equipoise.sim.cost import CostModel, fit_times, share_times
-from equipoise.sim.policies import make_policy
+from equipoise.sim.policies import FlowChoices, make_policy
 from equipoise.sim.proposal import count_matched, propose
 from equipoise.sim.recommend import Replay, describe, make_configurations
 from equipoise.sim.replay import IN_ORDER, Configuration, Setting, play
@@ -185,7 +185,7 @@ def test_a_trace_that_cannot_be_judged_is_refused(counts, is_sum, message):
         ({}, {"window_steps": 0}, "window_steps must be at least 1, got 0"),
         ({}, {"warm_up_steps": 0}, "warm_up_steps must be at least 1, got 0"),
         ({"policy": "deepsek"}, {}, "no policy 'deepsek': did you mean 'deepseek'?"),
-        ({"move_budget": 0.1}, {}, "policy 'deepseek' takes no move budget: flow does"),
+        ({"move_budget": 0.1}, {}, "policy 'deepseek' takes no move_budget: flow does"),
     ],
 )
 def test_options_that_cannot_be_are_refused(configuration, setting, message):
@@ -203,8 +203,8 @@ def test_combinations_that_make_no_difference_are_played_once():
     assert [describe(one) for one in made] == [
         "deepseek every 10 steps, 4 slots",
         "deepseek planned once, 4 slots",
-        "flow every 10 steps, at most 0.02 of 4 slots moved",
-        "flow every 10 steps, at most 0.1 of 4 slots moved",
+        "flow every 10 steps, at most 2% of 4 slots moved",
+        "flow every 10 steps, at most 10% of 4 slots moved",
         "flow planned once, 4 slots",
     ]
 
@@ -237,11 +237,11 @@ def test_a_proposal_says_what_changes():
 
 def test_policies_take_the_options_that_are_theirs():
     assert make_policy("deepseek", num_groups=2).num_groups == 2
-    flow = make_policy("flow", num_groups=2, move_budget=0.1)
+    flow = make_policy("flow", 2, FlowChoices(move_budget=0.1))
     assert (flow.options.hierarchy, flow.options.move_budget) == ("strict", 0.1)
-    assert make_policy("flow", hierarchy="relaxed").options.hierarchy == "relaxed"
+    assert make_policy("flow", 1, FlowChoices(hierarchy="relaxed")).options.hierarchy == "relaxed"
     with pytest.raises(ConfigError, match="policy 'deepseek' takes no hierarchy: flow does"):
-        make_policy("deepseek", hierarchy="strict")
+        make_policy("deepseek", 1, FlowChoices(hierarchy="strict"))
 
 
 def test_times_are_fitted_to_what_was_measured():

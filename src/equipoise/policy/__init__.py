@@ -12,7 +12,7 @@ from importlib.metadata import EntryPoint, entry_points
 from equipoise.errors import ConfigError
 from equipoise.policy.base import PlacementPolicy
 
-__all__ = ["PlacementPolicy", "get_policy", "list_policies"]
+__all__ = ["PlacementPolicy", "find_policy", "get_policy", "list_policies"]
 
 GROUP = "equipoise.policies"
 
@@ -30,6 +30,17 @@ def get_policy(name: str) -> PlacementPolicy:
     Collective: none.
     Raises: ConfigError if there is none of that name, or it cannot be imported or is no policy.
     """
+    return find_policy(name)()
+
+
+def find_policy(name: str) -> type[PlacementPolicy]:
+    """The class that is registered under a name, which is not made.
+
+    Args:
+        name: one of `list_policies()`.
+    Collective: none.
+    Raises: ConfigError as `get_policy`.
+    """
     entries = _find_entries()
     if name not in entries:
         near = difflib.get_close_matches(name, entries, n=1)
@@ -44,7 +55,7 @@ def get_policy(name: str) -> PlacementPolicy:
         ) from error
     if not (isinstance(policy, type) and issubclass(policy, PlacementPolicy)):
         raise ConfigError(f"policy {name!r}: {entry.value} is not a subclass of PlacementPolicy")
-    return policy()
+    return policy
 
 
 def _find_entries() -> dict[str, EntryPoint]:

@@ -22,7 +22,7 @@ class Replay:
     Attributes:
         trace: what was played.
         setting: costs and warm-up.
-        baseline: experts in order on the fewest slots, never moved.
+        baseline: experts in order, never moved.
         outcomes: one per configuration, in the order asked for.
     """
 
@@ -46,15 +46,16 @@ class Replay:
         """`gain` less `loss`."""
         return self.gain(outcome) - self.loss(outcome)
 
-    def recommended(self) -> Outcome | None:
-        """Of those that gain most, the one that moves least; None if none gains."""
-        if not self.outcomes:
-            return None
-        best = max(map(self.net_gain, self.outcomes))
-        if best <= 0.0:
-            return None
-        alike = [one for one in self.outcomes if self.net_gain(one) >= best - ALIKE]
+    def choose(self, outcomes: Sequence[Outcome]) -> Outcome:
+        """Of those that gain most, the one that moves least, then the one of fewest slots."""
+        best = max(map(self.net_gain, outcomes))
+        alike = [one for one in outcomes if self.net_gain(one) >= best - ALIKE]
         return min(alike, key=lambda one: (one.bytes, one.configuration.topology.num_slots))
+
+    def recommended(self) -> Outcome | None:
+        """What `choose` takes of all; None if it gains nothing."""
+        chosen = self.choose(self.outcomes) if self.outcomes else None
+        return chosen if chosen is not None and self.net_gain(chosen) > 0.0 else None
 
     def reason(self) -> str:
         """Why that one, or why none, in a sentence of the replay's own figures."""
@@ -103,7 +104,7 @@ def describe(configuration: Configuration) -> str:
         when = "never moved"
     slots = f"{topology.num_slots} slots"
     if configuration.move_budget is not None:
-        slots = f"at most {configuration.move_budget:.3g} of {slots} moved"
+        slots = f"at most {configuration.move_budget * 100:.3g}% of {slots} moved"
     return f"{configuration.policy} {when}, {slots}"
 
 

@@ -14,7 +14,7 @@ from equipoise.placement import Placement, measure_balancedness, place_in_order,
 from equipoise.plan.transfer_plan import make_plan
 from equipoise.policy.base import PlacementPolicy
 from equipoise.sim.cost import CostModel
-from equipoise.sim.policies import Hierarchy, make_policy
+from equipoise.sim.policies import FlowChoices, make_policy
 from equipoise.sim.proposal import count_matched
 from equipoise.topology import FloatArray, IntArray, Topology
 
@@ -49,14 +49,12 @@ class Setting:
         warm_up_steps: steps before the first plan; seen by it, and judged in nobody.
         window_steps: steps whose load a plan sees at most; None for those since the last plan.
         num_groups: equal groups that consecutive experts form.
-        hierarchy: how `flow` keeps groups on nodes; None for its rule.
     """
 
     cost: CostModel
     warm_up_steps: int
     window_steps: int | None = None
     num_groups: int = 1
-    hierarchy: Hierarchy | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,9 +206,8 @@ class _Player:
         if configuration.policy != IN_ORDER:
             self._policy = make_policy(
                 configuration.policy,
-                num_groups=setting.num_groups,
-                hierarchy=setting.hierarchy if configuration.policy == "flow" else None,
-                move_budget=configuration.move_budget,
+                setting.num_groups,
+                FlowChoices(move_budget=configuration.move_budget),
             )
         self._placement = place_in_order(trace.num_layers, trace.num_experts, topology)
         self._plans: list[Rebalance] = []
