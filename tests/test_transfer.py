@@ -241,12 +241,14 @@ def test_ranks_that_come_with_different_arguments_are_named(rank: Rank) -> None:
     thin = Shapes((SHAPES.layers[0], SHAPES.layers[1], (((2, 2), torch.int8),)))
     odd = rank.rank == 2
 
-    def run(target: Placement, shapes: Shapes, **options: object) -> None:
+    def run(
+        target: Placement, shapes: Shapes, standing: Placement = old, **options: object
+    ) -> None:
         weights = shapes.weights(old, rank.rank)
         communicator = create_eplb_communicator(group, "torch_gloo", weights)
         try:
             rearrange_expert_weights_inplace(
-                old,
+                standing,
                 target,
                 weights,
                 communicator,
@@ -257,13 +259,14 @@ def test_ranks_that_come_with_different_arguments_are_named(rank: Rank) -> None:
             shapes.assert_hold(weights, old, rank.rank)
 
     for complaint, target, shapes, options in (
+        ("old placement, plan", new, SHAPES, {"standing": other if odd else old}),
         ("new placement, plan", other if odd else new, SHAPES, {}),
         ("weights", new, thin if odd else SHAPES, {}),
         ("options", new, SHAPES, {"staging_bytes": 10_000 + rank.rank // 2}),
     ):
         told = f"nothing was moved, rank 2 and rank 0 come with different {complaint}$"
         with pytest.raises(TransferError, match=told) as caught:
-            run(target, shapes, **options)
+            run(target, shapes, **options)  # type: ignore[arg-type]
         assert caught.value.peer == (0 if odd else 2)
     # A rank that cannot begin tells the others, and its own reason.
     wide = Placement(np.array([[1, 0, 2, 5, 4, 3]] * 4), 6, topology)
