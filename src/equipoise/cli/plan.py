@@ -104,7 +104,8 @@ def plan(
     console.print(render_proposal(proposal, policy, before, cost))
     if output is not None:
         write_placement(proposal.plan.new, output, format, first_layer=first_layer)
-        console.print(f"wrote {output} for {format}", markup=False, highlight=False)
+        line = f"wrote {output} for {format}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if json_path is not None:
         result = make_proposal_result(proposal, policy, cost)
         write_atomically(json_path, json.dumps(result, indent=2, allow_nan=False) + "\n")
