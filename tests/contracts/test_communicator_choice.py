@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,9 @@ def check_cell(rank: Rank, coordinator: Any, cell: tuple[str | None, bool], devi
 @processes(2)
 def test_cpu(rank: Rank, cell: tuple[str | None, bool], kind: str) -> None:
     check_cell(rank, make_coordinator(rank, kind), cell, "cpu")
+    # A rank that is refused at once shall not end while the other still makes its groups.
+    rank.store.set(f"over/{rank.rank}", "yes")
+    rank.store.wait(["over/0", "over/1"], timedelta(seconds=20))
 
 
 @pytest.mark.gpu

@@ -99,14 +99,7 @@ class EplbState:
             _check_recorder(recorder, maps)
         except EquipoiseError as error:
             problem = error
-        facts = {
-            "model name": name,
-            "configuration": self.config.model_dump_json(),
-            "policy": self.policy.name,
-            "placement": maps.placement.fingerprint(),
-            "weights": repr([[(list(t.shape), t.dtype) for t in each] for each in expert_weights]),
-        }
-        agree(self.group, facts, problem)
+        agree(self.group, self._collect_facts(name, expert_weights, maps), problem)
         model = EplbModelState(
             name,
             expert_weights,
@@ -125,6 +118,19 @@ class EplbState:
         with self._lock:
             self._models[name] = model
         return model
+
+    def _collect_facts(
+        self, name: str, expert_weights: ExpertWeights, maps: PlacementMaps
+    ) -> dict[str, str]:
+        """What ranks must agree on to balance a model together."""
+        shapes = [[(list(t.shape), str(t.dtype)) for t in layer] for layer in expert_weights]
+        return {
+            "model name": name,
+            "configuration": self.config.model_dump_json(),
+            "policy": self.policy.name,
+            "placement": maps.placement.fingerprint(),
+            "weights": repr(shapes),
+        }
 
     def add_listener(self, listener: Callable[[RebalanceOutcome], None]) -> None:
         """Tell this listener, too, of every rebalance.
