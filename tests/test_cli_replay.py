@@ -79,7 +79,7 @@ def test_figures_of_a_trace_worked_out_by_hand(tmp_path, trace):
     done = run_command(
         "replay", trace, "--ranks=2", "--redundant-experts=0", "--policies=deepseek",
         "--intervals=2,once", "--warm-up=2", f"--measurements={times}", "--expert-bytes=1000000",
-        "--link-gb-per-s=1", "--stall-ms=2", f"--json={figures}",
+        "--link-gb-per-s=1", "--stall-ms=2", f"--json={figures}", f"--report={tmp_path / 'page'}",
     )  # fmt: skip
     assert done.code == 0
     result = json.loads(figures.read_text())
@@ -91,6 +91,10 @@ def test_figures_of_a_trace_worked_out_by_hand(tmp_path, trace):
     assert [row["net_gain"] for row in (anew, once)] == pytest.approx([-5 / 42, -6 / 42])
     assert [plan["balancedness_next"] for plan in anew["rebalances"]] == [5 / 8, 1.0]
     assert result["recommended"] is None
+    # Nothing is recommended, and of the trace nobody said what it served.
+    reader = Reader()
+    reader.feed((tmp_path / "page").read_text(encoding="utf-8"))
+    assert (reader.tags.count("figure"), reader.tags.count("polyline")) == (2, 4)
     assert (
         "None pays: the best, deepseek every 2 steps, 4 slots, saves 0.0% of the step" in done.out
     )

@@ -131,6 +131,8 @@ def _bin(values: FloatArray) -> FloatArray:
 def _list_phases(replay: Replay) -> list[Phase]:
     """Stretches of steps of one kind, merged where they alternate."""
     words = replay.trace.phases[replay.setting.warm_up_steps :]
+    if not words:
+        return []
     starts = [at for at in range(len(words)) if at == 0 or words[at] != words[at - 1]]
     if len(starts) > MOST_POINTS:
         return []

@@ -50,7 +50,10 @@ class Replay:
         """Of those that gain most, the one that moves least, then the one of fewest slots."""
         best = max(map(self.net_gain, outcomes))
         alike = [one for one in outcomes if self.net_gain(one) >= best - ALIKE]
-        return min(alike, key=lambda one: (one.bytes, one.configuration.topology.num_slots))
+        return min(
+            alike,
+            key=lambda one: (one.bytes, one.configuration.topology.num_slots, -self.net_gain(one)),
+        )
 
     def recommended(self) -> Outcome | None:
         """What `choose` takes of all; None if it gains nothing."""
