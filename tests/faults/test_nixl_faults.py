@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
+import weakref
 
 import pytest
 import torch
@@ -90,7 +92,10 @@ def test_memory_of_a_read_that_never_ended_is_not_used_again(rank: Rank) -> None
     communicator.close()
     # The agent, its peer, the registrations of pool and landing, the READ.
     assert communicator.num_open_handles == 5
+    agent = weakref.ref(communicator._agent)
     del communicator, into
+    gc.collect()
+    assert agent() is not None
     fresh = [torch.zeros(size, dtype=torch.uint8) for _ in range(4)]
     assert all(abs(tensor.data_ptr() - address) >= size for tensor in fresh)
     kill(rank, 1)
