@@ -48,6 +48,8 @@ class NixlEplbCommunicator(QueuedCommunicator):
     tensors are sent through the pool, piece by piece: registering them for the peers would leave
     a trace in every peer's agent that only disconnecting removes. Tensors to be received are
     registered for one exchange, which costs 0.1 to 0.5 ms, and 5 us more for each.
+    On the CPU the kernel copies page by page: weights in huge pages, as torch makes them with
+    THP_MEM_ALLOC_ENABLE=1 in the environment, travel a fifth faster.
     After a TransferError tensors that were to be received may still be written to: they are kept
     alive, and must not be used.
 
