@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
+import sys
 from typing import NamedTuple
+from unittest.mock import patch
 
-import typer
-from typer.testing import CliRunner
-
-from equipoise.cli.plan import plan
-from equipoise.cli.policies import policies
-from equipoise.cli.replay import replay
-from equipoise.errors import EquipoiseError
+from equipoise.cli import main
 
 
 class Done(NamedTuple):
@@ -23,12 +22,18 @@ class Done(NamedTuple):
 
 def run_command(*words: object) -> Done:
     """Run `equipoise` with these words, 200 columns wide."""
-    app = typer.Typer()
-    for command in (plan, policies, replay):
-        app.command()(command)
-    result = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
-    if isinstance(result.exception, EquipoiseError):
-        return Done(2, result.stdout, f"{result.exception}\n")
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return Done(result.exit_code, result.stdout, result.stderr)
+    out, err = io.StringIO(), io.StringIO()
+    arguments = ["equipoise", *(str(word) for word in words)]
+    code: int | str | None = 0
+    with (
+        patch.object(sys, "argv", arguments),
+        patch.dict(os.environ, COLUMNS="200"),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+    assert isinstance(code, int | None)
+    return Done(code or 0, out.getvalue(), err.getvalue())

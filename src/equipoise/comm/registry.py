@@ -59,6 +59,20 @@ def list_communicators() -> tuple[str, ...]:
     return tuple(sorted(_find_entries()))
 
 
+def check_name(name: str) -> None:
+    """Refuse a name that no communicator has, before anything is made.
+
+    Args:
+        name: of `list_communicators`, or "auto".
+    Collective: none.
+    Raises: ConfigError if there is none of this name; CommunicatorUnavailable if it is not in this
+        version.
+    """
+    entries = _find_entries()
+    if name != "auto" and name not in entries:
+        raise _refuse_name(name, sorted(entries))
+
+
 def create_eplb_communicator(
     group_coordinator: GroupCoordinator, backend: str | None, expert_weights: ExpertWeights
 ) -> EplbCommunicator:
@@ -78,9 +92,8 @@ def create_eplb_communicator(
         TransferError if a rank does not come in time.
     """
     asked = backend or "auto"
+    check_name(asked)
     entries = _find_entries()
-    if asked != "auto" and asked not in entries:
-        raise _refuse_name(asked, sorted(entries))
     timeout_s = (
         group_coordinator.timeout.total_seconds()
         if isinstance(group_coordinator, RankGroup)

@@ -66,6 +66,25 @@ def read_model_shape(directory: Path) -> ModelShape:
     )
 
 
+def check_weights(directory: Path) -> None:
+    """Refuse a checkpoint whose weights are missing or pickled; opens none of them.
+
+    Args:
+        directory: a Hugging Face checkpoint.
+    Collective: none.
+    Raises: ModelError that says what is there instead.
+    """
+    if any(directory.glob("*.safetensors")):
+        return
+    pickled = sorted(path.name for path in directory.glob("*.bin"))
+    if pickled:
+        raise ModelError(
+            f"{directory}: weights are pickled ({pickled[0]}), which can run code: "
+            "convert them to safetensors"
+        )
+    raise ModelError(f"{directory}: has no weights (*.safetensors)")
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """Read config.json.
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from equipoise.errors import ModelError
-from equipoise.models.families import read_model_shape
+from equipoise.models.families import check_weights, read_model_shape
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
@@ -31,7 +31,7 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> nn.
         unreadable, weights are pickled, or the model is not of a family that can be served.
     """
     read_model_shape(directory)
-    _check_weights(directory)
+    check_weights(directory)
     transformers: Any = import_module("transformers")
     with _quiet():
         try:
@@ -72,18 +72,6 @@ def load_tokenizer(directory: Path) -> Any:
             raise ModelError(
                 f"{directory}: its tokenizer cannot be loaded: {_first_line(error)}"
             ) from error
-
-
-def _check_weights(directory: Path) -> None:
-    if any(directory.glob("*.safetensors")):
-        return
-    pickled = sorted(path.name for path in directory.glob("*.bin"))
-    if pickled:
-        raise ModelError(
-            f"{directory}: weights are pickled ({pickled[0]}), which can run code: "
-            "convert them to safetensors"
-        )
-    raise ModelError(f"{directory}: has no weights (*.safetensors)")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,1 +1,1 @@
-"""Shows a job: live tables, one-file HTML, JSON."""
+"""What a job's records say, for a terminal, a browser and programs."""

@@ -1,0 +1,48 @@
+"""The commands, put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from equipoise import __version__
+from equipoise.cli.config import config
+from equipoise.cli.plan import plan
+from equipoise.cli.policies import policies
+from equipoise.cli.replay import replay
+from equipoise.cli.run import run
+
+EPLB_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""So that `--eplb-config.FIELD VALUE` gets through; the command refuses whatever else is left."""
+
+app = typer.Typer(
+    name="equipoise",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Any command takes --debug, which adds the traceback to an error.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"equipoise {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def equipoise(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Say it.")
+    ] = False,
+) -> None:
+    """Balanced, movable, elastic experts for Mixture-of-Experts models."""
+
+
+app.command(context_settings=EPLB_ARGUMENTS)(run)
+app.command(context_settings=EPLB_ARGUMENTS)(config)
+for command in (plan, replay, policies):
+    app.command()(command)

@@ -1,0 +1,68 @@
+"""What `equipoise run` serves: texts of several kinds in turn, or the user's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from equipoise.bundled.texts import KINDS, excerpts
+from equipoise.engine.spec import Prompt
+from equipoise.errors import ConfigError
+
+PROMPT_BYTES = 192
+PROMPTS_PER_HELD_OUT = 4
+"""For each so many prompts, one more text is held out to score the loss on."""
+
+
+def read_bundled(num_prompts: int) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
+    """Each kind of text in turn, so that the load shifts.
+
+    Args:
+        num_prompts: over all kinds, which get as many each.
+    Returns:
+        Prompts by kind, and other texts of the same kinds.
+    Raises: ConfigError if the kinds cannot share the number, or have less text.
+    """
+    if num_prompts < 1 or num_prompts % len(KINDS):
+        raise ConfigError(
+            f"--prompts {num_prompts}: there are {len(KINDS)} kinds of text, so ask for a "
+            f"multiple of {len(KINDS)}"
+        )
+    prompts: list[Prompt] = []
+    held_out: list[Prompt] = []
+    each = num_prompts // len(KINDS)
+    for kind in KINDS:
+        texts = excerpts(kind, each + -(-each // PROMPTS_PER_HELD_OUT), PROMPT_BYTES)
+        for number, text in enumerate(texts):
+            held = number % (PROMPTS_PER_HELD_OUT + 1) == 0
+            (held_out if held else prompts).append(Prompt(kind, text))
+    return tuple(prompts), tuple(held_out)
+
+
+def read_file(path: Path, num_prompts: int | None) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
+    """A user's own text, cut into pieces.
+
+    Args:
+        path: a UTF-8 text file.
+        num_prompts: at most so many; None for all of the text.
+    Returns:
+        Prompts, and the texts to score: every fifth piece, or the only one there is.
+    Raises: ConfigError that names the file, if it is missing, unreadable, not text or empty.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"--input {path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--input {path}: is not UTF-8 text: {error.reason}") from error
+    except OSError as error:
+        raise ConfigError(f"--input {path}: cannot be read: {error.strerror}") from error
+    if not text.strip():
+        raise ConfigError(f"--input {path}: is empty; give it some text to continue")
+    if num_prompts is not None and num_prompts < 1:
+        raise ConfigError(f"--prompts must be at least 1, got {num_prompts}")
+    starts = range(0, len(text), PROMPT_BYTES)
+    pieces = [text[start : start + PROMPT_BYTES] for start in starts]
+    whole = [Prompt(path.stem, piece) for piece in pieces if piece.strip()]
+    held_out = whole[:: PROMPTS_PER_HELD_OUT + 1]
+    prompts = [p for i, p in enumerate(whole) if i % (PROMPTS_PER_HELD_OUT + 1)] or whole
+    return tuple(prompts[:num_prompts]), tuple(held_out)

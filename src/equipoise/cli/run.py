@@ -1,0 +1,356 @@
+"""`equipoise run`: the main job."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import typer
+
+from equipoise.config_sources import add_flag, parse_flags, resolve_config
+from equipoise.engine.spec import DType, JobSpec
+from equipoise.errors import ConfigError
+
+if TYPE_CHECKING:
+    from equipoise.config import EPLBConfig
+    from equipoise.engine.records import Record
+    from equipoise.launch.torchrun import TorchrunRank
+    from equipoise.report.summary import JobSummary
+
+DEFAULTS = {"window_size": 16, "step_interval": 16}
+"""A run is short: each kind of text lasts 64 steps, so plans must follow sooner than by default."""
+DEFAULT_PROMPTS = 256
+DEFAULT_REPORT = Path("equipoise-report.html")
+
+INTERRUPTED, TERMINATED = 130, 143
+
+Text = str | None
+
+
+def run(
+    context: typer.Context,
+    ranks: Annotated[
+        int | None, typer.Option(help="Processes that share the experts.  [4]")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Hugging Face checkpoint directory.  [the bundled model]")
+    ] = None,
+    input: Annotated[  # noqa: A002 - the option's name
+        Path | None, typer.Option(help="Text file to continue.  [bundled texts of four kinds]")
+    ] = None,
+    prompts: Annotated[
+        int | None, typer.Option(help=f"How many prompts.  [{DEFAULT_PROMPTS}; all of --input]")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens per prompt.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Sequences in flight per rank.")] = 4,
+    steps: Annotated[int | None, typer.Option(help="Most steps per pass.  [no limit]")] = None,
+    redundant_experts: Annotated[Text, typer.Option(help="auto, or a number.  [auto]")] = None,
+    policy: Annotated[Text, typer.Option(help="See `equipoise policies`.  [deepseek]")] = None,
+    communicator: Annotated[Text, typer.Option(help="Wire for weights.  [auto]")] = None,
+    step_interval: Annotated[int | None, typer.Option(help="Steps between plans.  [16]")] = None,
+    window_size: Annotated[int | None, typer.Option(help="Steps planned from.  [16]")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON file of options.")] = None,
+    eplb_config: Annotated[Text, typer.Option(help="JSON object of options.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of whatever is random.")] = 0,
+    timeout: Annotated[float, typer.Option(help="Longest wait for another rank, s.")] = 60.0,
+    check: Annotated[bool, typer.Option(help="Compare with the plain model.")] = True,
+    json: Annotated[Path | None, typer.Option(help="Write figures here; - for stdout.")] = None,
+    report: Annotated[Path, typer.Option(help="Write one HTML file here.")] = DEFAULT_REPORT,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing while it runs.")] = False,
+) -> None:
+    """Serve a Mixture-of-Experts model on several ranks, and balance its experts meanwhile.
+
+    The prompts are served twice, with balancing off and on, and every token is compared with the
+    plain model's. Under torchrun each process is one rank.
+    """
+    with _ended_by_signals():
+        flags = parse_flags(eplb_config, context.args)
+        named = {
+            "num_redundant_experts": _parse_redundant(redundant_experts),
+            "policy": policy,
+            "communicator": communicator,
+            "step_interval": step_interval,
+            "window_size": window_size,
+        }
+        _add_named(flags, named)
+        options = _Options(
+            ranks=ranks,
+            model=model,
+            text=input,
+            prompts=prompts,
+            config=resolve_config(file=config, flags=flags, defaults=DEFAULTS).config,
+            dtype=_choose("--dtype", dtype, ("float32", "bfloat16", "float16")),
+            device=_choose("--device", device, ("auto", "cpu", "cuda")),
+            limits={
+                "max_new_tokens": max_new_tokens,
+                "max_batch_size": batch_size,
+                "max_steps": steps,
+                "check": check,
+                "seed": seed,
+                "timeout_s": timeout,
+            },
+            json=json,
+            report=report,
+            quiet=quiet,
+        )
+        _run(options)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What was asked for, before it is settled what that means here."""
+
+    ranks: int | None
+    model: Path | None
+    text: Path | None
+    prompts: int | None
+    config: EPLBConfig
+    dtype: str
+    device: str
+    limits: dict[str, Any]
+    json: Path | None
+    report: Path
+    quiet: bool
+
+
+def _run(options: _Options) -> None:
+    from equipoise.launch.torchrun import read_torchrun
+
+    place = read_torchrun(os.environ)
+    spec = _settle(options, place)
+    if place is None:
+        _run_here(options, spec)
+    else:
+        _run_as_rank(options, spec, place)
+
+
+def _settle(options: _Options, place: TorchrunRank | None) -> JobSpec:
+    """Check all that can be checked before a rank starts."""
+    from equipoise.bundled import model_directory
+    from equipoise.cli.prompts import read_bundled, read_file
+    from equipoise.models.families import check_weights, read_model_shape
+    from equipoise.policy import find_policy
+    from equipoise.report.files import check_writable
+    from equipoise.topology import choose_num_redundant
+
+    num_ranks = _count_ranks(options.ranks, place)
+    for flag, key in (
+        ("--max-new-tokens", "max_new_tokens"),
+        ("--batch-size", "max_batch_size"),
+        ("--steps", "max_steps"),
+        ("--timeout", "timeout_s"),
+    ):
+        if options.limits[key] is not None and options.limits[key] < 1:
+            raise ConfigError(f"{flag} must be at least 1, got {options.limits[key]}")
+    model = options.model or model_directory()
+    shape = read_model_shape(model)
+    check_weights(model)
+    requested = options.config.num_redundant_experts
+    choose_num_redundant(shape.num_experts, num_ranks, None if requested == "auto" else requested)
+    find_policy(options.config.policy)
+    if options.text is not None:
+        prompts, held_out = read_file(options.text, options.prompts)
+    else:
+        wanted = DEFAULT_PROMPTS if options.prompts is None else options.prompts
+        prompts, held_out = read_bundled(wanted)
+    if options.json is not None and str(options.json) != "-":
+        check_writable(options.json, "--json")
+    check_writable(options.report, "--report")
+    if place is None:
+        from equipoise.launch.local import preload_ranks
+
+        preload_ranks()
+    _check_communicator(options.config.communicator)
+    return JobSpec(
+        model=model,
+        prompts=prompts,
+        held_out=held_out,
+        num_ranks=num_ranks,
+        config=options.config,
+        dtype=cast("DType", options.dtype),
+        device=_find_device(options.device),
+        **options.limits,
+    )
+
+
+def _run_here(options: _Options, spec: JobSpec) -> None:
+    from equipoise.launch.failure import JobFailed
+    from equipoise.launch.local import run_local
+    from equipoise.launch.seats import assign_local_seats
+
+    screen = _Screen(options)
+    try:
+        run_local(spec, assign_local_seats(spec.num_ranks, spec.device), screen.take)
+    except JobFailed as error:
+        screen.close()
+        _fail(error)
+    finally:
+        screen.close()
+    screen.write_files()
+
+
+def _run_as_rank(options: _Options, spec: JobSpec, place: TorchrunRank) -> None:
+    from equipoise.launch.failure import JobFailed
+    from equipoise.launch.seats import assign_seat
+    from equipoise.launch.torchrun import SilentFailure, run_torchrun
+
+    seat = assign_seat(
+        place.rank,
+        place.size,
+        local_rank=place.local_rank,
+        local_size=place.local_size,
+        device=spec.device,
+    )
+    screen = _Screen(options)
+    try:
+        run_torchrun(spec, seat, screen.take)
+    except JobFailed as error:
+        screen.close()
+        _fail(error)
+    except SilentFailure as error:
+        raise typer.Exit(2 if error.expected else 1) from error
+    finally:
+        screen.close()
+    if place.rank == 0:
+        screen.write_files()
+
+
+class _Screen:
+    """Shows records as they come, and writes the files that they add up to."""
+
+    def __init__(self, options: _Options) -> None:
+        from rich.console import Console
+
+        from equipoise.report.summary import JobSummary
+
+        self._options = options
+        self._summary: JobSummary = JobSummary()
+        # Standard output is the JSON's where it was asked for there.
+        self._console = Console(stderr=str(options.json) == "-")
+        self._display: Any = None
+
+    def take(self, record: Record) -> None:
+        """Sum a record up, and show it."""
+        self._summary.add(record)
+        if self._options.quiet:
+            return
+        if self._display is None:
+            from equipoise.report.live import LiveDisplay
+            from equipoise.report.plain import PlainDisplay
+
+            display = LiveDisplay if self._console.is_terminal else PlainDisplay
+            self._display = display(self._console, self._summary)
+        self._display.show(record)
+
+    def close(self) -> None:
+        """Give the terminal back; twice is fine."""
+        if self._display is not None:
+            self._display.close()
+            self._display = None
+
+    def write_files(self) -> None:
+        """Write what was asked for, whole or not at all."""
+        from equipoise.report.files import write_atomically
+        from equipoise.report.html import render_html
+        from equipoise.report.result import write_json
+
+        text = write_json(self._summary)
+        if str(self._options.json) == "-":
+            sys.stdout.write(text)
+        elif self._options.json is not None:
+            write_atomically(self._options.json, text)
+        write_atomically(self._options.report, render_html(self._summary))
+        if not self._options.quiet:
+            self._console.print(f"Report: {self._options.report}", highlight=False)
+
+
+def _fail(error: Any) -> None:
+    """Say what a rank ended with, and end with the status that it means."""
+    from equipoise.cli import DEBUG_FLAG
+
+    if DEBUG_FLAG in sys.argv:
+        sys.stderr.write(error.failure.traceback or traceback.format_exc())
+    typer.echo(f"equipoise: {error}", err=True)
+    raise typer.Exit(2 if error.failure.expected else 1)
+
+
+def _count_ranks(asked: int | None, place: TorchrunRank | None) -> int:
+    if asked is not None and asked < 1:
+        raise ConfigError(f"--ranks must be at least 1, got {asked}")
+    if place is None:
+        return 4 if asked is None else asked
+    if asked is not None and asked != place.size:
+        raise ConfigError(
+            f"--ranks {asked}, but torchrun started {place.size}: leave --ranks out, or start "
+            f"{asked}"
+        )
+    return place.size
+
+
+def _find_device(asked: str) -> Literal["cpu", "cuda"]:
+    if asked == "cpu":
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if asked == "cuda":
+        raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    return "cpu"
+
+
+def _check_communicator(name: str) -> None:
+    from equipoise.comm.registry import check_name
+
+    check_name(name)
+
+
+def _add_named(flags: dict[str, tuple[str, Any]], named: dict[str, Any]) -> None:
+    """Options that have a flag of their own, beside --eplb-config's."""
+    for key, value in named.items():
+        if value is not None:
+            add_flag(flags, key, "--" + key.removeprefix("num_").replace("_", "-"), value)
+
+
+def _parse_redundant(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.lstrip("-").isdecimal() else text
+
+
+def _choose(flag: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ConfigError(f"{flag} {value}: must be one of {', '.join(choices)}")
+    return value
+
+
+class _Terminated(BaseException):
+    """SIGTERM came; not an Exception, so that nothing on the way takes it for its own."""
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """End with 130 on Ctrl-C and with 143 on SIGTERM, once all ranks have ended."""
+
+    def terminate(_number: int, _frame: FrameType | None) -> None:
+        raise _Terminated
+
+    heard = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("equipoise: interrupted; all ranks have ended", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except _Terminated:
+        typer.echo("equipoise: terminated; all ranks have ended", err=True)
+        raise typer.Exit(TERMINATED) from None
+    finally:
+        signal.signal(signal.SIGTERM, heard)
