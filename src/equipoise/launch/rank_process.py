@@ -13,25 +13,24 @@ import threading
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
 from equipoise.comm.groups import RankGroup, create_rank_group
-from equipoise.engine.records import Emit, Record
-from equipoise.engine.spec import JobSpec
 from equipoise.launch.failure import Failure, describe_error
-from equipoise.launch.seats import Seat
+from equipoise.launch.seats import Seat, Spec
 
-Job = Callable[[JobSpec, RankGroup, Emit], None]
+Job = Callable[[Any, RankGroup, Callable[[Any], None]], None]
+"""Gets its spec, this rank's groups, and where rank 0's records go."""
 
 LOOPBACK = "127.0.0.1"
 _PR_SET_PDEATHSIG = 1
 
 
-def take_seat(job: str, spec: JobSpec, seat: Seat, store: Store, emit: Emit) -> None:
+def take_seat(job: str, spec: Spec, seat: Seat, store: Store, emit: Callable[[Any], None]) -> None:
     """Make this process one rank, and run the job in it.
 
     Args:
@@ -66,7 +65,7 @@ def take_seat(job: str, spec: JobSpec, seat: Seat, store: Store, emit: Emit) -> 
 
 def run_rank(
     job: str,
-    spec: JobSpec,
+    spec: Spec,
     seat: Seat,
     port: int,
     report: Connection,
@@ -101,7 +100,7 @@ def run_rank(
     os._exit(0 if failure is None else 1)
 
 
-def _discard(record: Record) -> None:
+def _discard(record: object) -> None:
     """Only rank 0 is listened to."""
 
 

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from equipoise.errors import ConfigError
+
+
+class Spec(Protocol):
+    """What a job is asked to do: anything that can be pickled and says how long to wait."""
+
+    @property
+    def timeout_s(self) -> float:
+        """Longest wait for another rank, in seconds."""
 
 
 @dataclass(frozen=True)
