@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from equipoise.topology import IntArray
+
 NUM_WORDS = 8
 
 
@@ -18,7 +20,7 @@ class Sizes:
     """What goes one way between two ranks.
 
     Attributes:
-        num_tensors: how many tensors.
+        num_tensors: how many tensors; where experts move, each row of a weight is one.
         num_bytes: of all of them.
         digest: of each one's bytes, in order; equal for equal lists.
     """
@@ -28,7 +30,7 @@ class Sizes:
     digest: int
 
     @classmethod
-    def of(cls, sizes: Sequence[int]) -> Sizes:
+    def of(cls, sizes: Sequence[int] | IntArray) -> Sizes:
         """Sum up the bytes of each tensor, in order."""
         listed = np.asarray(sizes, dtype="<i8")
         digest = hashlib.blake2b(listed.tobytes(), digest_size=8).digest()

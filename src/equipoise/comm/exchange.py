@@ -32,6 +32,7 @@ class _Message:
     incoming: bool
     work: dist.Work
     tensor: Tensor
+    on_received: Callable[[], None] | None
 
 
 class Exchange:
@@ -53,29 +54,45 @@ class Exchange:
 
     def send(self, tensor: Tensor, peer: int) -> None:
         """Post a contiguous CPU tensor; it must not change until `wait` has returned."""
-        self._post(tensor, peer, incoming=False)
+        self._post(tensor, peer, None, incoming=False)
 
-    def recv(self, tensor: Tensor, peer: int) -> None:
-        """Post a contiguous CPU tensor to be filled."""
-        self._post(tensor, peer, incoming=True)
+    def recv(
+        self, tensor: Tensor, peer: int, on_received: Callable[[], None] | None = None
+    ) -> None:
+        """Post a contiguous CPU tensor to be filled.
 
-    def _post(self, tensor: Tensor, peer: int, *, incoming: bool) -> None:
+        Args:
+            tensor: what the next message of the peer fills.
+            peer: whose.
+            on_received: called by `wait` when it has arrived, while others travel.
+        """
+        self._post(tensor, peer, on_received, incoming=True)
+
+    def _post(
+        self,
+        tensor: Tensor,
+        peer: int,
+        on_received: Callable[[], None] | None,
+        *,
+        incoming: bool,
+    ) -> None:
         post = self._group.recv if incoming else self._group.send
         try:
             work = post([tensor], peer, self._tag)
         except RuntimeError as error:
             self.failures.setdefault(peer, _blame(error, late=False))
             return
-        self._messages.append(_Message(peer, incoming, work, tensor))
+        self._messages.append(_Message(peer, incoming, work, tensor, on_received))
 
-    def wait(
-        self, deadline: float, on_received: Callable[[int], None] | None = None
-    ) -> Mapping[int, PeerFailure]:
+    def abandon(self) -> None:
+        """Keep what was posted alive until the process ends, instead of waiting for it."""
+        _leak(self._messages)
+
+    def wait(self, deadline: float) -> Mapping[int, PeerFailure]:
         """Wait for everything that was posted, also when some of it fails; the last call.
 
         Args:
             deadline: of all of it, on the clock of time.monotonic.
-            on_received: called with each peer whose message has arrived, while others travel.
         Returns:
             What went wrong, by peer, in the order in which it was noticed; empty if nothing.
         Collective: the peers post the other side of each message.
@@ -90,8 +107,8 @@ class Exchange:
                     self.failures.setdefault(message.peer, failure)
                     if failure.late:
                         _leak(message)
-                elif message.incoming and on_received is not None:
-                    on_received(message.peer)
+                elif message.on_received is not None:
+                    message.on_received()
                 pending.pop(0)
         finally:
             # Not empty only where the caller was interrupted.

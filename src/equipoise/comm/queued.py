@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NoReturn
 
@@ -35,6 +35,15 @@ class WholeTensor:
         """Bytes on the wire."""
         return self.tensor.numel() * self.tensor.element_size()
 
+    @property
+    def sizes(self) -> IntArray:
+        """[1] int64, bytes of each tensor or row."""
+        return np.array([self.num_bytes])
+
+    def find_in_place(self) -> list[Tensor] | None:
+        """The bytes where they are, [bytes] uint8 each; None if they do not stand together."""
+        return [view_bytes(self.tensor)] if self.tensor.is_contiguous() else None
+
     def pack(self, out: Tensor) -> None:
         """Enqueue the copy into `out` [num_bytes] uint8."""
         out.copy_(view_bytes(self.tensor.contiguous()), non_blocking=True)
@@ -57,6 +66,15 @@ class SlotRows:
         """Bytes on the wire."""
         return len(self.slots) * self.rows.shape[1]
 
+    @property
+    def sizes(self) -> IntArray:
+        """[n] int64, bytes of each tensor or row."""
+        return np.full(len(self.slots), self.rows.shape[1])
+
+    def find_in_place(self) -> list[Tensor] | None:
+        """The bytes where they are, [row bytes] uint8 each."""
+        return [self.rows[slot] for slot in self.slots.tolist()]
+
     def pack(self, out: Tensor) -> None:
         """Enqueue the copy into `out` [num_bytes] uint8."""
         shaped = out.view(len(self.slots), self.rows.shape[1])
@@ -76,11 +94,16 @@ class Landing:
 
     Attributes:
         data: [bytes] uint8, contiguous.
-        sizes: bytes of each tensor in it, in order.
+        sizes: [n] int64, bytes of each tensor in it, or of each row where experts move; in order.
     """
 
     data: Tensor
-    sizes: tuple[int, ...]
+    sizes: IntArray
+
+
+def join_sizes(parts: Sequence[Outgoing] | Sequence[Landing]) -> IntArray:
+    """[n] int64, bytes of each tensor or row that goes one way between two ranks, in order."""
+    return np.concatenate([np.zeros(0, dtype=np.int64), *(part.sizes for part in parts)])
 
 
 Outbox = Mapping[int, list[Outgoing]]
@@ -130,7 +153,7 @@ class QueuedCommunicator(EplbCommunicator):
                 f"with strides {list(tensor.stride())}"
             )
         data = view_bytes(tensor)
-        self._inbox.setdefault(src_rank, []).append(Landing(data, (data.numel(),)))
+        self._inbox.setdefault(src_rank, []).append(Landing(data, np.array([data.numel()])))
 
     def add_moves(self, moves: ExpertMoves) -> None:  # noqa: D102 - see the base
         self._refuse_unless_open()
@@ -182,11 +205,8 @@ class QueuedCommunicator(EplbCommunicator):
 
     def _announce(self, outbox: Outbox, inbox: Inbox) -> dict[int, Announcement]:
         """What to tell each peer about the exchange that begins."""
-        sends = {p: Sizes.of([part.num_bytes for part in outbox.get(p, [])]) for p in self._peers}
-        expects = {
-            p: Sizes.of([size for landing in inbox.get(p, []) for size in landing.sizes])
-            for p in self._peers
-        }
+        sends = {p: Sizes.of(join_sizes(outbox.get(p, []))) for p in self._peers}
+        expects = {p: Sizes.of(join_sizes(inbox.get(p, []))) for p in self._peers}
         total = sum(sizes.num_bytes for sizes in (*sends.values(), *expects.values()))
         return {
             p: Announcement(self._num_exchanges, sends[p], expects[p], total) for p in self._peers
@@ -207,20 +227,23 @@ class QueuedCommunicator(EplbCommunicator):
 
     def _find_landings(self, moves: ExpertMoves) -> Iterator[tuple[int, Landing]]:
         offset = 0
-        sizes: dict[int, list[int]] = {}
+        sizes: dict[int, list[IntArray]] = {}
         for peer, layer, span in _split(moves.recv_rank, moves.recv_layer):
             num_rows = span.stop - span.start
-            sizes.setdefault(peer, []).extend(num_rows * t.shape[1] for t in self._rows[layer])
-        needed = sum(map(sum, sizes.values()))
+            rows = [np.full(num_rows, tensor.shape[1]) for tensor in self._rows[layer]]
+            sizes.setdefault(peer, []).extend(rows)
+        by_peer = {peer: np.concatenate(rows) for peer, rows in sizes.items()}
+        needed = sum(int(each.sum()) for each in by_peer.values())
         into = moves.into
         if into.dtype != torch.uint8 or not into.is_contiguous() or into.numel() < needed:
             raise ValueError(
                 f"the experts to be received need a contiguous uint8 tensor of {needed} bytes, "
                 f"got {into.numel()} elements of {into.dtype}"
             )
-        for peer, each in sizes.items():
-            yield peer, Landing(view_bytes(into)[offset : offset + sum(each)], tuple(each))
-            offset += sum(each)
+        for peer, each in by_peer.items():
+            num_bytes = int(each.sum())
+            yield peer, Landing(view_bytes(into)[offset : offset + num_bytes], each)
+            offset += num_bytes
 
     def _refuse_unless_open(self) -> None:
         if self._state != "open":

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,31 +21,51 @@ from equipoise.comm.exchange import Exchange, deadline_in
 from equipoise.comm.queued import (
     SLOWEST_BYTES_PER_S,
     Inbox,
+    Landing,
     Outbox,
+    Outgoing,
     QueuedCommunicator,
-    WholeTensor,
+    join_sizes,
 )
+from equipoise.topology import IntArray
 
 _TAG_HEADER = 2
 _TAG_PAYLOAD = 3
 
+_LARGE_BYTES = 1 << 20
+"""From here on a tensor, or an expert's row of one, is a message of its own: what a message costs
+is less than what a copy of it does."""
+_MESSAGE_BYTES = 4 << 20
+"""About where messages of smaller ones are cut, so that one is packed while another travels."""
 
-@dataclass(frozen=True)
-class _Parcel:
-    """One peer's packed bytes, and the event after which they are complete."""
 
-    data: Tensor
-    packed: torch.cuda.Event | None
+def cut_messages(sizes: IntArray) -> list[tuple[int, int]]:
+    """Where the messages of a pair of ranks start and stop; the same on both sides.
+
+    Args:
+        sizes: [n] int64, bytes of each tensor or row, in order.
+    Returns:
+        Start and stop of each message in the bytes of all of them; none is empty.
+    Collective: none.
+    """
+    stops = np.cumsum(sizes)
+    starts = stops - sizes
+    is_large = sizes >= _LARGE_BYTES
+    piece = starts // _MESSAGE_BYTES
+    is_first = np.ones(len(sizes), dtype=bool)
+    is_first[1:] = is_large[1:] | is_large[:-1] | (piece[1:] != piece[:-1])
+    edges = np.unique(np.concatenate((starts[is_first], stops[-1:])))
+    return list(itertools.pairwise(edges.tolist()))
 
 
 class TorchDistGlooStagedEplbCommunicator(QueuedCommunicator):
-    """One small header to each peer, then everything for a peer as one message.
+    """One small header to each peer, then few messages.
 
     All messages are under way together. Headers carry counts and sizes, so that a mismatch is an
-    error on both sides before any payload. A single contiguous CPU tensor is sent and received in
-    place; all else goes through two buffers, for sending and receiving, that grow by need and
-    stay. With weights on CUDA the buffers are pinned and a peer's copies overlap with other
-    peers' messages.
+    error on both sides before any payload. On the CPU, large tensors and experts are sent from
+    where they are, and what a message brings to one place is received there; all else goes through
+    two buffers, for sending and receiving, that grow by need and stay. With weights on CUDA all of
+    it does, and the buffers are pinned. Packing and unpacking overlap with other messages.
 
     Args:
         group: with a gloo backend for CPU tensors.
@@ -69,7 +92,6 @@ class TorchDistGlooStagedEplbCommunicator(QueuedCommunicator):
             headers.recv(view_bytes(heard[peer]), peer)
         for peer in self._peers:
             headers.send(view_bytes(mine[peer].to_tensor()), peer)
-        parcels = self._pack(outbox, mine)
         failures = dict(headers.wait(deadline_in(self.timeout_s)))
         if any(failure.late for failure in failures.values()):
             self._raise({}, failures, self.timeout_s)
@@ -81,80 +103,88 @@ class TorchDistGlooStagedEplbCommunicator(QueuedCommunicator):
         most = max((a.total_bytes for a in (*theirs.values(), *mine.values())), default=0)
         seconds = self.timeout_s + most / SLOWEST_BYTES_PER_S
         payload = Exchange(self._group, _TAG_PAYLOAD)
-        self._carry(payload, sound, parcels, inbox, time.monotonic() + seconds)
+        self._carry(payload, sound, outbox, inbox, time.monotonic() + seconds)
         failures.update(payload.failures)
         if failures or refusals:
             self._raise(refusals, failures, seconds)
 
     def _carry(
-        self,
-        payload: Exchange,
-        peers: list[int],
-        parcels: dict[int, _Parcel],
-        inbox: Inbox,
-        deadline: float,
+        self, payload: Exchange, peers: list[int], outbox: Outbox, inbox: Inbox, deadline: float
     ) -> None:
-        landings = self._choose_landings(peers, inbox)
-        for peer, landing in landings.items():
-            payload.recv(landing, peer)
-        for peer in peers:
-            if peer in parcels:
-                parcel = parcels[peer]
-                if parcel.packed is not None:
-                    parcel.packed.synchronize()
-                payload.send(parcel.data, peer)
-
-        def unpack(peer: int) -> None:
-            parts = inbox[peer]
-            if parts[0].data is landings[peer]:
-                return
-            pieces = landings[peer].split_with_sizes([part.data.numel() for part in parts])
-            with self._on_stream():
-                for part, piece in zip(parts, pieces, strict=True):
-                    part.data.copy_(piece, non_blocking=True)
-
-        payload.wait(deadline, unpack)
+        parcels = {peer: outbox[peer] for peer in peers if peer in outbox}
+        num_staged = [sum(map(self._count_staged, parts)) for parts in parcels.values()]
+        self._send_pool = self._grow(self._send_pool, sum(num_staged))
+        buffers = self._send_pool[: sum(num_staged)].split_with_sizes(num_staged)
+        streams = [
+            zip(itertools.repeat(peer), self._pack(parts, buffer))
+            for (peer, parts), buffer in zip(parcels.items(), buffers, strict=True)
+        ]
+        try:
+            self._post_receives(payload, {peer: inbox[peer] for peer in peers if peer in inbox})
+            # In turns, so that no peer waits until another has got everything.
+            for turn in itertools.zip_longest(*streams):
+                for peer, message in filter(None, turn):
+                    payload.send(message, peer)
+        except BaseException:
+            payload.abandon()
+            raise
+        payload.wait(deadline)
         if self._is_cuda:
             self._current_stream().synchronize()
 
-    def _pack(self, outbox: Outbox, mine: dict[int, Announcement]) -> dict[int, _Parcel]:
-        parcels = {}
-        staged = {}
-        for peer, parts in outbox.items():
-            first = parts[0]
-            in_place = len(parts) == 1 and isinstance(first, WholeTensor) and not self._is_cuda
-            if not mine[peer].sends.num_bytes:
-                continue
-            if in_place and isinstance(first, WholeTensor) and first.tensor.is_contiguous():
-                parcels[peer] = _Parcel(view_bytes(first.tensor), None)
-            else:
-                staged[peer] = mine[peer].sends.num_bytes
-        self._send_pool = self._grow(self._send_pool, sum(staged.values()))
-        buffers = self._send_pool[: sum(staged.values())].split_with_sizes(list(staged.values()))
-        for peer, buffer in zip(staged, buffers, strict=True):
-            parts = outbox[peer]
-            pieces = buffer.split_with_sizes([part.num_bytes for part in parts])
-            with self._on_stream():
-                for part, piece in zip(parts, pieces, strict=True):
-                    part.pack(piece)
-            parcels[peer] = _Parcel(buffer, self._record_event())
-        return parcels
+    def _count_staged(self, part: Outgoing) -> int:
+        return 0 if self._find_in_place(part) is not None else part.num_bytes
 
-    def _choose_landings(self, peers: list[int], inbox: Inbox) -> dict[int, Tensor]:
-        """Where each peer's message goes: in place, or a part of the receive buffer."""
-        landings = {}
-        staged = {}
-        for peer in peers:
-            parts = inbox.get(peer, [])
-            num_bytes = sum(part.data.numel() for part in parts)
-            if len(parts) == 1 and num_bytes and not self._is_cuda:
-                landings[peer] = parts[0].data
-            elif num_bytes:
-                staged[peer] = num_bytes
-        self._recv_pool = self._grow(self._recv_pool, sum(staged.values()))
-        buffers = self._recv_pool[: sum(staged.values())].split_with_sizes(list(staged.values()))
-        landings.update(zip(staged, buffers, strict=True))
-        return landings
+    def _find_in_place(self, part: Outgoing) -> list[Tensor] | None:
+        """A part's messages, where it need not be packed."""
+        if self._is_cuda or part.sizes[0] < _LARGE_BYTES:
+            return None
+        return part.find_in_place()
+
+    def _pack(self, parts: Sequence[Outgoing], buffer: Tensor) -> Iterator[Tensor]:
+        """A peer's messages in order, packed into the buffer when they are asked for."""
+        cuts = cut_messages(join_sizes(parts))
+        num_packed = num_sent = number = 0
+        for part in parts:
+            in_place = self._find_in_place(part)
+            if in_place is not None:
+                yield from in_place
+                number += len(in_place)
+                continue
+            with self._on_stream():
+                part.pack(buffer[num_packed : num_packed + part.num_bytes])
+            num_packed += part.num_bytes
+            if self._is_cuda:
+                self._current_stream().synchronize()
+            while num_sent < num_packed:
+                start, stop = cuts[number]
+                if stop - start > num_packed - num_sent:
+                    break
+                yield buffer[num_sent : num_sent + stop - start]
+                num_sent += stop - start
+                number += 1
+
+    def _post_receives(self, payload: Exchange, inbox: Inbox) -> None:
+        targets = [
+            (peer, pieces) for peer, landings in inbox.items() for pieces in _find_targets(landings)
+        ]
+        num_staged = [
+            sum(piece.numel() for piece in pieces) if self._is_cuda or len(pieces) > 1 else 0
+            for _, pieces in targets
+        ]
+        self._recv_pool = self._grow(self._recv_pool, sum(num_staged))
+        buffers = self._recv_pool[: sum(num_staged)].split_with_sizes(num_staged)
+        for (peer, pieces), buffer in zip(targets, buffers, strict=True):
+            if buffer.numel():
+                payload.recv(buffer, peer, partial(self._unpack, buffer, pieces))
+            else:
+                payload.recv(pieces[0], peer)
+
+    def _unpack(self, buffer: Tensor, pieces: Sequence[Tensor]) -> None:
+        parts = buffer.split_with_sizes([piece.numel() for piece in pieces])
+        with self._on_stream():
+            for piece, part in zip(pieces, parts, strict=True):
+                piece.copy_(part, non_blocking=True)
 
     def _grow(self, pool: Tensor, num_bytes: int) -> Tensor:
         if pool.numel() >= num_bytes:
@@ -177,9 +207,17 @@ class TorchDistGlooStagedEplbCommunicator(QueuedCommunicator):
             return contextlib.nullcontext()
         return torch.cuda.stream(self._current_stream())
 
-    def _record_event(self) -> torch.cuda.Event | None:
-        if not self._is_cuda:
-            return None
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(self._current_stream())
-        return event
+
+def _find_targets(landings: Sequence[Landing]) -> Iterator[list[Tensor]]:
+    """For each message of a peer the pieces of memory that it fills, in order."""
+    rest = iter([landing.data for landing in landings if landing.data.numel()])
+    data = torch.empty(0, dtype=torch.uint8)
+    for start, stop in cut_messages(join_sizes(landings)):
+        missing, pieces = stop - start, []
+        while missing:
+            if not data.numel():
+                data = next(rest)
+            pieces.append(data[:missing])
+            data = data[missing:]
+            missing -= pieces[-1].numel()
+        yield pieces
