@@ -24,8 +24,9 @@ class FlowPolicy(PlacementPolicy):
 
     Without a standing placement it plans from nothing: replicas by a divisor rule, largest slots
     first onto the least busy rank, then swaps and replica transfers until the target. With one,
-    every layer's gain per received expert is weighed against the other layers'. It never puts an
-    expert twice on one rank and leaves a slot empty instead. Its loops are compiled when it is
+    every layer's gain per received expert is weighed against the other layers'. It does not put an
+    expert twice on one rank and leaves a slot empty instead; only a layer for which no search
+    does as well as the published layout is laid out as published. Its loops are compiled when it is
     made, and run without the interpreter lock.
 
     Args:

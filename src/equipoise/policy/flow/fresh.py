@@ -9,8 +9,12 @@ import numpy as np
 from equipoise.policy.flow.packing import count_replicas, pack_apart, pack_slots, sort_experts
 from equipoise.policy.flow.pairs import pair_up, tune_counts
 from equipoise.policy.flow.problem import Problem
+from equipoise.policy.flow.published import pack_heaviest_first, publish
 from equipoise.policy.flow.search import improve
 from equipoise.topology import FloatArray, IntArray, Topology
+
+ROUNDING = 1.0 + 1e-13
+"""Sums of the same loads in another order may differ by so much."""
 
 
 def plan_fresh(problem: Problem) -> IntArray:
@@ -26,6 +30,7 @@ def plan_fresh(problem: Problem) -> IntArray:
         return _place_flat(problem)
     home = _home_groups(problem)
     table = _place_by_node(problem, home)
+    _home_as_published(problem, home, table)
     if problem.options.hierarchy == "relaxed":
         _search(problem, table, home)
     return table
@@ -54,15 +59,12 @@ def pad(load: FloatArray) -> FloatArray:
 def _place_flat(problem: Problem) -> IntArray:
     topology, slots = problem.topology, problem.topology.num_slots
     counts = count_replicas(problem.load, slots, problem.least, problem.most, 0.0)
-    if problem.in_pairs:
-        padded = np.column_stack((counts, slots - counts.sum(axis=1)))
-        load = pad(problem.load)
-        looks = problem.options.max_looks
-        no_goal = np.zeros(load.shape[0])
-        return pair_up(load, tune_counts(load, padded, problem.least, problem.most, no_goal, looks))
     share = problem.load / counts
     order = sort_experts(share)
-    if problem.spread > 1:
+    if problem.in_pairs:
+        padded = np.column_stack((counts, slots - counts.sum(axis=1)))
+        table = _place_pairs(problem, padded)
+    elif problem.spread > 1:
         table = pack_apart(
             order,
             counts,
@@ -74,7 +76,35 @@ def _place_flat(problem: Problem) -> IntArray:
     else:
         table = pack_slots(share, order, counts, topology.slots_per_rank, problem.slowness)
     _search(problem, table, None)
+    if problem.least == 1 and problem.most == topology.num_ranks:
+        _start_from_published(problem, table)
     return table
+
+
+def _place_pairs(problem: Problem, counts: IntArray) -> IntArray:
+    load = pad(problem.load)
+    no_goal = np.zeros(load.shape[0])
+    least, most, looks = problem.least, problem.most, problem.options.max_looks
+    return pair_up(load, tune_counts(load, counts, least, most, no_goal, looks))
+
+
+def _start_from_published(problem: Problem, table: IntArray) -> None:
+    """Where the published layout is better, search from there; no layer stays below it.
+
+    Only where no search did as well does it stand as it is, a second replica on a rank included.
+    """
+    topology = problem.topology
+    published = publish(problem.load, topology.num_slots, topology.num_ranks)
+    reached, balance = problem.balance(table), problem.balance(published)
+    layers = np.flatnonzero(balance > reached * ROUNDING)
+    if layers.size == 0:
+        return
+    some = replace(problem, load=problem.load[layers])
+    published, balance = published[layers], balance[layers]
+    searched = published.copy()
+    _search(some, searched, None)
+    better = some.balance(searched) * ROUNDING >= balance
+    table[layers] = np.where(better[:, None], searched, published)
 
 
 def _search(problem: Problem, table: IntArray, home: IntArray | None) -> None:
@@ -107,8 +137,33 @@ def _home_groups(problem: Problem) -> IntArray:
         spread=1,
     )
     _search(of_nodes, table, None)
-    home = np.empty((layers, num_groups), dtype=np.int64)
-    np.put_along_axis(home, table, np.repeat(np.arange(nodes), slots)[None, :], axis=1)
+    return _spread_homes(problem, table)
+
+
+def _home_as_published(problem: Problem, home: IntArray, table: IntArray) -> None:
+    """Where the published homes of groups may do better than ours, see whether they do."""
+    layers, num_groups = problem.load.shape[0], problem.options.num_groups
+    nodes = problem.topology.num_nodes
+    load = problem.load.reshape(layers, num_groups, -1).sum(axis=2)
+    order = pack_heaviest_first(load, nodes)
+    heaviest = np.take_along_axis(load, order, axis=1).reshape(layers, nodes, -1).sum(axis=2).max(1)
+    balance = problem.balance(table)
+    may = balance * heaviest < problem.ideal * problem.topology.ranks_per_node
+    layers_left = np.flatnonzero(may)
+    if layers_left.size == 0:
+        return
+    published = _spread_homes(problem, order)[layers_left]
+    some = replace(problem, load=problem.load[layers_left])
+    other = _place_by_node(some, published)
+    better = some.balance(other) > balance[layers_left]
+    table[layers_left[better]], home[layers_left[better]] = other[better], published[better]
+
+
+def _spread_homes(problem: Problem, groups: IntArray) -> IntArray:
+    """Node of each expert, [L, E], from the groups of each node, [L, G] in the nodes' order."""
+    num_groups, nodes = groups.shape[1], problem.topology.num_nodes
+    home = np.empty_like(groups)
+    np.put_along_axis(home, groups, np.repeat(np.arange(nodes), num_groups // nodes)[None], axis=1)
     return np.repeat(home, problem.num_experts // num_groups, axis=1)
 
 

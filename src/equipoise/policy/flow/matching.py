@@ -116,43 +116,48 @@ def rename_groups(
 
 
 @kernel
-def keep_slots(standing: IntArray, table: IntArray, slots_per_rank: int, num_experts: int) -> None:
+def keep_slots(standing: IntArray, table: IntArray, slots_per_rank: int) -> None:
     """Within each rank, put experts that stay into the slots where they stand.
 
     Args:
         standing: [L, P] int64.
         table: [L, P] int64, changed in place.
         slots_per_rank: S.
-        num_experts: E.
     Collective: none.
     """
-    wanted = np.zeros(num_experts, dtype=np.bool_)
-    newcomers = np.empty(slots_per_rank, dtype=np.int64)
+    planned = np.empty(slots_per_rank, dtype=np.int64)
     for layer in range(table.shape[0]):
         for start in range(0, table.shape[1], slots_per_rank):
-            for slot in range(start, start + slots_per_rank):
-                if table[layer, slot] >= 0:
-                    wanted[table[layer, slot]] = True
-            num_newcomers = 0
-            for slot in range(start, start + slots_per_rank):
-                expert = table[layer, slot]
-                stays = False
-                for other in range(start, start + slots_per_rank):
-                    stays = stays or standing[layer, other] == expert
-                if expert >= 0 and not stays:
-                    newcomers[num_newcomers] = expert
-                    num_newcomers += 1
-                    wanted[expert] = False
-            for slot in range(start, start + slots_per_rank):
-                expert = standing[layer, slot]
-                table[layer, slot] = -1
-                if expert >= 0 and wanted[expert]:
-                    table[layer, slot] = expert
-                    wanted[expert] = False
-            for slot in range(start, start + slots_per_rank):
-                if table[layer, slot] < 0 and num_newcomers > 0:
-                    num_newcomers -= 1
-                    table[layer, slot] = newcomers[num_newcomers]
+            end = start + slots_per_rank
+            planned[:] = table[layer, start:end]
+            table[layer, start:end] = -1
+            for slot in range(start, end):
+                for i in range(slots_per_rank):
+                    if planned[i] >= 0 and planned[i] == standing[layer, slot]:
+                        table[layer, slot], planned[i] = planned[i], -1
+                        break
+            free = start
+            for i in range(slots_per_rank):
+                if planned[i] >= 0:
+                    while table[layer, free] >= 0:
+                        free += 1
+                    table[layer, free] = planned[i]
+
+
+@kernel
+def drop_doubles(table: IntArray, slots_per_rank: int) -> None:
+    """Empty the slots that hold what an earlier slot of their rank holds.
+
+    Args:
+        table: [L, P] int64, changed in place.
+        slots_per_rank: S.
+    Collective: none.
+    """
+    for layer in range(table.shape[0]):
+        for slot in range(table.shape[1]):
+            for other in range(slot - slot % slots_per_rank, slot):
+                if table[layer, other] == table[layer, slot]:
+                    table[layer, slot] = -1
 
 
 def match_ranks(
@@ -184,5 +189,5 @@ def match_ranks(
             order = rename_groups(old, grouped, kind, num_experts, most_exact)
             table = np.take_along_axis(grouped, order[:, :, None], axis=1).reshape(layers, -1)
     table = np.ascontiguousarray(table).copy()
-    keep_slots(np.ascontiguousarray(standing), table, num_slots // kinds.size, num_experts)
+    keep_slots(np.ascontiguousarray(standing), table, num_slots // kinds.size)
     return table

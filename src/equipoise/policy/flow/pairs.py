@@ -171,8 +171,9 @@ def tune_counts(
 def pair_up(load: FloatArray, counts: IntArray) -> IntArray:
     """Pair the largest slot with the smallest, and so on inwards.
 
-    Only the expert in the middle of the order can meet itself; such pairs exchange a slot with
-    the nearest pair that has neither, or leave the second slot empty where there is none.
+    Only the expert in the middle of the order can meet itself. Such a pair exchanges a slot with
+    the nearest pair that has neither, or leaves its second slot empty: where there is no such
+    pair, or the expert has no third replica, so that nothing changes but a wasted slot.
 
     Args:
         load: [L, E + 1] float64, the last being 0, for empty slots.
@@ -193,7 +194,7 @@ def pair_up(load: FloatArray, counts: IntArray) -> IntArray:
         for i in range(num_slots // 2 - 1, -1, -1):
             if row[2 * i] != row[2 * i + 1] or row[2 * i] == empty:
                 continue
-            mate = i - 1
+            mate = i - 1 if counts[layer, row[2 * i]] > 2 else -1
             while mate >= 0 and (row[2 * mate] == row[2 * i] or row[2 * mate + 1] == row[2 * i]):
                 mate -= 1
             if mate >= 0:

@@ -59,6 +59,12 @@ class Problem:
         return self.options.rank_move_budget is not None or self.options.rank_move_bytes is not None
 
     @property
+    def has_budget(self) -> bool:
+        """Whether anything bounds what may be received."""
+        bounded = self.options.move_budget is not None or self.options.move_bytes is not None
+        return bounded or self.has_rank_budget
+
+    @property
     def in_groups(self) -> bool:
         """Whether groups of experts have a home node."""
         return self.options.hierarchy != "off" and self.topology.num_nodes > 1

@@ -1,8 +1,8 @@
 """Local search: relieve the busiest rank, one change after the other, and keep the log.
 
-A change swaps two slots of two ranks, gives a slot to another expert, or empties one. It is made
-only where every rank that it makes busier stays below what the busiest was: so the sorted busy
-times fall in lexicographic order, and the search ends.
+A change swaps two slots of two ranks, gives a slot to another expert, empties one, or passes
+experts on around a ring of ranks. It is made only where every rank that it makes busier stays
+below what the busiest was: so the sorted busy times fall in lexicographic order, and it ends.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import numpy as np
 from equipoise.policy.flow.bounds import Log
 from equipoise.policy.flow.budget import choose_points
 from equipoise.policy.flow.fresh import count_pairs, pad, plan_fresh
-from equipoise.policy.flow.matching import keep_slots, match_ranks
+from equipoise.policy.flow.matching import drop_doubles, keep_slots, match_ranks
 from equipoise.policy.flow.pairs import recount, tune_counts
 from equipoise.policy.flow.problem import Problem
 from equipoise.policy.flow.replay import receive_by_rank, replay
@@ -74,12 +74,7 @@ def plan_from(problem: Problem, standing: IntArray) -> IntArray:
     table[anew] = named[anew]
     changed = np.flatnonzero(chosen > 0)
     rows = table[changed]
-    keep_slots(
-        standing[changed],
-        rows,
-        problem.topology.slots_per_rank,
-        problem.num_experts,
-    )
+    keep_slots(standing[changed], rows, problem.topology.slots_per_rank)
     table[changed] = rows
     return table
 
@@ -103,6 +98,8 @@ def _name_after(problem: Problem, standing: IntArray, fresh: IntArray) -> IntArr
 
 def _search(problem: Problem, standing: IntArray) -> list[_Path]:
     home = problem.find_homes(standing) if problem.in_groups else None
+    start = standing.copy()
+    drop_doubles(start, problem.topology.slots_per_rank)
     paths = []
     for aim in AIMS:
         bounds = problem.bounds(
@@ -111,8 +108,8 @@ def _search(problem: Problem, standing: IntArray) -> list[_Path]:
             max_steps=MAX_STEPS,
             home=home,
         )
-        log = improve(problem.load, standing.copy(), standing, bounds)
-        paths.append(_Path(standing, log))
+        log = improve(problem.load, start.copy(), standing, bounds)
+        paths.append(_Path(start, log))
     return paths
 
 
@@ -133,6 +130,7 @@ def _search_pairs(problem: Problem, standing: IntArray, fresh: IntArray) -> list
         )
         start = standing.copy()
         recount(load, start, counts)
+        drop_doubles(start, problem.topology.slots_per_rank)
         bounds = problem.bounds(
             heaviest * problem.ideal, frugal=True, max_steps=MAX_STEPS, swaps_only=True
         )
@@ -143,7 +141,7 @@ def _search_pairs(problem: Problem, standing: IntArray, fresh: IntArray) -> list
 
 def _collect(problem: Problem, standing: IntArray, named: IntArray, paths: list[_Path]) -> _Points:
     layers, ranks = standing.shape[0], problem.topology.num_ranks
-    ideal, target = problem.ideal[:, None], problem.options.target
+    ideal = problem.ideal[:, None]
     broken = problem.violates(standing)
     now = np.where(broken, -1.0, problem.balance(standing))
     fresh_by_rank = _receive(problem, standing, named)
@@ -160,9 +158,11 @@ def _collect(problem: Problem, standing: IntArray, named: IntArray, paths: list[
     received.append(fresh_by_rank.sum(axis=1)[:, None])
     balance.append(problem.balance(named)[:, None])
     by_rank.append(fresh_by_rank[:, None])
+    # Beyond the target nothing is worth a move, unless moves are free.
+    enough = problem.options.target if problem.has_budget else 1.0
     return _Points(
         np.concatenate(received, axis=1),
-        np.minimum(np.concatenate(balance, axis=1), target),
+        np.minimum(np.concatenate(balance, axis=1), enough),
         np.concatenate(by_rank, axis=1)
         if problem.has_rank_budget
         else np.zeros((layers, 0, 0), dtype=np.int64),
