@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from equipoise.comm.base import EplbCommunicator, ExpertMoves, ExpertWeights
+from equipoise.comm.base import EplbCommunicator, ExpertWeights
 from equipoise.comm.byte_views import view_rows
 from equipoise.comm.groups import RankGroup
 from equipoise.comm.queued import SLOWEST_BYTES_PER_S
@@ -21,9 +21,9 @@ from equipoise.placement import Placement
 from equipoise.plan.transfer_plan import TransferPlan, make_plan
 from equipoise.topology import IntArray
 from equipoise.transfer.agreement import agree
-from equipoise.transfer.checksum import sum_experts
+from equipoise.transfer.mover import ChunkMover
 from equipoise.transfer.profile import reserve_buffers
-from equipoise.transfer.staging import ChunkShare, StagedBlock, share_chunk
+from equipoise.transfer.staging import ChunkShare, measure_experts, share_plan
 
 Verify = Literal["off", "all"]
 
@@ -115,131 +115,77 @@ def rearrange_expert_weights_inplace(
         if is_profile:
             reserve_buffers(rows, communicator, group, staging_bytes)
             return TransferStats(0, 0, 0, 0, 0, 0, time.perf_counter() - started)
-        shares = _share_all(plan, group.rank, rows, staging_bytes)
+        shares = share_plan(plan, group.rank, measure_experts(rows), staging_bytes)
         most = max((share.num_bytes for share in shares), default=0)
         staging = torch.empty(most, dtype=torch.uint8, device=rows[0][0].device)
-        mover = _Mover(plan, rows, communicator, group, staging, verify)
+        mover = ChunkMover(plan, rows, communicator, group)
         for share in shares:
-            mover.move(share, on_commit)
+            _move(mover, share, staging, verify, on_commit)
     except MembershipError as error:
         raise TransferError(str(error), rank=error.rank, peer=error.peer) from error
     return _sum_up(plan, rows, group.rank, len(shares), time.perf_counter() - started)
 
 
-@dataclass(frozen=True)
-class _Mover:
-    """One call's parts; `rows` are the weights as [S, row bytes] uint8."""
-
-    plan: TransferPlan
-    rows: list[list[Tensor]]
-    communicator: EplbCommunicator
-    group: RankGroup
-    staging: Tensor
-    verify: Verify
-
-    def move(self, share: ChunkShare, on_commit: Callable[[IntArray], None] | None) -> None:
-        problem: Exception | None = None
-        try:
-            self._stage(share)
-        except Exception as error:
-            # Raised below, once the others know.
-            problem = error
-        problem = self._compare(share, problem)
-        stands = self.group.decide("abort" if problem else "commit")
-        if stands == "commit":
-            for block in share.blocks:
-                self._commit(block)
-            if on_commit is not None:
-                on_commit(share.layers)
-        if problem is not None:
-            raise problem
-        if stands != "commit":
-            raise TransferError(
-                f"rank {self.group.rank}: another rank gave up, so layers "
-                f"{share.layers.tolist()} stay as they were",
-                rank=self.group.rank,
-            )
-
-    def _stage(self, share: ChunkShare) -> None:
-        plan, slots_per_rank = self.plan, self.plan.old.topology.slots_per_rank
-        self.communicator.add_moves(
-            ExpertMoves(
-                send_rank=plan.dst_rank[share.sent],
-                send_layer=plan.layer[share.sent],
-                send_slot=plan.src_slot[share.sent] % slots_per_rank,
-                recv_rank=plan.src_rank[share.received],
-                recv_layer=plan.layer[share.received],
-                into=self.staging[: share.remote_bytes],
-            )
+def _move(
+    mover: ChunkMover,
+    share: ChunkShare,
+    staging: Tensor,
+    verify: Verify,
+    on_commit: Callable[[IntArray], None] | None,
+) -> None:
+    """Stage one chunk, settle whether it is committed, and commit it then."""
+    problem: Exception | None = None
+    try:
+        mover.stage(share, staging)
+    except Exception as error:
+        # Raised below, once the others know.
+        problem = error
+    problem = _compare(mover, share, staging, verify, problem)
+    stands = mover.group.decide("abort" if problem else "commit")
+    if stands == "commit":
+        mover.commit(share, staging)
+        if on_commit is not None:
+            on_commit(share.layers)
+    if problem is not None:
+        raise problem
+    if stands != "commit":
+        raise TransferError(
+            f"rank {mover.group.rank}: another rank gave up, so layers "
+            f"{share.layers.tolist()} stay as they were",
+            rank=mover.group.rank,
         )
-        for block in share.blocks:
-            if block.source == self.group.rank:
-                slots = self._to_index(plan.src_slot[block.rows] % slots_per_rank)
-                for rows, view in zip(self.rows[block.layer], self._views(block), strict=True):
-                    torch.index_select(rows, 0, slots, out=view)
-        self.communicator.execute()
 
-    def _compare(self, share: ChunkShare, problem: Exception | None) -> Exception | None:
-        """Hear how every rank fared; None if all are fine."""
-        try:
-            # A peer may still be in its exchange: that long for headers, and for the payload.
-            timeout_s = self.group.timeout.total_seconds()
-            busy_s = 2 * timeout_s + share.busiest_bytes / SLOWEST_BYTES_PER_S
-            fared = self.group.all_gather(torch.tensor([problem is not None]), busy_s=busy_s)
-            failed = [rank for rank, status in enumerate(fared) if bool(status)]
-            if not failed and self.verify == "all":
-                return self._check_sums(share)
-        except MembershipError as error:
-            return problem or TransferError(str(error), rank=error.rank, peer=error.peer)
-        if problem is None and failed:
-            problem = TransferError(
-                f"rank {self.group.rank}: the exchange failed on rank {failed[0]}, so layers "
-                f"{share.layers.tolist()} stay as they were",
-                rank=self.group.rank,
-                peer=failed[0],
-            )
-        return problem
 
-    def _check_sums(self, share: ChunkShare) -> TransferError | None:
-        plan = self.plan
-        sums = torch.zeros(len(plan.layer), dtype=torch.int64)
-        for layer in np.unique(plan.layer[share.sent]):
-            sent = share.sent[plan.layer[share.sent] == layer]
-            slots = self._to_index(plan.src_slot[sent] % plan.old.topology.slots_per_rank)
-            sums[torch.tensor(sent)] = sum_experts(
-                rows.index_select(0, slots) for rows in self.rows[layer]
-            )
-        self.group.all_reduce(sums)
-        damaged = -1
-        for block in share.blocks:
-            if block.source != self.group.rank and damaged < 0:
-                differs = sum_experts(self._views(block)) != sums[torch.tensor(block.rows)]
-                if bool(differs.any()):
-                    damaged = int(block.rows[int(differs.nonzero()[0])])
-        for found in self.group.all_gather(torch.tensor([damaged])):
-            row = int(found)
-            if row >= 0:
-                source, layer = int(plan.src_rank[row]), int(plan.layer[row])
-                return TransferError(
-                    f"rank {self.group.rank}: layer {layer}, expert {plan.expert[row]} arrived "
-                    f"damaged on rank {plan.dst_rank[row]} from rank {source}; layers "
-                    f"{share.layers.tolist()} stay as they were",
-                    rank=self.group.rank,
-                    peer=source,
-                    layer=layer,
-                )
-        return None
+def _compare(
+    mover: ChunkMover,
+    share: ChunkShare,
+    staging: Tensor,
+    verify: Verify,
+    problem: Exception | None,
+) -> Exception | None:
+    """Hear how every rank fared; None if all are fine."""
+    group = mover.group
+    try:
+        status = torch.tensor([problem is not None])
+        fared = group.all_gather(status, busy_s=find_busy_s(share, group))
+        failed = [rank for rank, theirs in enumerate(fared) if bool(theirs)]
+        if not failed and verify == "all":
+            return mover.verify(share, staging)
+    except MembershipError as error:
+        return problem or TransferError(str(error), rank=error.rank, peer=error.peer)
+    if problem is None and failed:
+        problem = TransferError(
+            f"rank {group.rank}: the exchange failed on rank {failed[0]}, so layers "
+            f"{share.layers.tolist()} stay as they were",
+            rank=group.rank,
+            peer=failed[0],
+        )
+    return problem
 
-    def _commit(self, block: StagedBlock) -> None:
-        slots, positions = self._to_index(block.slots), self._to_index(block.positions)
-        for rows, view in zip(self.rows[block.layer], self._views(block), strict=True):
-            rows.index_copy_(0, slots, view.index_select(0, positions))
 
-    def _views(self, block: StagedBlock) -> list[Tensor]:
-        return block.find_views(self.staging, [rows.shape[1] for rows in self.rows[block.layer]])
-
-    def _to_index(self, numbers: IntArray) -> Tensor:
-        return torch.tensor(numbers, device=self.staging.device)
+def find_busy_s(share: ChunkShare, group: RankGroup) -> float:
+    """Seconds that a peer may still be in its exchange when this rank has ended its own."""
+    return 2 * group.timeout.total_seconds() + share.busiest_bytes / SLOWEST_BYTES_PER_S
 
 
 def check_fit(placement: Placement, expert_weights: ExpertWeights, group: RankGroup) -> None:
@@ -286,27 +232,10 @@ def _collect_facts(
     }
 
 
-def _share_all(
-    plan: TransferPlan, rank: int, rows: list[list[Tensor]], staging_bytes: int | None
-) -> list[ChunkShare]:
-    expert_bytes = _measure_experts(rows)
-    chunks = plan.chunks(expert_bytes, staging_bytes)
-    # Layers in which slots only become empty have maps to switch, and nothing to stage.
-    changed = (plan.old.slot_to_expert != plan.new.slot_to_expert).any(axis=1)
-    idle = np.setdiff1d(np.flatnonzero(changed), plan.layer)
-    if idle.size:
-        chunks = [np.union1d(chunks[0], idle), *chunks[1:]] if chunks else [idle]
-    return [share_chunk(plan, rank, layers, expert_bytes) for layers in chunks]
-
-
-def _measure_experts(rows: list[list[Tensor]]) -> IntArray:
-    return np.array([sum(tensor.shape[1] for tensor in layer) for layer in rows], dtype=np.int64)
-
-
 def _sum_up(
     plan: TransferPlan, rows: list[list[Tensor]], rank: int, num_chunks: int, seconds: float
 ) -> TransferStats:
-    sizes = _measure_experts(rows)[plan.layer]
+    sizes = measure_experts(rows)[plan.layer]
     received = (plan.dst_rank == rank) & (plan.src_rank != rank)
     sent = (plan.src_rank == rank) & (plan.dst_rank != rank)
     writes = int(np.count_nonzero(plan.new.topology.rank_of_slot(plan.write_slot) == rank))

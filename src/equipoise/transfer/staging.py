@@ -73,6 +73,35 @@ class ChunkShare:
     busiest_bytes: int
 
 
+def measure_experts(rows: list[list[Tensor]]) -> IntArray:
+    """[L] int64, bytes of one expert of each layer, whose weights are [S, row bytes] uint8."""
+    return np.array([sum(tensor.shape[1] for tensor in layer) for layer in rows], dtype=np.int64)
+
+
+def share_plan(
+    plan: TransferPlan, rank: int, expert_bytes: IntArray, staging_bytes: int | None
+) -> list[ChunkShare]:
+    """Cut a plan into chunks, and work out one rank's share of each.
+
+    Args:
+        plan: what moves.
+        rank: whose shares.
+        expert_bytes: [L] int64, bytes of one expert of each layer.
+        staging_bytes: most that a chunk may bring to any rank; None for the least that works.
+    Returns:
+        One share per chunk; every layer that differs is in one of them.
+    Collective: none; the same chunks on every rank.
+    Raises: ConfigError if a layer does not fit `staging_bytes`.
+    """
+    chunks = plan.chunks(expert_bytes, staging_bytes)
+    # Layers in which slots only become empty have maps to switch, and nothing to stage.
+    changed = (plan.old.slot_to_expert != plan.new.slot_to_expert).any(axis=1)
+    idle = np.setdiff1d(np.flatnonzero(changed), plan.layer)
+    if idle.size:
+        chunks = [np.union1d(chunks[0], idle), *chunks[1:]] if chunks else [idle]
+    return [share_chunk(plan, rank, layers, expert_bytes) for layers in chunks]
+
+
 def share_chunk(
     plan: TransferPlan, rank: int, layers: IntArray, expert_bytes: IntArray
 ) -> ChunkShare:

@@ -1,0 +1,129 @@
+"""One rank's part in moving a chunk; whether it is committed is settled elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from equipoise.comm.base import EplbCommunicator, ExpertMoves
+from equipoise.comm.groups import RankGroup
+from equipoise.errors import TransferError
+from equipoise.plan.transfer_plan import TransferPlan
+from equipoise.topology import IntArray
+from equipoise.transfer.checksum import sum_experts
+from equipoise.transfer.staging import ChunkShare, StagedBlock
+
+
+@dataclass(frozen=True)
+class ChunkMover:
+    """What the chunks of one plan have in common on this rank.
+
+    Attributes:
+        plan: what moves.
+        rows: per layer the weights as [S, row bytes] uint8.
+        communicator: over the ranks of `group`, with nothing queued.
+        group: all ranks.
+    """
+
+    plan: TransferPlan
+    rows: list[list[Tensor]]
+    communicator: EplbCommunicator
+    group: RankGroup
+
+    def stage(self, share: ChunkShare, staging: Tensor) -> None:
+        """Bring every expert of the chunk that this rank needs into staging, its own included.
+
+        Args:
+            share: this rank's.
+            staging: [bytes] uint8, at least `share.num_bytes`; nothing reads it any more.
+        Collective: every rank of the group.
+        Raises: as `EplbCommunicator.execute`.
+        """
+        plan, slots_per_rank = self.plan, self.plan.old.topology.slots_per_rank
+        self.communicator.add_moves(
+            ExpertMoves(
+                send_rank=plan.dst_rank[share.sent],
+                send_layer=plan.layer[share.sent],
+                send_slot=plan.src_slot[share.sent] % slots_per_rank,
+                recv_rank=plan.src_rank[share.received],
+                recv_layer=plan.layer[share.received],
+                into=staging[: share.remote_bytes],
+            )
+        )
+        for block in share.blocks:
+            if block.source == self.group.rank:
+                slots = _to_index(plan.src_slot[block.rows] % slots_per_rank, staging)
+                views = self._views(block, staging)
+                for rows, view in zip(self.rows[block.layer], views, strict=True):
+                    torch.index_select(rows, 0, slots, out=view)
+        self.communicator.execute()
+
+    def verify(self, share: ChunkShare, staging: Tensor) -> TransferError | None:
+        """Compare checksums of every received expert with its source's.
+
+        Args:
+            share: this rank's; staged on every rank.
+            staging: what it was staged into.
+        Returns:
+            The same on every rank: None, or what says which expert arrived damaged, where.
+        Collective: every rank of the group.
+        Raises: MembershipError if a rank does not take part.
+        """
+        plan = self.plan
+        sums = torch.zeros(len(plan.layer), dtype=torch.int64)
+        for layer in np.unique(plan.layer[share.sent]):
+            sent = share.sent[plan.layer[share.sent] == layer]
+            slots = _to_index(plan.src_slot[sent] % plan.old.topology.slots_per_rank, staging)
+            sums[torch.tensor(sent)] = sum_experts(
+                rows.index_select(0, slots) for rows in self.rows[layer]
+            )
+        self.group.all_reduce(sums)
+        damaged = self._find_damaged(share, staging, sums)
+        for found in self.group.all_gather(torch.tensor([damaged])):
+            row = int(found)
+            if row >= 0:
+                source, layer = int(plan.src_rank[row]), int(plan.layer[row])
+                return TransferError(
+                    f"rank {self.group.rank}: layer {layer}, expert {plan.expert[row]} arrived "
+                    f"damaged on rank {plan.dst_rank[row]} from rank {source}; layers "
+                    f"{share.layers.tolist()} stay as they were",
+                    rank=self.group.rank,
+                    peer=source,
+                    layer=layer,
+                )
+        return None
+
+    def commit(self, share: ChunkShare, staging: Tensor) -> None:
+        """Fill the chunk's slots from staging, on the current stream.
+
+        Args:
+            share: this rank's.
+            staging: what it was staged into.
+        Collective: none; every rank at the same step.
+        """
+        for block in share.blocks:
+            slots = _to_index(block.slots, staging)
+            positions = _to_index(block.positions, staging)
+            views = self._views(block, staging)
+            for rows, view in zip(self.rows[block.layer], views, strict=True):
+                rows.index_copy_(0, slots, view.index_select(0, positions))
+
+    def _find_damaged(self, share: ChunkShare, staging: Tensor, sums: Tensor) -> int:
+        """The first row of the plan whose expert is not what its source sent; -1 if none."""
+        for block in share.blocks:
+            if block.source != self.group.rank:
+                arrived = sum_experts(self._views(block, staging))
+                differs = arrived != sums[torch.tensor(block.rows)]
+                if bool(differs.any()):
+                    return int(block.rows[int(differs.nonzero()[0])])
+        return -1
+
+    def _views(self, block: StagedBlock, staging: Tensor) -> list[Tensor]:
+        return block.find_views(staging, [rows.shape[1] for rows in self.rows[block.layer]])
+
+
+def _to_index(numbers: IntArray, like: Tensor) -> Tensor:
+    return torch.tensor(numbers, device=like.device)
