@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -110,6 +111,14 @@ def processes(
     return decorate
 
 
+def start_forkserver() -> None:
+    """Start the process that ranks of this worker's tests are forked from; twice is fine."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["torch", "torch.distributed", "pytest", "tests.ranks", *_SLOW_IMPORTS]
+    )
+    forkserver.ensure_running()
+
+
 def run_ranks(
     body: Callable[..., None],
     size: int,
@@ -120,9 +129,7 @@ def run_ranks(
 ) -> None:
     """Start the ranks, wait for all of them, and fail by number."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch", "torch.distributed", "pytest", "tests.ranks", *_SLOW_IMPORTS]
-    )
+    start_forkserver()
     ranks: list[tuple[BaseProcess, Connection]] = []
     for rank in range(size):
         ours, theirs = context.Pipe(duplex=False)

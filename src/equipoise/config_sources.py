@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,12 +75,15 @@ def resolve_config(
     return ResolvedConfig(config, origins)
 
 
-def parse_flags(eplb_config: str | None, extra: list[str]) -> dict[str, tuple[str, Any]]:
+def parse_flags(
+    eplb_config: str | None, extra: list[str], *, known: Sequence[str] = ()
+) -> dict[str, tuple[str, Any]]:
     """Read `--eplb-config JSON` and `--eplb-config.FIELD VALUE`, as vLLM users write them.
 
     Args:
         eplb_config: the JSON object, None where it was not given.
         extra: arguments that no other option took.
+        known: options of the command, for saying which one a misspelt one is nearest to.
     Returns:
         Option to (flag, value).
     Raises: ConfigError if JSON, or an argument, cannot be read, or two flags contradict.
@@ -93,7 +97,9 @@ def parse_flags(eplb_config: str | None, extra: list[str]) -> dict[str, tuple[st
         argument = rest.pop(0)
         flag, equals, text = argument.partition("=")
         if not flag.startswith("--eplb-config."):
-            raise ConfigError(f"unknown argument {argument!r}")
+            near = difflib.get_close_matches(flag, known, n=1)
+            hint = f": did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"unknown argument {argument!r}{hint}")
         if not equals:
             if not rest:
                 raise ConfigError(f"{flag} needs a value")
@@ -148,12 +154,28 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, An
 
 def _parse_object(flag: str, text: str) -> dict[str, Any]:
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_take_once)
+    except _Twice as twice:
+        raise ConfigError(f"{flag}: key {str(twice)!r} stands twice") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{flag}: not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{flag} wants a JSON object like '{{\"window_size\": 100}}'")
     return content
+
+
+def _take_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON takes the last of two equal keys without a word; we refuse them."""
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise _Twice(key)
+        content[key] = value
+    return content
+
+
+class _Twice(Exception):  # noqa: N818 - what a key stands
+    """A key of a JSON object stands twice."""
 
 
 def _scalar(text: str) -> Any:
@@ -166,7 +188,10 @@ def _scalar(text: str) -> Any:
 
 
 def _one_line(error: yaml.YAMLError) -> str:
-    return " ".join(str(error).split())
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    if problem is None or mark is None:
+        return " ".join(str(error).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -24,5 +24,10 @@ def config(
     Options come from --config, then from variables EQUIPOISE_<OPTION>, then from --eplb-config
     JSON and --eplb-config.OPTION VALUE; later ones win.
     """
-    flags = parse_flags(eplb_config, context.args)
+    flags = parse_flags(eplb_config, context.args, known=list_options(context))
     typer.echo(resolve_config(file=file, flags=flags).to_yaml(), nl=False)
+
+
+def list_options(context: typer.Context) -> list[str]:
+    """Options of the command that runs, as they are written."""
+    return [name for option in context.command.params for name in option.opts]

@@ -22,16 +22,24 @@ def read_bundled(num_prompts: int) -> tuple[tuple[Prompt, ...], tuple[Prompt, ..
         Prompts by kind, and other texts of the same kinds.
     Raises: ConfigError if the kinds cannot share the number, or have less text.
     """
-    if num_prompts < 1 or num_prompts % len(KINDS):
+    _check_number(num_prompts)
+    each, rest = divmod(num_prompts, len(KINDS))
+    if rest:
+        near = [len(KINDS) * n for n in (each, each + 1) if n]
         raise ConfigError(
-            f"--prompts {num_prompts}: there are {len(KINDS)} kinds of text, so ask for a "
-            f"multiple of {len(KINDS)}"
+            f"--prompts {num_prompts}: {len(KINDS)} kinds of text share them evenly, so ask for "
+            f"{' or '.join(map(str, near))}"
         )
     prompts: list[Prompt] = []
     held_out: list[Prompt] = []
-    each = num_prompts // len(KINDS)
     for kind in KINDS:
-        texts = excerpts(kind, each + -(-each // PROMPTS_PER_HELD_OUT), PROMPT_BYTES)
+        try:
+            texts = excerpts(kind, each + -(-each // PROMPTS_PER_HELD_OUT), PROMPT_BYTES)
+        except ConfigError as error:
+            raise ConfigError(
+                f"--prompts {num_prompts}: there is not so much text; ask for fewer, or give "
+                f"your own by --input ({error})"
+            ) from error
         for number, text in enumerate(texts):
             held = number % (PROMPTS_PER_HELD_OUT + 1) == 0
             (held_out if held else prompts).append(Prompt(kind, text))
@@ -58,11 +66,16 @@ def read_file(path: Path, num_prompts: int | None) -> tuple[tuple[Prompt, ...], 
         raise ConfigError(f"--input {path}: cannot be read: {error.strerror}") from error
     if not text.strip():
         raise ConfigError(f"--input {path}: is empty; give it some text to continue")
-    if num_prompts is not None and num_prompts < 1:
-        raise ConfigError(f"--prompts must be at least 1, got {num_prompts}")
+    if num_prompts is not None:
+        _check_number(num_prompts)
     starts = range(0, len(text), PROMPT_BYTES)
     pieces = [text[start : start + PROMPT_BYTES] for start in starts]
     whole = [Prompt(path.stem, piece) for piece in pieces if piece.strip()]
     held_out = whole[:: PROMPTS_PER_HELD_OUT + 1]
     prompts = [p for i, p in enumerate(whole) if i % (PROMPTS_PER_HELD_OUT + 1)] or whole
     return tuple(prompts[:num_prompts]), tuple(held_out)
+
+
+def _check_number(num_prompts: int) -> None:
+    if num_prompts < 1:
+        raise ConfigError(f"--prompts must be at least 1, got {num_prompts}")

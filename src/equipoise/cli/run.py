@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
+from equipoise.cli.config import list_options
 from equipoise.config_sources import add_flag, parse_flags, resolve_config
 from equipoise.engine.spec import DType, JobSpec
 from equipoise.errors import ConfigError
@@ -22,6 +22,8 @@ from equipoise.errors import ConfigError
 if TYPE_CHECKING:
     from equipoise.config import EPLBConfig
     from equipoise.engine.records import Record
+    from equipoise.engine.spec import Prompt
+    from equipoise.launch.failure import Failure
     from equipoise.launch.torchrun import TorchrunRank
     from equipoise.report.summary import JobSummary
 
@@ -29,6 +31,10 @@ DEFAULTS = {"window_size": 16, "step_interval": 16}
 """A run is short: each kind of text lasts 64 steps, so plans must follow sooner than by default."""
 DEFAULT_PROMPTS = 256
 DEFAULT_REPORT = Path("equipoise-report.html")
+
+DEFAULT_TIMEOUT_S = 60.0
+LONGEST_TIMEOUT_S = 86_400
+LARGEST_SEED = 2**63 - 1
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -62,7 +68,9 @@ def run(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of whatever is random.")] = 0,
-    timeout: Annotated[float, typer.Option(help="Longest wait for another rank, s.")] = 60.0,
+    timeout: Annotated[
+        float, typer.Option(help="Longest wait for another rank, s.")
+    ] = DEFAULT_TIMEOUT_S,
     check: Annotated[bool, typer.Option(help="Compare with the plain model.")] = True,
     json: Annotated[Path | None, typer.Option(help="Write figures here; - for stdout.")] = None,
     report: Annotated[Path, typer.Option(help="Write one HTML file here.")] = DEFAULT_REPORT,
@@ -74,47 +82,53 @@ def run(
     plain model's. Under torchrun each process is one rank.
     """
     with _ended_by_signals():
-        flags = parse_flags(eplb_config, context.args)
-        named = {
-            "num_redundant_experts": _parse_redundant(redundant_experts),
-            "policy": policy,
-            "communicator": communicator,
-            "step_interval": step_interval,
-            "window_size": window_size,
-        }
-        _add_named(flags, named)
-        options = _Options(
-            ranks=ranks,
-            model=model,
-            text=input,
-            prompts=prompts,
-            config=resolve_config(file=config, flags=flags, defaults=DEFAULTS).config,
-            dtype=_choose("--dtype", dtype, ("float32", "bfloat16", "float16")),
-            device=_choose("--device", device, ("auto", "cpu", "cuda")),
-            limits={
-                "max_new_tokens": max_new_tokens,
-                "max_batch_size": batch_size,
-                "max_steps": steps,
-                "check": check,
-                "seed": seed,
-                "timeout_s": timeout,
-            },
-            json=json,
-            report=report,
-            quiet=quiet,
+        _run(
+            _Asked(
+                known_options=list_options(context),
+                extra=context.args,
+                config_file=config,
+                eplb_config=eplb_config,
+                config_flags={
+                    "num_redundant_experts": _parse_redundant(redundant_experts),
+                    "policy": policy,
+                    "communicator": communicator,
+                    "step_interval": step_interval,
+                    "window_size": window_size,
+                },
+                ranks=ranks,
+                model=model,
+                text=input,
+                prompts=prompts,
+                dtype=dtype,
+                device=device,
+                limits={
+                    "max_new_tokens": max_new_tokens,
+                    "max_batch_size": batch_size,
+                    "max_steps": steps,
+                    "check": check,
+                    "seed": seed,
+                    "timeout_s": timeout,
+                },
+                json=json,
+                report=report,
+                quiet=quiet,
+            )
         )
-        _run(options)
 
 
 @dataclass(frozen=True)
-class _Options:
-    """What was asked for, before it is settled what that means here."""
+class _Asked:
+    """What was asked for, as it was written: nothing of it is checked yet."""
 
+    known_options: list[str]
+    extra: list[str]
+    config_file: Path | None
+    eplb_config: str | None
+    config_flags: dict[str, Any]
     ranks: int | None
     model: Path | None
     text: Path | None
     prompts: int | None
-    config: EPLBConfig
     dtype: str
     device: str
     limits: dict[str, Any]
@@ -123,101 +137,90 @@ class _Options:
     quiet: bool
 
 
-def _run(options: _Options) -> None:
+def _run(asked: _Asked) -> None:
     from equipoise.launch.torchrun import read_torchrun
 
     place = read_torchrun(os.environ)
-    spec = _settle(options, place)
     if place is None:
-        _run_here(options, spec)
+        _run_here(asked, _settle(asked, None))
     else:
-        _run_as_rank(options, spec, place)
+        _run_as_rank(asked, place)
 
 
-def _settle(options: _Options, place: TorchrunRank | None) -> JobSpec:
+def _settle(asked: _Asked, place: TorchrunRank | None) -> JobSpec:
     """Check all that can be checked before a rank starts."""
     from equipoise.bundled import model_directory
-    from equipoise.cli.prompts import read_bundled, read_file
     from equipoise.models.families import check_weights, read_model_shape
     from equipoise.policy import find_policy
-    from equipoise.report.files import check_writable
     from equipoise.topology import choose_num_redundant
 
-    num_ranks = _count_ranks(options.ranks, place)
-    for flag, key in (
-        ("--max-new-tokens", "max_new_tokens"),
-        ("--batch-size", "max_batch_size"),
-        ("--steps", "max_steps"),
-        ("--timeout", "timeout_s"),
-    ):
-        if options.limits[key] is not None and options.limits[key] < 1:
-            raise ConfigError(f"{flag} must be at least 1, got {options.limits[key]}")
-    model = options.model or model_directory()
+    config = _resolve_config(asked)
+    dtype = _choose("--dtype", asked.dtype, ("float32", "bfloat16", "float16"))
+    device = _choose("--device", asked.device, ("auto", "cpu", "cuda"))
+    num_ranks = _count_ranks(asked.ranks, place)
+    _check_limits(asked.limits)
+    model = asked.model or model_directory()
     shape = read_model_shape(model)
     check_weights(model)
-    requested = options.config.num_redundant_experts
+    requested = config.num_redundant_experts
     choose_num_redundant(shape.num_experts, num_ranks, None if requested == "auto" else requested)
-    find_policy(options.config.policy)
-    if options.text is not None:
-        prompts, held_out = read_file(options.text, options.prompts)
-    else:
-        wanted = DEFAULT_PROMPTS if options.prompts is None else options.prompts
-        prompts, held_out = read_bundled(wanted)
-    if options.json is not None and str(options.json) != "-":
-        check_writable(options.json, "--json")
-    check_writable(options.report, "--report")
+    find_policy(config.policy)
+    prompts, held_out = _read_prompts(asked)
+    if place is None or place.rank == 0:
+        _check_files(asked)
     if place is None:
         from equipoise.launch.local import preload_ranks
 
         preload_ranks()
-    _check_communicator(options.config.communicator)
+    _check_communicator(config.communicator)
     return JobSpec(
         model=model,
         prompts=prompts,
         held_out=held_out,
         num_ranks=num_ranks,
-        config=options.config,
-        dtype=cast("DType", options.dtype),
-        device=_find_device(options.device),
-        **options.limits,
+        config=config,
+        dtype=cast("DType", dtype),
+        device=_find_device(device),
+        **asked.limits,
     )
 
 
-def _run_here(options: _Options, spec: JobSpec) -> None:
+def _run_here(asked: _Asked, spec: JobSpec) -> None:
     from equipoise.launch.failure import JobFailed
     from equipoise.launch.local import run_local
     from equipoise.launch.seats import assign_local_seats
 
-    screen = _Screen(options)
+    screen = _Screen(asked)
     try:
         run_local(spec, assign_local_seats(spec.num_ranks, spec.device), screen.take)
     except JobFailed as error:
         screen.close()
-        _fail(error)
+        _tell(error.failure)
+        raise typer.Exit(2 if error.failure.expected else 1) from error
     finally:
         screen.close()
     screen.write_files()
 
 
-def _run_as_rank(options: _Options, spec: JobSpec, place: TorchrunRank) -> None:
-    from equipoise.launch.failure import JobFailed
-    from equipoise.launch.seats import assign_seat
-    from equipoise.launch.torchrun import SilentFailure, run_torchrun
+def _run_as_rank(asked: _Asked, place: TorchrunRank) -> None:
+    from equipoise.launch.torchrun import RankEnded, run_torchrun
 
-    seat = assign_seat(
-        place.rank,
-        place.size,
-        local_rank=place.local_rank,
-        local_size=place.local_size,
-        device=spec.device,
-    )
-    screen = _Screen(options)
-    try:
-        run_torchrun(spec, seat, screen.take)
-    except JobFailed as error:
+    screen = _Screen(asked)
+
+    def tell(failure: Failure) -> None:
         screen.close()
-        _fail(error)
-    except SilentFailure as error:
+        _tell(failure)
+
+    timeout_s = asked.limits["timeout_s"]
+    try:
+        run_torchrun(
+            place,
+            lambda: _settle(asked, place),
+            screen.take,
+            tell,
+            timeout_s=timeout_s if 1 <= timeout_s <= LONGEST_TIMEOUT_S else DEFAULT_TIMEOUT_S,
+        )
+    except RankEnded as error:
         raise typer.Exit(2 if error.expected else 1) from error
     finally:
         screen.close()
@@ -228,21 +231,21 @@ def _run_as_rank(options: _Options, spec: JobSpec, place: TorchrunRank) -> None:
 class _Screen:
     """Shows records as they come, and writes the files that they add up to."""
 
-    def __init__(self, options: _Options) -> None:
+    def __init__(self, asked: _Asked) -> None:
         from rich.console import Console
 
         from equipoise.report.summary import JobSummary
 
-        self._options = options
+        self._asked = asked
         self._summary: JobSummary = JobSummary()
         # Standard output is the JSON's where it was asked for there.
-        self._console = Console(stderr=str(options.json) == "-")
+        self._console = Console(stderr=str(asked.json) == "-")
         self._display: Any = None
 
     def take(self, record: Record) -> None:
         """Sum a record up, and show it."""
         self._summary.add(record)
-        if self._options.quiet:
+        if self._asked.quiet:
             return
         if self._display is None:
             from equipoise.report.live import LiveDisplay
@@ -260,28 +263,78 @@ class _Screen:
 
     def write_files(self) -> None:
         """Write what was asked for, whole or not at all."""
-        from equipoise.report.files import write_atomically
         from equipoise.report.html import render_html
         from equipoise.report.result import write_json
 
         text = write_json(self._summary)
-        if str(self._options.json) == "-":
+        if str(self._asked.json) == "-":
             sys.stdout.write(text)
-        elif self._options.json is not None:
-            write_atomically(self._options.json, text)
-        write_atomically(self._options.report, render_html(self._summary))
-        if not self._options.quiet:
-            self._console.print(f"Report: {self._options.report}", highlight=False)
+        elif self._asked.json is not None:
+            _write(self._asked.json, text)
+        _write(self._asked.report, render_html(self._summary))
+        if not self._asked.quiet:
+            self._console.print(f"Report: {self._asked.report}", highlight=False, soft_wrap=True)
 
 
-def _fail(error: Any) -> None:
-    """Say what a rank ended with, and end with the status that it means."""
+def _write(path: Path, text: str) -> None:
+    from equipoise.report.files import write_atomically
+
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        typer.echo(f"equipoise: {path}: cannot be written: {error.strerror}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _tell(failure: Failure) -> None:
+    """Say what a job ended with."""
     from equipoise.cli import DEBUG_FLAG
 
     if DEBUG_FLAG in sys.argv:
-        sys.stderr.write(error.failure.traceback or traceback.format_exc())
-    typer.echo(f"equipoise: {error}", err=True)
-    raise typer.Exit(2 if error.failure.expected else 1)
+        sys.stderr.write(failure.traceback)
+    typer.echo(f"equipoise: {failure.text}", err=True)
+
+
+def _resolve_config(asked: _Asked) -> EPLBConfig:
+    flags = parse_flags(asked.eplb_config, asked.extra, known=asked.known_options)
+    for key, value in asked.config_flags.items():
+        if value is not None:
+            add_flag(flags, key, "--" + key.removeprefix("num_").replace("_", "-"), value)
+    return resolve_config(file=asked.config_file, flags=flags, defaults=DEFAULTS).config
+
+
+def _check_limits(limits: dict[str, Any]) -> None:
+    for flag, key in (
+        ("--max-new-tokens", "max_new_tokens"),
+        ("--batch-size", "max_batch_size"),
+        ("--steps", "max_steps"),
+    ):
+        if limits[key] is not None and limits[key] < 1:
+            raise ConfigError(f"{flag} must be at least 1, got {limits[key]}")
+    if not 1 <= limits["timeout_s"] <= LONGEST_TIMEOUT_S:
+        raise ConfigError(
+            f"--timeout must be from 1 to {LONGEST_TIMEOUT_S} s, got {limits['timeout_s']:g}"
+        )
+    if not 0 <= limits["seed"] <= LARGEST_SEED:
+        raise ConfigError(f"--seed must be from 0 to {LARGEST_SEED}, got {limits['seed']}")
+
+
+def _read_prompts(asked: _Asked) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
+    from equipoise.cli.prompts import read_bundled, read_file
+
+    if asked.text is not None:
+        return read_file(asked.text, asked.prompts)
+    return read_bundled(DEFAULT_PROMPTS if asked.prompts is None else asked.prompts)
+
+
+def _check_files(asked: _Asked) -> None:
+    from equipoise.report.files import check_writable
+
+    if asked.json is not None and str(asked.json) != "-":
+        check_writable(asked.json, "--json")
+        if asked.json.absolute() == asked.report.absolute():
+            raise ConfigError(f"--json and --report are both {asked.json}: name two files")
+    check_writable(asked.report, "--report")
 
 
 def _count_ranks(asked: int | None, place: TorchrunRank | None) -> int:
@@ -313,13 +366,6 @@ def _check_communicator(name: str) -> None:
     from equipoise.comm.registry import check_name
 
     check_name(name)
-
-
-def _add_named(flags: dict[str, tuple[str, Any]], named: dict[str, Any]) -> None:
-    """Options that have a flag of their own, beside --eplb-config's."""
-    for key, value in named.items():
-        if value is not None:
-            add_flag(flags, key, "--" + key.removeprefix("num_").replace("_", "-"), value)
 
 
 def _parse_redundant(text: str | None) -> int | str | None:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 import signal
-import threading
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING
 
 from equipoise.engine.records import Emit
 from equipoise.engine.spec import JobSpec
-from equipoise.errors import ConfigError, MembershipError
-from equipoise.launch.failure import JobFailed, describe_error
-from equipoise.launch.local import ENGINE_JOB
-from equipoise.launch.seats import Seat
+from equipoise.errors import ConfigError, EquipoiseError
+from equipoise.launch.failure import Cause, Failure, describe_error
+from equipoise.launch.local import ENGINE_JOB, GRACE_S
+from equipoise.launch.seats import assign_seat
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_CLAIM_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,11 @@ class TorchrunRank:
     local_size: int
 
 
-class SilentFailure(Exception):  # noqa: N818 - as JobFailed
-    """This rank has failed, and another one says why.
+class RankEnded(Exception):  # noqa: N818 - says what happened
+    """This rank has ended before its job was done, and a rank has said why.
 
     Attributes:
-        expected: as in `Failure`.
+        expected: whether this rank raised an EquipoiseError.
     """
 
     def __init__(self, expected: bool) -> None:
@@ -70,6 +73,7 @@ def read_torchrun(environment: Mapping[str, str]) -> TorchrunRank | None:
     rank, size = _read_number(environment, "RANK", 0), _read_number(environment, "WORLD_SIZE", 1)
     if rank >= size:
         raise ConfigError(f"environment: RANK={rank} is not one of WORLD_SIZE={size} ranks")
+    _read_number(environment, "MASTER_PORT", 1)
     return TorchrunRank(
         rank=rank,
         size=size,
@@ -80,53 +84,77 @@ def read_torchrun(environment: Mapping[str, str]) -> TorchrunRank | None:
     )
 
 
-def run_torchrun(spec: JobSpec, seat: Seat, emit: Emit, *, job: str = ENGINE_JOB) -> None:
+def run_torchrun(
+    place: TorchrunRank,
+    settle: Callable[[], JobSpec],
+    emit: Emit,
+    tell: Callable[[Failure], None],
+    *,
+    timeout_s: float,
+    job: str = ENGINE_JOB,
+) -> None:
     """Run a job as one rank of it, and return when this rank is done.
 
     Args:
-        spec: the same on every rank.
-        seat: of this rank.
+        place: of this rank.
+        settle: finds out what to run, which must be the same on every rank, or raises.
         emit: called with each record on rank 0, never on others.
+        tell: called with what ended the job, on one rank alone.
+        timeout_s: longest wait for the other ranks, until what to run is settled.
         job: as `run_local`.
     Collective: every rank that torchrun started.
-    Raises: JobFailed on the rank that was first to fail; SilentFailure on those that follow.
+    Raises: RankEnded if the job cannot begin, or ends before it is done; MembershipError if this
+        rank cannot reach the others to begin with.
     """
     # The launcher ends its ranks by signals, also while one waits inside torch for another.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    from torch.distributed import rendezvous  # type: ignore[attr-defined]
+    spec: JobSpec | None = None
+    problem: EquipoiseError | None = None
+    try:
+        spec = settle()
+    except EquipoiseError as error:
+        problem = error
+    # Late, so that a job on this machine alone does not wait for torch.
+    from equipoise.launch import meeting
 
+    rank, size = place.rank, place.size
+    store = meeting.join_store(rank, size, os.environ, timeout_s)
+    facts = meeting.describe_spec(spec) if spec is not None else {}
+    word = meeting.Word(None if problem is None else str(problem), facts)
+    refusal = meeting.compare_words(store, rank, size, word, timeout_s)
+    if refusal is not None:
+        trace = "".join(traceback.format_exception(problem)) if problem else ""
+        failure = Failure(rank, Cause.RAISED, refusal.text, expected=True, traceback=trace)
+        say = partial(tell, failure) if refusal.speaker == rank else None
+        meeting.leave(store, rank, size, say)
+        raise RankEnded(expected=True)
+    assert spec is not None, "a rank without a spec has a problem, which all have heard of"
+    _take_part(place, spec, store, emit, tell, job)
+
+
+def _take_part(
+    place: TorchrunRank,
+    spec: JobSpec,
+    store: Store,
+    emit: Emit,
+    tell: Callable[[Failure], None],
+    job: str,
+) -> None:
+    from equipoise.launch import meeting
     from equipoise.launch.rank_process import take_seat
 
-    timeout = timedelta(seconds=spec.timeout_s)
+    rank, size = place.rank, place.size
+    local = {"local_rank": place.local_rank, "local_size": place.local_size}
     try:
-        store, _, _ = next(iter(rendezvous("env://", seat.rank, seat.size, timeout=timeout)))
-    except (RuntimeError, ValueError) as error:
-        raise MembershipError(
-            f"rank {seat.rank}: no store at MASTER_ADDR, MASTER_PORT: {error}"
-        ) from error
-    try:
-        take_seat(job, spec, seat, store, emit)
+        take_seat(job, spec, assign_seat(rank, size, device=spec.device, **local), store, emit)
     except Exception as error:
-        failure = describe_error(seat.rank, error)
-        if _is_first(store, failure.text):
-            raise JobFailed(failure) from error
-        raise SilentFailure(failure.expected) from error
-
-
-def _is_first(store: object, text: str) -> bool:
-    """Whether this rank is the one that says what went wrong; yes, if nobody can be asked."""
-    answers: list[bytes] = []
-
-    def ask() -> None:
-        with contextlib.suppress(RuntimeError):
-            answers.append(store.compare_set("equipoise/failure", "", text))  # type: ignore[attr-defined]
-
-    # A store's client may block beyond its own timeout, hence a thread that can be given up.
-    thread = threading.Thread(target=ask, name="equipoise-store", daemon=True)
-    thread.start()
-    thread.join(_CLAIM_S)
-    return not answers or answers[0].decode() == text
+        failure = describe_error(rank, error)
+        # Who has lost a peer leaves the word to the peer.
+        grace_s = GRACE_S if failure.cause is Cause.LOST_A_PEER else 0.0
+        speaks = meeting.claim(store, rank, grace_s=grace_s)
+        meeting.leave(store, rank, size, partial(tell, failure) if speaks else None)
+        raise RankEnded(failure.expected) from error
 
 
 def _read_number(environment: Mapping[str, str], name: str, least: int) -> int:

@@ -92,7 +92,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises: ModelError if the directory or its config.json is missing, or it is no JSON object.
     """
     if not directory.is_dir():
-        raise ModelError(f"{directory}: no such directory; a model is a Hugging Face checkpoint")
+        what = "is not a directory" if directory.exists() else "no such directory"
+        raise ModelError(f"{directory}: {what}; a model is a Hugging Face checkpoint directory")
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -20,6 +21,10 @@ def check_writable(path: Path, flag: str) -> None:
     """
     if path.is_dir():
         raise ConfigError(f"{flag} {path}: is a directory; name a file")
+    if _is_special(path):
+        if not os.access(path, os.W_OK):
+            raise ConfigError(f"{flag} {path}: cannot be written: {os.strerror(errno.EACCES)}")
+        return
     folder = path.absolute().parent
     if not folder.is_dir():
         raise ConfigError(f"{flag} {path}: there is no directory {folder}; make it first")
@@ -34,12 +39,17 @@ def check_writable(path: Path, flag: str) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that readers see the old one or all of the new one.
 
+    What is no file, like /dev/null or a pipe, is written to and stays what it is.
+
     Args:
         path: of the file; its directory exists.
         text: in UTF-8.
     Collective: none.
     Raises: OSError if the disk refuses it; then nothing is left of it.
     """
+    if _is_special(path):
+        path.write_text(text, encoding="utf-8")
+        return
     handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:
@@ -50,6 +60,10 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _is_special(path: Path) -> bool:
+    return path.exists() and not path.is_file()
 
 
 def _umask() -> int:
