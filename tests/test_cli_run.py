@@ -9,7 +9,6 @@ import re
 import signal
 import stat
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,9 @@ import torch
 from equipoise.bundled import model_directory
 from tests.command_line import Done, run_command
 from tests.ranks import start_forkserver
+from tests.sessions import end_session, list_children, start, wait_until_alone
+
+pytestmark = pytest.mark.timeout(120)
 
 SMALL = ("--ranks=2", "--prompts=8", "--max-new-tokens=4", "--step-interval=2", "--window-size=2")
 ENDLESS = ("--ranks=2", "--prompts=400", "--max-new-tokens=200", "--batch-size=1")
@@ -418,7 +420,9 @@ def test_a_signal_ends_all_ranks_and_leaves_nothing(
 def test_a_killed_rank_ends_the_job_and_is_named(tmp_path: Path) -> None:
     with serve(tmp_path) as process:
         began = time.monotonic()
-        os.kill(find_ranks(process.pid)[1], signal.SIGKILL)
+        # Ranks are children of the forkserver, which is one of this process's children.
+        ranks = [pid for child in list_children(process.pid) for pid in list_children(child)]
+        os.kill(ranks[1], signal.SIGKILL)
         _, errors = process.communicate(timeout=10)
         assert (process.returncode, errors) == (1, "equipoise: rank 1 was killed by SIGKILL\n")
         wait_until_alone(process.pid, began + 10.0)
@@ -427,9 +431,9 @@ def test_a_killed_rank_ends_the_job_and_is_named(tmp_path: Path) -> None:
 
 def run_equipoise(folder: Path, *words: str) -> Done:
     """`equipoise run` in a process of its own, which must leave none behind."""
-    process = start(folder, *words)
+    process = start(folder, "equipoise", "run", *words)
     try:
-        out, errors = process.communicate(timeout=50)
+        out, errors = process.communicate(timeout=100)
         wait_until_alone(process.pid, time.monotonic() + 5.0)
     finally:
         end_session(process)
@@ -439,63 +443,15 @@ def run_equipoise(folder: Path, *words: str) -> Done:
 @contextlib.contextmanager
 def serve(folder: Path) -> Iterator[subprocess.Popen[str]]:
     """A run that goes on for long, once it serves with balancing."""
-    process = start(folder, *ENDLESS, "--json=run.json", "--no-check", "--steps=100000")
+    process = start(
+        folder, "equipoise", "run", *ENDLESS, "--json=run.json", "--no-check", "--steps=100000"
+    )
     try:
         assert process.stdout is not None
         assert any(line == "serving, balancing off\n" for line in process.stdout)
         yield process
     finally:
         end_session(process)
-
-
-def start(folder: Path, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "equipoise", "run", *words],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def end_session(process: subprocess.Popen[str]) -> None:
-    for pid in list_session(process.pid):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
-    for stream in (process.stdout, process.stderr):
-        assert stream is not None
-        stream.close()
-
-
-def wait_until_alone(session: int, deadline: float) -> None:
-    while others := list_session(session):
-        assert time.monotonic() < deadline, f"processes {others} still run"
-        os.sched_yield()
-
-
-def list_session(session: int) -> list[int]:
-    """Processes that live in a session."""
-    return [pid for pid, fields in read_processes() if int(fields[3]) == session]
-
-
-def find_ranks(parent: int) -> list[int]:
-    """Children of a process's children in the order of their start: of ranks and no other."""
-    processes = dict(read_processes())
-    children = {pid for pid, fields in processes.items() if int(fields[1]) == parent}
-    ranks = [pid for pid, fields in processes.items() if int(fields[1]) in children]
-    return sorted(ranks, key=lambda pid: (int(processes[pid][19]), pid))
-
-
-def read_processes() -> Iterator[tuple[int, list[str]]]:
-    """Every process that lives, with the fields of its stat behind its name."""
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            fields = path.read_text().rpartition(")")[2].split()
-            if fields[0] not in "ZX":
-                yield int(path.parent.name), fields
 
 
 def list_files(folder: Path) -> list[str]:
