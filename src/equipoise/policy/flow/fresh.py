@@ -7,12 +7,14 @@ from dataclasses import replace
 import numpy as np
 
 from equipoise.policy.flow.packing import count_replicas, pack_apart, pack_slots, sort_experts
-from equipoise.policy.flow.pairs import pair_up, tune_counts
+from equipoise.policy.flow.pairs import pair_up, tune_counts, weigh_pairs
 from equipoise.policy.flow.problem import Problem
 from equipoise.policy.flow.published import pack_heaviest_first, publish
 from equipoise.policy.flow.search import improve
 from equipoise.topology import FloatArray, IntArray, Topology
 
+DELTAS = (0.5, 0.25, 0.75, 1.0)
+"""Divisor rules whose counts are tried for pairs of slots, beside the published one, 0."""
 ROUNDING = 1.0 + 1e-13
 """Sums of the same loads in another order may differ by so much."""
 
@@ -56,65 +58,124 @@ def pad(load: FloatArray) -> FloatArray:
     return np.pad(load, ((0, 0), (0, 1)))
 
 
-def _place_flat(problem: Problem) -> IntArray:
-    topology, slots = problem.topology, problem.topology.num_slots
-    counts = count_replicas(problem.load, slots, problem.least, problem.most, 0.0)
+def pack_alone(problem: Problem) -> IntArray:
+    """Count replicas and pack the largest first, without any search.
+
+    Args:
+        problem: load, ranks and options; groups of experts are not looked at.
+    Returns:
+        slot_to_expert [L, P] int64.
+    Collective: none.
+    """
+    topology, counts = problem.topology, problem.counts
     share = problem.load / counts
     order = sort_experts(share)
+    if problem.spread > 1:
+        node_of_rank = problem.node_of_rank
+        ranks, slots = topology.num_ranks, topology.slots_per_rank
+        return pack_apart(order, counts, slots, ranks, node_of_rank, problem.spread)
+    return pack_slots(share, order, counts, topology.slots_per_rank, problem.slowness)
+
+
+def _place_flat(problem: Problem) -> IntArray:
     if problem.in_pairs:
-        padded = np.column_stack((counts, slots - counts.sum(axis=1)))
-        table = _place_pairs(problem, padded)
-    elif problem.spread > 1:
-        table = pack_apart(
-            order,
-            counts,
-            topology.slots_per_rank,
-            topology.num_ranks,
-            problem.node_of_rank,
-            problem.spread,
-        )
-    else:
-        table = pack_slots(share, order, counts, topology.slots_per_rank, problem.slowness)
+        return _place_pairs(problem)
+    table = pack_alone(problem)
     _search(problem, table, None)
-    if problem.least == 1 and problem.most == topology.num_ranks:
-        _start_from_published(problem, table)
+    _start_from_published(problem, table, problem.least_peak)
     return table
 
 
-def _place_pairs(problem: Problem, counts: IntArray) -> IntArray:
+def _place_pairs(problem: Problem) -> IntArray:
+    """Pairs of slots: counts by a divisor rule, tuned where they miss the target."""
+    load, layers = pad(problem.load), problem.load.shape[0]
+    published = _count_padded(problem, 0.0)
+    weight = weigh_pairs(load, published)
+    floor, counts = weight[:, 0] * problem.ideal, published.copy()
+    missed = np.arange(layers)
+    for delta in DELTAS:
+        missed = missed[weight[missed, 0] * problem.options.target > 1.0]
+        some = replace(problem, load=problem.load[missed])
+        other = _count_padded(some, delta)
+        weighed = weigh_pairs(load[missed], other)
+        enough = weighed[:, 0] * problem.options.target <= 1.0
+        # Even pairs are what tuning is best begun with, not a low peak.
+        better = enough | (weighed[:, 1] < weight[missed, 1])
+        counts[missed[better]], weight[missed[better]] = other[better], weighed[better]
+    for start in (counts, published):
+        missed = missed[weight[missed, 0] * problem.options.target > 1.0]
+        other = _tune(replace(problem, load=problem.load[missed]), start[missed])
+        heaviest = weigh_pairs(load[missed], other)[:, 0]
+        better = heaviest < weight[missed, 0]
+        counts[missed[better]], weight[missed[better], 0] = other[better], heaviest[better]
+    table = pair_up(load, counts)
+    # Where an expert may want more than R replicas, the published counts are not known here.
+    floor[(published == problem.most).any(axis=1)] = 0.0
+    _start_from_published(problem, table, floor)
+    return table
+
+
+def _count_padded(problem: Problem, delta: float) -> IntArray:
+    slots = problem.topology.num_slots
+    counts = count_replicas(problem.load, slots, problem.least, problem.most, delta)
+    return np.column_stack((counts, slots - counts.sum(axis=1)))
+
+
+def _tune(problem: Problem, counts: IntArray) -> IntArray:
+    """Tune counts of pairs, with half of the looks that the options allow."""
+    looks, enough = problem.options.max_looks // 2, 1.0 / problem.options.target
+    no_goal = np.zeros(len(counts))
     load = pad(problem.load)
-    no_goal = np.zeros(load.shape[0])
-    least, most, looks = problem.least, problem.most, problem.options.max_looks
-    return pair_up(load, tune_counts(load, counts, least, most, no_goal, looks))
+    return tune_counts(load, counts, problem.least, problem.most, no_goal, enough, looks)
 
 
-def _start_from_published(problem: Problem, table: IntArray) -> None:
+def _start_from_published(problem: Problem, table: IntArray, floor: FloatArray) -> None:
     """Where the published layout is better, search from there; no layer stays below it.
 
     Only where no search did as well does it stand as it is, a second replica on a rank included.
+
+    Args:
+        problem: load, ranks and options.
+        table: [L, P] int64, changed in place.
+        floor: [L] float64, tokens that the published layout's busiest rank has at least.
     """
     topology = problem.topology
-    published = publish(problem.load, topology.num_slots, topology.num_ranks)
-    reached, balance = problem.balance(table), problem.balance(published)
-    layers = np.flatnonzero(balance > reached * ROUNDING)
-    if layers.size == 0:
+    if problem.least > 1 or problem.most < topology.num_ranks:
+        return  # the published layout does not spread replicas as asked
+    reached = problem.balance(table)
+    layers = np.flatnonzero(reached * np.maximum(floor, problem.ideal) * ROUNDING < problem.ideal)
+    some, reached = replace(problem, load=problem.load[layers]), reached[layers]
+    published = publish(some.load, topology.num_slots, topology.num_ranks)
+    if layers.size == 0:  # only now: the first plan compiles what later ones run
         return
-    some = replace(problem, load=problem.load[layers])
-    published, balance = published[layers], balance[layers]
-    searched = published.copy()
-    _search(some, searched, None)
-    better = some.balance(searched) * ROUNDING >= balance
-    table[layers] = np.where(better[:, None], searched, published)
+    balance = some.balance(published)
+    better = np.flatnonzero(balance > reached * ROUNDING)
+    if better.size == 0:
+        return
+    layers, published, balance = layers[better], published[better], balance[better]
+    some, searched = replace(problem, load=problem.load[layers]), published.copy()
+    if problem.in_pairs:  # tuned as far as they go; to be as good as published is enough
+        searched = table[layers].copy()
+        _search(some, searched, None, some.ideal / balance)
+    else:
+        _search(some, searched, None)
+    as_good = some.balance(searched) * ROUNDING >= balance
+    table[layers] = np.where(as_good[:, None], searched, published)
 
 
-def _search(problem: Problem, table: IntArray, home: IntArray | None) -> None:
-    goal = problem.ideal / problem.options.target
-    steps = 4 * problem.topology.num_slots
+def _search(
+    problem: Problem, table: IntArray, home: IntArray | None, goal: FloatArray | None = None
+) -> None:
     improve(
         problem.load,
         table,
         table,
-        problem.bounds(goal, frugal=False, max_steps=steps, home=home),
+        problem.bounds(
+            problem.goal if goal is None else goal,
+            frugal=False,
+            max_steps=4 * problem.topology.num_slots,
+            home=home,
+        ),
     )
 
 

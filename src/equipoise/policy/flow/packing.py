@@ -36,6 +36,35 @@ def _sink_expert(heap: IntArray, size: int, at: int, keys: FloatArray, counts: I
 
 
 @kernel
+def _grant_most(
+    load: FloatArray, counts: IntArray, num_slots: int, least: int, most: int, delta: float
+) -> int:
+    """Give nearly all slots at once; returns how many are left.
+
+    An expert gets what a price per slot earns it, at a price that is bisected from above.
+    """
+    low, high = 0.0, load.sum()
+    for _ in range(12):
+        price = 0.5 * (low + high)
+        if price <= 0.0:
+            break
+        given = 0
+        for tokens in load:
+            given += min(max(int(tokens / price - delta) + 1, least), most)
+        if given > num_slots:
+            low = price
+        else:
+            high = price
+    high *= 1.0 + 1e-9  # so that rounding never gives a slot too many
+    if high > 0.0:
+        for expert in range(load.size):
+            granted = int(load[expert] / high - delta) + 1
+            counts[expert] = min(max(granted, least), most)
+    left: int = num_slots - counts.sum()
+    return left
+
+
+@kernel
 def count_replicas(
     load: FloatArray, num_slots: int, least: int, most: int, delta: float
 ) -> IntArray:
@@ -61,13 +90,18 @@ def count_replicas(
     keys = np.empty(num_experts, dtype=np.float64)
     heap = np.empty(num_experts, dtype=np.int64)
     for layer in range(num_layers):
+        left = num_slots - least * num_experts
+        if left > num_experts:
+            left = _grant_most(load[layer], counts[layer], num_slots, least, most, delta)
+        size = 0
         for expert in range(num_experts):
-            keys[expert] = load[layer, expert] / (least + delta)
-            heap[expert] = expert
-        size = num_experts
+            keys[expert] = load[layer, expert] / (counts[layer, expert] + delta)
+            if counts[layer, expert] < most:
+                heap[size] = expert
+                size += 1
         for at in range(size // 2 - 1, -1, -1):
             _sink_expert(heap, size, at, keys, counts[layer])
-        for _ in range(num_slots - least * num_experts):
+        for _ in range(left):
             if size == 0:
                 break
             expert = heap[0]

@@ -108,8 +108,38 @@ def _transfer(
 
 
 @kernel
+def weigh_pairs(load: FloatArray, counts: IntArray) -> FloatArray:
+    """How heavy pairs are when the largest slot meets the smallest, and so on.
+
+    Args:
+        load: [L, E + 1] float64, the last being 0, for empty slots.
+        counts: [L, E + 1] int64, summing to P.
+    Returns:
+        [L, 2] float64: the heaviest pair over the mean, and the sum of all pairs' fourth powers.
+    Collective: none.
+    """
+    num_layers, num_slots = load.shape[0], counts[:1].sum()
+    slots = _Slots(np.empty(num_slots), np.empty(num_slots, dtype=np.int64))
+    weight = np.zeros((num_layers, 2))
+    for layer in range(num_layers):
+        _sort(load[layer], counts[layer], slots)
+        scale = num_slots / 2 / max(load[layer].sum(), 1.0)
+        for i in range(num_slots // 2):
+            pair = (slots.share[i] + slots.share[num_slots - 1 - i]) * scale
+            weight[layer, 0] = max(weight[layer, 0], pair)
+            weight[layer, 1] += pair * pair * pair * pair
+    return weight
+
+
+@kernel
 def tune_counts(
-    load: FloatArray, counts: IntArray, least: int, most: int, goal: FloatArray, max_looks: int
+    load: FloatArray,
+    counts: IntArray,
+    least: int,
+    most: int,
+    goal: FloatArray,
+    enough: float,
+    max_looks: int,
 ) -> IntArray:
     """Search the counts whose sorted pairs weigh least.
 
@@ -123,12 +153,13 @@ def tune_counts(
         most: replicas that no expert exceeds.
         goal: [L] float64, heaviest pair over the mean at which a layer is good enough and below
             which pairs do not matter; 0 to lower the heaviest pair as far as the budget goes.
+        enough: heaviest pair over the mean at which a layer without a goal is left alone.
         max_looks: slots looked at per layer.
     Returns:
         [L, E + 1] int64 counts.
     Collective: none.
     """
-    num_layers, num_slots = load.shape[0], counts[0].sum()
+    num_layers, num_slots = load.shape[0], counts[:1].sum()
     empty = load.shape[1] - 1
     tuned = counts.copy()
     one = _Slots(np.empty(num_slots), np.empty(num_slots, dtype=np.int64))
@@ -141,7 +172,7 @@ def tune_counts(
         random = np.uint64(0x9E3779B97F4A7C15)
         worst = _find_worst(now)
         for _ in range(max_looks // num_slots):
-            if goal[layer] > 0.0 and score <= 0.0:
+            if score <= (0.0 if goal[layer] > 0.0 else enough):
                 break
             # A linear congruential sequence (Knuth's MMIX constants).
             random = random * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)
@@ -182,7 +213,7 @@ def pair_up(load: FloatArray, counts: IntArray) -> IntArray:
         slot_to_expert [L, P] int64.
     Collective: none.
     """
-    num_layers, num_slots = load.shape[0], counts[0].sum()
+    num_layers, num_slots = load.shape[0], counts[:1].sum()
     empty = load.shape[1] - 1
     table = np.empty((num_layers, num_slots), dtype=np.int64)
     slots = _Slots(np.empty(num_slots), np.empty(num_slots, dtype=np.int64))

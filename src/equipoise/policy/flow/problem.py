@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,7 @@ import numpy.typing as npt
 from equipoise.errors import PlacementError
 from equipoise.policy.flow.bounds import Bounds
 from equipoise.policy.flow.options import FlowOptions
+from equipoise.policy.flow.packing import count_replicas
 from equipoise.topology import FloatArray, IntArray, Topology
 
 NOT_FOUND = -1
@@ -52,6 +54,23 @@ class Problem:
         """Busy time of every rank in perfect balance, [L] float64."""
         ideal: FloatArray = self.load.sum(axis=1) / self.topology.num_ranks
         return ideal
+
+    @cached_property
+    def counts(self) -> IntArray:
+        """Replicas by the rule that makes the largest slot smallest, [L, E] int64."""
+        return count_replicas(self.load, self.topology.num_slots, self.least, self.most, 0.0)
+
+    @cached_property
+    def least_peak(self) -> FloatArray:
+        """Busy time that no placement's busiest rank is below, [L] float64."""
+        slot = (self.load / self.counts).max(axis=1) * self.slowness.min()
+        return np.asarray(np.maximum(self.ideal, slot))
+
+    @property
+    def goal(self) -> FloatArray:
+        """Busy time of the busiest rank at which a layer is good enough, [L] float64."""
+        goal: FloatArray = self.least_peak / self.options.target
+        return goal
 
     @property
     def has_rank_budget(self) -> bool:

@@ -103,7 +103,7 @@ def _search(problem: Problem, standing: IntArray) -> list[_Path]:
     paths = []
     for aim in AIMS:
         bounds = problem.bounds(
-            problem.ideal / (problem.options.target * aim),
+            problem.goal / aim,
             frugal=True,
             max_steps=MAX_STEPS,
             home=home,
@@ -126,6 +126,7 @@ def _search_pairs(problem: Problem, standing: IntArray, fresh: IntArray) -> list
             problem.least,
             problem.most,
             heaviest,
+            0.0,
             problem.options.max_looks,
         )
         start = standing.copy()
