@@ -41,8 +41,18 @@ class EPLBConfig(BaseModel):
     """Wire for expert weights. `auto` chooses and logs why; a name means it."""
 
     staging_bytes: Annotated[int, Field(ge=1)] | None = None
-    """Largest staging buffer of a rank, in bytes; None: as large as the largest layer's incoming
-    experts."""
+    """Most bytes of staging on a rank; None: as much as the largest layer's incoming experts need,
+    twice that in the background, where there are two buffers."""
+
+    use_async: bool = False
+    """Plan and move experts in the background, beside the forward pass."""
+
+    on_failure: Literal["raise", "disable"] = "raise"
+    """What a failure in the background does: `raise`, at the next step of every rank; `disable`,
+    serve on from the last placement that was committed, without balancing."""
+
+    verify: Literal["off", "sample", "all"] = "off"
+    """Compare checksums of received experts, some or all, with their sources' before a commit."""
 
 
 def make_config(values: dict[str, Any]) -> EPLBConfig:

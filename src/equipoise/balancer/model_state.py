@@ -10,7 +10,7 @@ import torch
 
 from equipoise.balancer.stats import ModelStats
 from equipoise.comm.base import EplbCommunicator, ExpertWeights
-from equipoise.dispatch.maps import PlacementMaps
+from equipoise.dispatch.maps import PlacementMaps, PreparedMaps, prepare_maps
 from equipoise.errors import PlacementError
 from equipoise.load.recorder import LoadRecorder
 from equipoise.load.window import LoadWindow
@@ -74,11 +74,21 @@ class EplbModelState:
             layers: [l] int64.
         Collective: none; every rank at the same step.
         """
+        self.switch(self.prepare(self.placement, target, layers))
+
+    def prepare(
+        self, standing: Placement, target: Placement, layers: Iterable[int]
+    ) -> PreparedMaps:
+        """What `switch` will take, once `standing` stands; any thread may call it."""
+        return prepare_maps(standing, target, layers, self.maps.slot_to_expert.device)
+
+    def switch(self, prepared: PreparedMaps) -> None:
+        """As `commit`, with maps that were prepared."""
         before = self.placement
-        self.maps.commit(target, layers)
+        self.maps.switch(prepared)
         if self.on_commit is None:
             return
-        for layer, slots in _find_switched(before, target, layers, self.rank):
+        for layer, slots in _find_switched(before, self.placement, self.rank):
             self.on_commit(layer, slots)
 
     def check_storage(self) -> None:
@@ -104,13 +114,12 @@ class EplbModelState:
 
 
 def _find_switched(
-    before: Placement, after: Placement, layers: IntArray, rank: int
+    before: Placement, after: Placement, rank: int
 ) -> Iterable[tuple[int, IntArray]]:
     num_slots = after.topology.slots_per_rank
     local = slice(rank * num_slots, (rank + 1) * num_slots)
-    for layer in layers.tolist():
-        held = after.slot_to_expert[layer, local]
-        # An empty slot keeps its bytes, so there is nothing to derive from them anew.
-        changed = (held != before.slot_to_expert[layer, local]) & (held >= 0)
-        if changed.any():
-            yield layer, np.flatnonzero(changed)
+    held = after.slot_to_expert[:, local]
+    # An empty slot keeps its bytes, so there is nothing to derive from them anew.
+    changed = (held != before.slot_to_expert[:, local]) & (held >= 0)
+    for layer in np.flatnonzero(changed.any(axis=1)).tolist():
+        yield layer, np.flatnonzero(changed[layer])

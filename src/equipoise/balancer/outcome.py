@@ -10,23 +10,28 @@ from equipoise.topology import FloatArray, IntArray
 
 @dataclass(frozen=True)
 class RebalanceOutcome:
-    """One plan and what became of it, the same on every rank.
+    """One plan and what became of it.
 
     Attributes:
         model: name of the model in its `EplbState`.
-        step: the step after which slots and maps switched, counted from 1.
+        planned_step: the step whose window it was planned from, counted from 1.
+        step: the step after which the last slots and maps switched.
         moves: experts that a rank received from another, over all layers and ranks.
         local_moves: slots filled from another slot of their own rank, or by a fan-out copy.
         moves_per_layer: [L] int64, `moves` by layer.
         bytes: bytes that travelled between ranks.
         plan_s: seconds for reducing the load and planning, on the slowest rank.
-        transfer_s: seconds for moving and committing, on the slowest rank.
+        transfer_s: seconds for moving, on the slowest rank; of all models that moved before it in
+            the same rebalance, too, in the background.
+        forward_s: seconds that the forward thread of this rank spent on it; alone of all figures
+            they differ between ranks.
         balancedness_before: [L] float64, the standing placement on the window's load.
         balancedness_after: [L] float64, the new placement on the same load.
         placement: the one now in force.
     """
 
     model: str
+    planned_step: int
     step: int
     moves: int
     local_moves: int
@@ -34,6 +39,7 @@ class RebalanceOutcome:
     bytes: int
     plan_s: float
     transfer_s: float
+    forward_s: float
     balancedness_before: FloatArray
     balancedness_after: FloatArray
     placement: Placement

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from equipoise.balancer.background import Background
 from equipoise.balancer.model_state import EplbModelState, OnCommit
 from equipoise.balancer.outcome import RebalanceOutcome
 from equipoise.balancer.stats import EplbStats
@@ -43,6 +44,9 @@ logger = logging.getLogger(__name__)
 class EplbState:
     """Keeps the experts of one or more models balanced over the ranks of a group.
 
+    With `use_async` a worker thread plans and stages experts beside the forward pass, and `step`
+    commits them; without, `step` does it all when a plan is due.
+
     Owner: the forward thread of its rank, which makes every call; only `stats` may be called from
     any thread.
 
@@ -50,6 +54,13 @@ class EplbState:
         config: the same on every rank.
         group: ranks that serve the experts, one generation.
         policy: makes placements; deterministic.
+
+    Attributes:
+        steps: forward passes of this rank that were closed.
+        transfer_group: the group that communicators are made over: `group`, or the workers' own.
+
+    Collective: the constructor too, on every rank of the group, with `use_async`.
+    Raises: MembershipError, then, if a rank does not come.
     """
 
     def __init__(self, config: EPLBConfig, group: RankGroup, policy: PlacementPolicy) -> None:
@@ -57,10 +68,20 @@ class EplbState:
         self.group = group
         self.policy = policy
         self.steps = 0
+        self._background: Background | None = None
+        if config.use_async:
+            self._background = Background(group.fork("balancer"), config, policy)
         self._models: dict[str, EplbModelState] = {}
         self._listeners: list[Callable[[RebalanceOutcome], None]] = []
+        self._is_paused = False
+        self._failure: str | None = None
         # Guards what `stats` reads.
         self._lock = threading.Lock()
+
+    @property
+    def transfer_group(self) -> RankGroup:
+        """The group that communicators are made over. Collective: none."""
+        return self.group if self._background is None else self._background.group
 
     def add_model(
         self,
@@ -80,7 +101,7 @@ class EplbState:
                 each with memory of its own that it keeps.
             maps: its placement on the device.
             recorder: what its layers count tokens with.
-            communicator: a wire that knows these weights.
+            communicator: a wire that knows these weights, made over `transfer_group`.
             on_commit: called on the forward thread with a layer and its local slots [n] int64
                 that hold another expert now, after slots and maps have switched and before the
                 next forward pass, so that the engine makes anew what it derived from the weights.
@@ -95,6 +116,11 @@ class EplbState:
         try:
             if name in self._models:
                 raise ConfigError(f"a model named {name!r} is already under balance")
+            if self._background is not None and self._background.has_started:
+                raise ConfigError(
+                    f"model {name!r} comes after the first step: in the background, models are "
+                    "added before it"
+                )
             check_fit(maps.placement, expert_weights, self.group)
             _check_recorder(recorder, maps)
         except EquipoiseError as error:
@@ -146,7 +172,7 @@ class EplbState:
         """Figures of this moment; any thread may ask. Collective: none."""
         with self._lock:
             figures = {model.name: model.stats for model in self._models.values()}
-            return EplbStats(self.steps, MappingProxyType(figures))
+            return EplbStats(self.steps, MappingProxyType(figures), self._failure)
 
     def register_metrics(self, registry: CollectorRegistry) -> Collector:
         """Have the caller's Prometheus registry read `stats` when it is scraped.
@@ -183,39 +209,111 @@ class EplbState:
             model.record_step()
         if self.config.log_balancedness:
             self._log_balancedness()
-        return self.rearrange() if self.steps % self.config.step_interval == 0 else ()
+        is_due = self.steps % self.config.step_interval == 0
+        if self._background is None:
+            return self.rearrange() if is_due and not self._is_paused else ()
+        outcomes = self._step_in_background(self._background)
+        if is_due and not self._is_paused:
+            self._background.trigger(self.steps)
+        return outcomes
 
     def rearrange(self, *, is_profile: bool = False) -> tuple[RebalanceOutcome, ...]:
         """Plan from the window's load now, and move experts.
 
+        In the background it only begins now, unless a rebalance is under way, and its outcomes
+        come from the steps that follow.
+
         Args:
             is_profile: change nothing, but take the buffers that a real call may need, so that
-                memory profiling sees them.
+                memory profiling sees them; in the background, before the first step.
         Returns:
             One outcome per model whose window has any load; none of a profile pass.
         Collective: every rank of the group, at the same step.
         Raises: as `step`; TransferError if ranks come at different steps or with different models.
         """
+        if self._background is not None and not is_profile:
+            self._start_background(self._background)
+            self._background.trigger(self.steps)
+            return ()
         self._agree_to_move()
         if is_profile:
-            for model in self._models.values():
-                rearrange_expert_weights_inplace(
-                    model.placement,
-                    model.placement,
-                    model.expert_weights,
-                    model.communicator,
-                    self.group,
-                    staging_bytes=self.config.staging_bytes,
-                    is_profile=True,
-                )
+            self._reserve()
             return ()
         told = [self._rearrange_model(model) for model in self._models.values()]
         outcomes = tuple(outcome for outcome in told if outcome is not None)
         # Only now: a listener that raises shall not keep this rank from what others move.
+        self._tell(outcomes)
+        return outcomes
+
+    def pause(self) -> None:
+        """Begin no rebalance until `resume`; one under way goes on to its end.
+
+        Collective: every rank of the group, at the same step.
+        """
+        self._is_paused = True
+
+    def resume(self) -> None:
+        """Begin rebalances again when plans are due. Collective: as `pause`."""
+        self._is_paused = False
+
+    @property
+    def is_rebalancing(self) -> bool:
+        """Whether a rebalance is under way; the same on every rank at the same step.
+
+        To drain: `pause`, and step until it is not.
+        """
+        return self._background is not None and self._background.is_under_way
+
+    def close(self) -> None:
+        """Stop balancing, from whatever it is doing; twice is fine.
+
+        A rebalance under way is given up: what was committed stays. Group and communicators
+        remain the caller's to close, communicators after this.
+        Collective: every rank of the group, at the same step.
+        """
+        if self._background is not None:
+            self._background.close()
+
+    def _start_background(self, background: Background) -> None:
+        if not background.has_started and background.failure is None:
+            background.start(list(self._models.values()))
+
+    def _step_in_background(self, background: Background) -> tuple[RebalanceOutcome, ...]:
+        self._start_background(background)
+        try:
+            outcomes = background.close_step(self.steps)
+        finally:
+            with self._lock:
+                self._failure = background.failure
+        for outcome in outcomes:
+            self._take(outcome)
+        self._tell(outcomes)
+        return outcomes
+
+    def _take(self, outcome: RebalanceOutcome) -> None:
+        """Count and log a rebalance."""
+        model = self._models[outcome.model]
+        with self._lock:
+            model.stats = model.stats.add(outcome)
+        if self.group.rank == 0:
+            _log_outcome(outcome)
+
+    def _tell(self, outcomes: tuple[RebalanceOutcome, ...]) -> None:
         for outcome in outcomes:
             for listener in self._listeners:
                 listener(outcome)
-        return outcomes
+
+    def _reserve(self) -> None:
+        for model in self._models.values():
+            rearrange_expert_weights_inplace(
+                model.placement,
+                model.placement,
+                model.expert_weights,
+                model.communicator,
+                self.group,
+                staging_bytes=self.config.staging_bytes,
+                is_profile=True,
+            )
 
     def _agree_to_move(self) -> None:
         problem: Exception | None = None
@@ -245,10 +343,12 @@ class EplbState:
             staging_bytes=self.config.staging_bytes,
             on_commit=lambda layers: model.commit(target, layers),
             plan=plan,
+            verify=self.config.verify,
         )
         sums, seconds = self._reduce_stats(stats, planned - started)
         outcome = RebalanceOutcome(
             model=model.name,
+            planned_step=self.steps,
             step=self.steps,
             moves=plan.num_moves,
             local_moves=int(sums[0]),
@@ -256,14 +356,12 @@ class EplbState:
             bytes=int(sums[1]),
             plan_s=float(seconds[0]),
             transfer_s=float(seconds[1]),
+            forward_s=time.perf_counter() - started,
             balancedness_before=measure_balancedness(spread_load(load, standing)),
             balancedness_after=measure_balancedness(spread_load(load, target)),
             placement=target,
         )
-        with self._lock:
-            model.stats = model.stats.add(outcome)
-        if self.group.rank == 0:
-            _log_outcome(outcome)
+        self._take(outcome)
         return outcome
 
     def _reduce_stats(

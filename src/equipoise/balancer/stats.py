@@ -51,7 +51,9 @@ class EplbStats:
     Attributes:
         steps: forward passes of this rank that were closed, dummy ones included.
         models: by name.
+        failure: why balancing has ended while serving goes on; None while it has not.
     """
 
     steps: int
     models: Mapping[str, ModelStats]
+    failure: str | None = None

@@ -247,21 +247,51 @@ class RankGroup:
         exchange.recv(view_bytes(tensor), peer)
         self._finish(exchange)
 
-    def decide(self, proposal: str) -> str:
+    def fork(self, name: str) -> RankGroup:
+        """A group of the same ranks with connections and a store's client of its own.
+
+        For another thread: what fails in one group leaves the other as it is.
+
+        Args:
+            name: not used before with this group.
+        Returns:
+            a group over gloo, whose `device_group` is its `cpu_group`; the caller closes it.
+        Collective: every rank of the group.
+        Raises: MembershipError if a rank does not come in time.
+        """
+        store = PrefixStore(f"{name}/", self.store.clone())  # type: ignore[attr-defined]
+        _meet(store, self.rank, self.size, self.timeout)
+        cpu_group = _create_gloo(store, self.rank, self.size, self.timeout)
+        return RankGroup(
+            store,
+            self.rank,
+            self.size,
+            self.device,
+            self.generation,
+            self.timeout,
+            cpu_group,
+            cpu_group,
+        )
+
+    def decide(self, proposal: str, question: str | None = None) -> str:
         """Settle one question for the whole generation: the first proposal to arrive stands.
 
         Also ranks that have lost sight of each other get the same answer, as the store gives it.
 
         Args:
             proposal: this rank's answer; not empty.
+            question: its name, not used before in this group; None for the next in a row. A named
+                one may be asked by any thread, any number of times.
         Returns:
             the proposal that stands.
-        Collective: every rank that lives, in the same order among its decisions; waits for none.
+        Collective: every rank that lives, unnamed questions in the same order; waits for none.
         Raises: MembershipError if the store does not answer within the timeout.
         """
-        key = f"decision/{self._num_decisions}"
-        self._num_decisions += 1
-        if self.size == 1:
+        key = f"question/{question}"
+        if question is None:
+            key = f"decision/{self._num_decisions}"
+            self._num_decisions += 1
+        if self.size == 1 and question is None:
             return proposal
         answers: list[bytes] = []
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from equipoise.errors import PlacementError
 from equipoise.placement import Placement
@@ -13,7 +15,7 @@ from equipoise.placement import Placement
 class PlacementMaps:
     """Device copies of a placement's maps.
 
-    Owner: the forward thread. It reads them in every layer and writes them in `commit`, on the
+    Owner: the forward thread. It reads them in every layer and writes them in `switch`, on the
     same stream, so stream order is their only protocol.
 
     Attributes:
@@ -37,18 +39,72 @@ class PlacementMaps:
         Collective: none; every rank at the same step.
         Raises: PlacementError if the shapes differ.
         """
-        standing = self.placement
-        if (
-            placement.num_experts != standing.num_experts
-            or placement.topology != standing.topology
-            or placement.num_layers != standing.num_layers
-        ):
-            raise PlacementError("a placement of another shape cannot take these maps over")
-        chosen = list(range(placement.num_layers)) if layers is None else sorted(set(layers))
-        index = torch.tensor(chosen, device=self.slot_to_expert.device)
-        for name in ("slot_to_expert", "expert_to_slots", "replica_counts"):
-            rows = torch.tensor(getattr(placement, name)[chosen], device=index.device)
-            getattr(self, name).index_copy_(0, index, rows)
-        table = standing.slot_to_expert.copy()
-        table[chosen] = placement.slot_to_expert[chosen]
-        self.placement = Placement(table, placement.num_experts, placement.topology)
+        device = self.slot_to_expert.device
+        self.switch(prepare_maps(self.placement, placement, layers, device))
+
+    def switch(self, prepared: PreparedMaps) -> None:
+        """Switch to what was prepared from the placement that stands.
+
+        Collective: none; every rank at the same step.
+        """
+        for name in _NAMES:
+            rows = getattr(prepared, name)
+            getattr(self, name).index_copy_(0, prepared.index, rows)
+            if rows.is_cuda:
+                # Another stream made them: they must outlive this one's use of them.
+                rows.record_stream(torch.cuda.current_stream(rows.device))
+        if prepared.index.is_cuda:
+            prepared.index.record_stream(torch.cuda.current_stream(prepared.index.device))
+        self.placement = prepared.placement
+
+
+@dataclass(frozen=True)
+class PreparedMaps:
+    """Rows that maps are to take over, on the device already. Any thread may make them.
+
+    Attributes:
+        placement: once they have.
+        index: [l] int64, the layers.
+        slot_to_expert: [l, P] int64.
+        expert_to_slots: [l, E, P - E + 1] int64.
+        replica_counts: [l, E] int64.
+    """
+
+    placement: Placement
+    index: Tensor
+    slot_to_expert: Tensor
+    expert_to_slots: Tensor
+    replica_counts: Tensor
+
+
+_NAMES = ("slot_to_expert", "expert_to_slots", "replica_counts")
+
+
+def prepare_maps(
+    standing: Placement, target: Placement, layers: Iterable[int] | None, device: torch.device
+) -> PreparedMaps:
+    """Make what `PlacementMaps.switch` takes.
+
+    Args:
+        standing: the placement that will stand then.
+        target: of the same layers, experts and topology.
+        layers: to be switched to `target`; None for all.
+        device: of the maps.
+    Collective: none.
+    Raises: PlacementError if the shapes differ.
+    """
+    if (
+        target.num_experts != standing.num_experts
+        or target.topology != standing.topology
+        or target.num_layers != standing.num_layers
+    ):
+        raise PlacementError("a placement of another shape cannot take these maps over")
+    chosen = list(range(target.num_layers)) if layers is None else sorted(set(layers))
+    table = standing.slot_to_expert.copy()
+    table[chosen] = target.slot_to_expert[chosen]
+    rows = {name: torch.tensor(getattr(target, name)[chosen], device=device) for name in _NAMES}
+    return PreparedMaps(
+        placement=Placement(table, target.num_experts, target.topology),
+        index=torch.tensor(chosen, device=device),
+        **rows,
+    )

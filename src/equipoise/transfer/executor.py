@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -21,11 +20,9 @@ from equipoise.placement import Placement
 from equipoise.plan.transfer_plan import TransferPlan, make_plan
 from equipoise.topology import IntArray
 from equipoise.transfer.agreement import agree
-from equipoise.transfer.mover import ChunkMover
+from equipoise.transfer.mover import ChunkMover, Verify
 from equipoise.transfer.profile import reserve_buffers
 from equipoise.transfer.staging import ChunkShare, measure_experts, share_plan
-
-Verify = Literal["off", "all"]
 
 
 @dataclass(frozen=True)
@@ -88,8 +85,8 @@ def rearrange_expert_weights_inplace(
         plan: of `old` and `new`; made here if None.
         is_profile: change nothing, but take the buffers that a real call may need, so that
             memory profiling sees them.
-        verify: "all" compares checksums of every received expert with its source's before it is
-            committed.
+        verify: compare checksums of received experts, some or all, with their sources' before
+            they are committed.
     Returns:
         what this rank did; zeros for a profile pass.
     Collective: every rank of the group, with equal arguments; while it runs, no other use of the
@@ -169,8 +166,8 @@ def _compare(
         status = torch.tensor([problem is not None])
         fared = group.all_gather(status, busy_s=find_busy_s(share, group))
         failed = [rank for rank, theirs in enumerate(fared) if bool(theirs)]
-        if not failed and verify == "all":
-            return mover.verify(share, staging)
+        if not failed and verify != "off":
+            return mover.verify(share, staging, verify)
     except MembershipError as error:
         return problem or TransferError(str(error), rank=error.rank, peer=error.peer)
     if problem is None and failed:

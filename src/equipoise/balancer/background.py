@@ -1,0 +1,160 @@
+"""The forward thread's side of rebalancing in the background."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from equipoise.balancer.events import CpuGpuEvent
+from equipoise.balancer.handover import Chunk, End, Handover
+from equipoise.balancer.model_state import EplbModelState
+from equipoise.balancer.outcome import RebalanceOutcome
+from equipoise.balancer.protocol import Status
+from equipoise.balancer.rebalance import Request
+from equipoise.balancer.worker import EplbWorker
+from equipoise.comm.groups import RankGroup
+from equipoise.config import EPLBConfig
+from equipoise.errors import MembershipError, TransferError
+from equipoise.policy.base import PlacementPolicy
+
+logger = logging.getLogger(__name__)
+
+
+class Background:
+    """Starts rebalances, and commits what the worker has staged at the step agreed upon.
+
+    Owner: the forward thread. It exchanges nothing with other ranks: that everybody starts at the
+    same step, and drops the same triggers, follows from counts alone.
+
+    Args:
+        group: the workers' own; this closes it.
+        config: balancing.
+        policy: makes placements.
+    """
+
+    def __init__(self, group: RankGroup, config: EPLBConfig, policy: PlacementPolicy) -> None:
+        self.group = group
+        self.is_paused = False
+        self._config = config
+        self._policy = policy
+        timeout_s = group.timeout.total_seconds()
+        self._handover = Handover(group.decide, timeout_s)
+        self._worker: EplbWorker | None = None
+        self._models: tuple[EplbModelState, ...] = ()
+        self._number = 0
+        self._is_under_way = False
+        self._end: End | None = None
+        # Of this thread, since the rebalance under way began.
+        self._forward_s = 0.0
+
+    @property
+    def has_started(self) -> bool:
+        """Whether models can no longer be added."""
+        return self._worker is not None
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a rebalance is; the same on every rank at the same step, unless it fails."""
+        return self._is_under_way and self._end is None
+
+    @property
+    def failure(self) -> str | None:
+        """Why balancing has ended, or None."""
+        return None if self._end is None else _explain(self._end)
+
+    def start(self, models: Sequence[EplbModelState]) -> None:
+        """Start the worker, with all models there are. Collective: none."""
+        self._models = tuple(models)
+        self._worker = EplbWorker(models, self.group, self._config, self._policy, self._handover)
+
+    def close_step(self, step: int) -> tuple[RebalanceOutcome, ...]:
+        """Commit what is due at this step.
+
+        Args:
+            step: the count, this one included.
+        Returns:
+            One outcome per model whose last layers were committed.
+        Collective: none; every rank calls it equally often. It waits only where an answer of this
+            rank's worker is overdue.
+        Raises: TransferError if rebalancing has failed and that is to be raised; MembershipError
+            if the store does not answer. All that was decided is committed before.
+        """
+        outcomes: list[RebalanceOutcome] = []
+        for chunk in self._handover.close_step():
+            outcomes += self._commit(chunk, step)
+        ended = self._handover.ended
+        if ended is not None and self._end is None:
+            outcomes += self._take_end(ended, step)
+        return tuple(outcomes)
+
+    def trigger(self, step: int) -> bool:
+        """Start a rebalance from the windows' load, unless one is under way.
+
+        Args:
+            step: the count.
+        Returns:
+            Whether one was started; the same on every rank.
+        Collective: every rank at the same step; exchanges nothing.
+        """
+        if self._is_under_way or self._end is not None or not self._models:
+            return False
+        assert self._worker is not None, "the first step starts it"
+        self._number += 1
+        self._is_under_way = True
+        self._forward_s = 0.0
+        loads = tuple(model.window.sum() for model in self._models)
+        ready = CpuGpuEvent(self.group.device)
+        ready.record()
+        self._worker.ask(Request(self._number, step, loads, ready))
+        return True
+
+    def close(self) -> None:
+        """Stop the worker, from whatever it is doing, and let its group go; twice is fine.
+
+        Collective: every rank, at the same step; waits for this rank's worker up to the timeout.
+        """
+        if self._worker is not None:
+            worker, self._worker = self._worker, None
+            if not worker.stop(self.group.timeout.total_seconds()):
+                logger.warning("the worker did not end in time; it is left to its own deadlines")
+        self._end = self._end or End(Status.STOPPED, None)
+        self.group.close()
+
+    def _commit(self, chunk: Chunk, step: int) -> list[RebalanceOutcome]:
+        started = time.perf_counter()
+        result = chunk.result
+        if result is not None:
+            result.commit()
+        self._forward_s += time.perf_counter() - started
+        if chunk.is_last:
+            self._is_under_way = False
+        if result is None or result.outcome is None:
+            return []
+        return [replace(result.outcome, step=step, forward_s=self._forward_s)]
+
+    def _take_end(self, end: End, step: int) -> list[RebalanceOutcome]:
+        """Raise, or go on without balancing.
+
+        A chunk that was decided is committed by all ranks; here at once, if no step follows.
+        """
+        self._end = end
+        if end.status is Status.STOPPED:
+            logger.info("step %d: balancing has stopped, as a rank asked for", step)
+            return []
+        if self._config.on_failure == "disable" and not end.cut_off:
+            logger.error("step %d: balancing is off from here on: %s", step, _explain(end))
+            return []
+        for chunk in self._handover.take_all():
+            self._commit(chunk, step)
+        if end.cut_off:
+            raise MembershipError(_explain(end), rank=self.group.rank) from end.problem
+        peer = getattr(end.problem, "peer", None)
+        raise TransferError(_explain(end), rank=self.group.rank, peer=peer) from end.problem
+
+
+def _explain(end: End) -> str:
+    if end.status is Status.STOPPED:
+        return "a rank has stopped it"
+    return str(end.problem) or repr(end.problem)

@@ -1,0 +1,212 @@
+"""What the worker hands to the forward thread: chunks, the steps that they are due at, its end."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from equipoise.balancer.events import CpuGpuEvent
+from equipoise.balancer.model_state import EplbModelState
+from equipoise.balancer.outcome import RebalanceOutcome
+from equipoise.balancer.protocol import ABORT, Ledger, Status
+from equipoise.dispatch.maps import PreparedMaps
+from equipoise.transfer.mover import ChunkMover
+from equipoise.transfer.staging import ChunkShare
+
+MARGIN_STEPS = 2
+"""Steps from the largest count at which a rank offers a chunk to its commit. The workers need two
+exchanges in that time; if they need longer, forward threads wait for them."""
+
+Arbiter = Callable[[str, str], str]
+"""Settles (question, proposal) for the generation: what stands."""
+
+
+@dataclass(frozen=True)
+class AsyncEplbLayerResult:
+    """Layers whose experts are staged on this rank. Made by the worker, used once by F.
+
+    Attributes:
+        model: theirs.
+        maps: what the maps say of them from the commit on.
+        share: what is staged, and where it goes.
+        mover: of the plan.
+        staging: the half that it is staged in, [bytes] uint8.
+        freed: recorded once the half may be filled again.
+        outcome: of the model's rebalance, if these are its last layers; its steps are F's to name.
+    """
+
+    model: EplbModelState
+    maps: PreparedMaps
+    share: ChunkShare
+    mover: ChunkMover
+    staging: Tensor
+    freed: CpuGpuEvent
+    outcome: RebalanceOutcome | None
+
+    def commit(self) -> None:
+        """F: fill the slots, switch the maps, and free the half, on the current stream.
+
+        Collective: none; every rank at the same step.
+        """
+        self.mover.commit(self.share, self.staging)
+        if self.staging.is_cuda:
+            # The worker may let go of it before the copies are over.
+            self.staging.record_stream(torch.cuda.current_stream(self.staging.device))
+        self.model.switch(self.maps)
+        self.freed.record()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One chunk as it is offered.
+
+    Attributes:
+        question: the key that settles it.
+        result: None for the chunk that ends a rebalance in which nothing moves.
+        is_last: of its rebalance.
+    """
+
+    question: str
+    result: AsyncEplbLayerResult | None
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class End:
+    """Why a worker works no more.
+
+    Attributes:
+        status: stopped, or failed.
+        problem: what this rank knows of it, if it failed.
+        cut_off: the store did not answer, so nobody knows what the others hold.
+    """
+
+    status: Status
+    problem: Exception | None
+    cut_off: bool = False
+
+
+class Handover:
+    """The ledger of one rank, and the chunks and the end that go with it.
+
+    Shared by the forward thread and the worker. Everything is read and written under one lock,
+    except the arbiter's answer, which is waited for outside.
+
+    Args:
+        arbiter: settles a chunk's question where the worker does not answer.
+        timeout_s: longest that the forward thread waits for the worker.
+    """
+
+    def __init__(self, arbiter: Arbiter, timeout_s: float) -> None:
+        self._changed = threading.Condition()
+        self._ledger = Ledger(MARGIN_STEPS)
+        self._chunks: dict[int, Chunk] = {}
+        self._offered: Chunk | None = None
+        self._end: End | None = None
+        self._arbiter = arbiter
+        self._timeout_s = timeout_s
+        self._is_stopped = False
+        # When the worker's operation at hand is overdue; no worker, no time.
+        self._overdue_at = math.inf
+
+    def close_step(self) -> tuple[Chunk, ...]:
+        """F: count a step, and take the chunks that are committed at it, in order.
+
+        Collective: none; waits for this rank's worker where an offer could be due.
+        Raises: MembershipError if neither the worker nor the store says what stands.
+        """
+        with self._changed:
+            self._ledger = self._ledger.close_step()
+            settled = self._changed.wait_for(lambda: not self._ledger.is_bound, self._timeout_s)
+            question = None if settled or self._offered is None else self._offered.question
+        if question is not None:
+            word = self._arbiter(question, ABORT)
+            problem = TimeoutError(f"the worker did not answer within {self._timeout_s:.1f} s")
+            with self._changed:
+                self._settle(word)
+                self._end = self._end or End(Status.FAILED, problem)
+        with self._changed:
+            if time.monotonic() > self._overdue_at:
+                # An exchange of its own has a deadline before this: it hangs elsewhere.
+                problem = TimeoutError("the worker has not got on for longer than it may take")
+                self._end = self._end or End(Status.FAILED, problem)
+            self._ledger, due = self._ledger.take_due()
+            return tuple(self._chunks.pop(one.chunk) for one in due)
+
+    def take_all(self) -> tuple[Chunk, ...]:
+        """F, which will not step again: every chunk that is committed, due or not, in order."""
+        with self._changed:
+            left = tuple(self._chunks.pop(one.chunk) for one in self._ledger.queue)
+            self._ledger = Ledger(MARGIN_STEPS, self._ledger.steps)
+            return left
+
+    def begin(self, seconds: float) -> None:
+        """W: the next operation takes at most so many seconds; `math.inf` for rest."""
+        with self._changed:
+            self._overdue_at = time.monotonic() + seconds
+
+    def offer(self, number: int, chunk: Chunk) -> int:
+        """W: a chunk that every rank has staged.
+
+        Args:
+            number: of the chunk, never used before.
+            chunk: what F will commit.
+        Returns:
+            F's count of steps.
+        """
+        with self._changed:
+            self._ledger = self._ledger.make_offer(number)
+            self._offered = chunk
+            if self._is_stopped:
+                _cancel(chunk)
+            return self._ledger.steps
+
+    def settle(self, word: str) -> None:
+        """W: the word that stands for the offered chunk, or for one that was not offered."""
+        with self._changed:
+            self._settle(word)
+
+    def end(self, end: End) -> None:
+        """W: nothing more will come."""
+        with self._changed:
+            self._end = self._end or end
+
+    def stop(self) -> None:
+        """F: nothing is committed any more; the worker shall give up what it is doing."""
+        with self._changed:
+            self._is_stopped = True
+            for chunk in (*self._chunks.values(), self._offered):
+                _cancel(chunk)
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the worker shall give up."""
+        with self._changed:
+            return self._is_stopped
+
+    @property
+    def ended(self) -> End | None:
+        """Why nothing more will come, or None."""
+        with self._changed:
+            return self._end
+
+    def _settle(self, word: str) -> None:
+        offer = self._ledger.offer
+        self._ledger = self._ledger.settle(word)
+        if offer is not None and word != ABORT:
+            assert self._offered is not None
+            self._chunks[offer.chunk] = self._offered
+        self._offered = None
+        self._changed.notify_all()
+
+
+def _cancel(chunk: Chunk | None) -> None:
+    """Let nobody wait for a half that will not be emptied."""
+    if chunk is not None and chunk.result is not None:
+        chunk.result.freed.cancel()

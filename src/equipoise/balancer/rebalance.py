@@ -1,0 +1,363 @@
+"""One rebalance in the background: what a rank's worker does where the protocol says so."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from equipoise.balancer.events import CpuGpuEvent
+from equipoise.balancer.handover import AsyncEplbLayerResult, Chunk, Handover
+from equipoise.balancer.model_state import EplbModelState
+from equipoise.balancer.outcome import RebalanceOutcome
+from equipoise.balancer.protocol import ABORT, Answer, Do, Status, Worker
+from equipoise.comm.byte_views import view_rows
+from equipoise.comm.groups import RankGroup
+from equipoise.config import EPLBConfig
+from equipoise.errors import EquipoiseError, MembershipError, TransferError
+from equipoise.placement import Placement, measure_balancedness, spread_load
+from equipoise.plan.transfer_plan import TransferPlan, make_plan
+from equipoise.policy.base import PlacementPolicy
+from equipoise.topology import IntArray
+from equipoise.transfer.agreement import agree
+from equipoise.transfer.executor import find_busy_s
+from equipoise.transfer.mover import ChunkMover
+from equipoise.transfer.staging import ChunkShare, measure_experts, share_plan
+
+NUM_HALVES = 2
+_MOST_CHUNKS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a forward thread asks its worker for, at the same step on every rank.
+
+    Attributes:
+        number: of the rebalance, counted from 1.
+        step: the count of steps.
+        loads: per model its window's load [L, E] int64; copies.
+        ready: recorded once the copies are made and every commit before them is over.
+    """
+
+    number: int
+    step: int
+    loads: tuple[Tensor, ...]
+    ready: CpuGpuEvent
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One model's plan.
+
+    Attributes:
+        model: whose.
+        load: [L, E] int64, over all ranks.
+        mover: carries the plan out.
+        expert_bytes: [L] int64.
+    """
+
+    model: EplbModelState
+    load: IntArray
+    mover: ChunkMover
+    expert_bytes: IntArray
+
+    @property
+    def plan(self) -> TransferPlan:
+        return self.mover.plan
+
+
+@dataclass
+class _Half:
+    """A staging buffer [bytes] uint8; lent from the offer to the forward thread's commit."""
+
+    staging: Tensor
+    freed: CpuGpuEvent
+    is_lent: bool = False
+
+
+class Rebalance:
+    """Performs what the protocol asks of one rank's worker. Owner: the worker thread.
+
+    Whatever goes wrong becomes an answer that the protocol knows; `problem` keeps the reason.
+
+    Args:
+        request: of the forward thread.
+        models: in the order of its loads; their placements stand still until the first commit.
+        group: the workers'.
+        config: balancing.
+        policy: makes placements.
+        handover: to the forward thread.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        models: Sequence[EplbModelState],
+        group: RankGroup,
+        config: EPLBConfig,
+        policy: PlacementPolicy,
+        handover: Handover,
+    ) -> None:
+        self.problem: Exception | None = None
+        self.cut_off = False
+        self._request = request
+        self._models = models
+        self._group = group
+        self._config = config
+        self._policy = policy
+        self._handover = handover
+        self._timeout_s = group.timeout.total_seconds()
+        self._halves: list[_Half] = []
+        self._chunks: list[tuple[_Part, ChunkShare]] = []
+        self._standing: dict[str, Placement] = {}
+        self._staged: AsyncEplbLayerResult | None = None
+        self._offered_at = 0
+        # This rank's, then the slowest rank's as of the last exchange of statuses.
+        self._plan_s = self._transfer_s = 0.0
+        self._slowest_s = (0.0, 0.0)
+
+    def run(self, margin: int) -> Worker:
+        """Carry the rebalance out, or find out why it cannot be.
+
+        Args:
+            margin: as in `Worker`.
+        Returns:
+            where the protocol ended.
+        Collective: every rank's worker.
+        """
+        worker = Worker(margin)
+        while worker.do is not Do.END:
+            self._handover.begin(self._find_longest_s(worker))
+            worker = worker.after(self._perform(worker))
+        self._handover.begin(math.inf)
+        return worker
+
+    def _find_longest_s(self, worker: Worker) -> float:
+        """Seconds that an operation may take, each of its waits up to its deadline."""
+        longest_s = 4 * self._timeout_s
+        if worker.do in (Do.STAGE, Do.MEET) and self._chunks:
+            longest_s += find_busy_s(self._chunks[worker.chunk][1], self._group)
+        return longest_s
+
+    def _perform(self, worker: Worker) -> Answer:
+        match worker.do:
+            case Do.START:
+                return self._exchange_statuses(self._start(), busy_s=0.0)
+            case Do.PLAN:
+                return self._plan()
+            case Do.STAGE:
+                return self._stage(worker.chunk)
+            case Do.MEET:
+                return self._meet(worker)
+            case Do.OFFER:
+                return self._offer(worker.chunk)
+            case Do.COUNT:
+                return self._gather([self._offered_at], 0.0)
+            case Do.DECIDE:
+                return self._decide(worker)
+            case Do.SETTLE:
+                self._settle(worker)
+                return None
+            case Do.END:
+                raise AssertionError("nothing is left to do")
+
+    def _start(self) -> Status:
+        if self._handover.is_stopped:
+            return Status.STOPPED
+        try:
+            self._request.ready.wait(self._timeout_s)
+        except Exception as error:
+            return self._fail(error)
+        return Status.FINE
+
+    def _plan(self) -> int | None:
+        started = time.perf_counter()
+        try:
+            totals = []
+            for load in self._request.loads:
+                total = load.to("cpu", torch.int64, copy=True)
+                self._group.all_reduce(total)
+                totals.append(np.asarray(total.numpy()))
+            problem: Exception | None = None
+            parts: list[_Part] = []
+            try:
+                parts = [
+                    self._plan_model(model, load)
+                    for model, load in zip(self._models, totals, strict=True)
+                    if load.any()
+                ]
+                self._cut(parts)
+            except Exception as error:
+                problem = error
+            agree(self._group, self._collect_facts(parts), problem)
+        except Exception as error:
+            self._fail(error)
+            return None
+        self._plan_s = time.perf_counter() - started
+        # A rebalance that moves nothing ends by a chunk too, so that all ranks know when.
+        return max(1, len(self._chunks))
+
+    def _plan_model(self, model: EplbModelState, load: IntArray) -> _Part:
+        model.check_storage()
+        standing = model.placement
+        self._standing[model.name] = standing
+        plan = make_plan(standing, self._policy.place(load, standing.topology, standing=standing))
+        rows = [[view_rows(tensor) for tensor in layer] for layer in model.expert_weights]
+        mover = ChunkMover(plan, rows, model.communicator, self._group)
+        return _Part(model, load, mover, measure_experts(rows))
+
+    def _cut(self, parts: Sequence[_Part]) -> None:
+        bound = self._config.staging_bytes
+        budget = None if bound is None else bound // NUM_HALVES
+        for part in parts:
+            shares = share_plan(part.plan, self._group.rank, part.expert_bytes, budget)
+            self._chunks += [(part, share) for share in shares]
+        most = max((share.num_bytes for _, share in self._chunks), default=0)
+        device = self._group.device
+        self._halves = [
+            _Half(torch.empty(most, dtype=torch.uint8, device=device), CpuGpuEvent(device))
+            for _ in range(min(NUM_HALVES, len(self._chunks)))
+        ]
+
+    def _collect_facts(self, parts: Sequence[_Part]) -> dict[str, str]:
+        plans = {part.model.name: part.plan for part in parts}
+        return {
+            "number of steps": str(self._request.step),
+            "models": repr([model.name for model in self._models]),
+            "standing placements": repr([p.old.fingerprint() for p in plans.values()]),
+            "plans": repr([(name, p.fingerprint()) for name, p in plans.items()]),
+        }
+
+    def _stage(self, number: int) -> Status:
+        self._staged = None
+        if not self._chunks:
+            return Status.STOPPED if self._handover.is_stopped else Status.FINE
+        part, share = self._chunks[number]
+        half = self._halves[number % NUM_HALVES]
+        started = time.perf_counter()
+        try:
+            if half.is_lent and not half.freed.wait(self._timeout_s):
+                return Status.STOPPED
+            half.is_lent = False
+            if self._handover.is_stopped:
+                return Status.STOPPED
+            part.mover.stage(share, half.staging)
+            standing = self._standing[part.model.name]
+            self._staged = AsyncEplbLayerResult(
+                model=part.model,
+                maps=part.model.prepare(standing, part.plan.new, share.layers.tolist()),
+                share=share,
+                mover=part.mover,
+                staging=half.staging,
+                freed=half.freed,
+                outcome=None,
+            )
+            if half.staging.is_cuda:
+                # The forward thread's stream builds on it from here on.
+                torch.cuda.current_stream(half.staging.device).synchronize()
+        except Exception as error:
+            return self._fail(error)
+        self._transfer_s += time.perf_counter() - started
+        return Status.FINE
+
+    def _meet(self, worker: Worker) -> Sequence[int] | None:
+        share = self._chunks[worker.chunk][1] if self._chunks else None
+        busy_s = 0.0 if share is None else find_busy_s(share, self._group)
+        statuses = self._exchange_statuses(worker.status, busy_s)
+        if share is None or statuses is None or any(statuses) or self._config.verify == "off":
+            return statuses
+        part, half = self._chunks[worker.chunk][0], self._halves[worker.chunk % NUM_HALVES]
+        try:
+            damage = part.mover.verify(share, half.staging, self._config.verify)
+        except Exception as error:
+            self._fail(error)
+            return None
+        if damage is not None:
+            self._fail(damage)
+            return [Status.FAILED]
+        return statuses
+
+    def _exchange_statuses(self, mine: Status, busy_s: float) -> Sequence[int] | None:
+        words = [int(mine), int(self._plan_s * 1e6), int(self._transfer_s * 1e6)]
+        told = self._gather(words, busy_s)
+        if told is None:
+            return None
+        statuses, plan_us, transfer_us = told[0::3], told[1::3], told[2::3]
+        self._slowest_s = (max(plan_us) / 1e6, max(transfer_us) / 1e6)
+        failed = [rank for rank, status in enumerate(statuses) if status == Status.FAILED]
+        if failed and self.problem is None:
+            self._fail(
+                TransferError(
+                    f"rank {self._group.rank}: rebalancing failed on rank {failed[0]}: see the "
+                    "error there",
+                    rank=self._group.rank,
+                    peer=failed[0],
+                )
+            )
+        return statuses
+
+    def _gather(self, words: list[int], busy_s: float) -> list[int] | None:
+        """Everybody's words, rank by rank; None if somebody's did not come."""
+        try:
+            heard = self._group.all_gather(torch.tensor(words), busy_s=busy_s)
+        except EquipoiseError as error:
+            self._fail(error)
+            return None
+        return torch.cat(heard).tolist()
+
+    def _offer(self, number: int) -> int:
+        is_last = number + 1 >= len(self._chunks)
+        result = self._staged
+        if result is not None:
+            part, _ = self._chunks[number]
+            if is_last or self._chunks[number + 1][0] is not part:
+                result = replace(result, outcome=self._describe(part))
+            self._halves[number % NUM_HALVES].is_lent = True
+        chunk = Chunk(self._question(number), result, is_last)
+        self._offered_at = self._handover.offer(self._request.number * _MOST_CHUNKS + number, chunk)
+        return self._offered_at
+
+    def _describe(self, part: _Part) -> RebalanceOutcome:
+        plan, load = part.plan, part.load
+        plan_s, transfer_s = self._slowest_s
+        return RebalanceOutcome(
+            model=part.model.name,
+            planned_step=self._request.step,
+            step=self._request.step,
+            moves=plan.num_moves,
+            local_moves=len(plan.write_slot) - plan.num_moves,
+            moves_per_layer=plan.moves_per_layer,
+            bytes=int(part.expert_bytes[plan.layer[~plan.is_local]].sum()),
+            plan_s=plan_s,
+            transfer_s=transfer_s,
+            forward_s=0.0,
+            balancedness_before=measure_balancedness(spread_load(load, plan.old)),
+            balancedness_after=measure_balancedness(spread_load(load, plan.new)),
+            placement=plan.new,
+        )
+
+    def _decide(self, worker: Worker) -> str | None:
+        try:
+            return self._group.decide(worker.word, self._question(worker.chunk))
+        except MembershipError as error:
+            self._fail(error)
+            self.cut_off = True
+            return None
+
+    def _settle(self, worker: Worker) -> None:
+        if worker.word != ABORT and self._staged is not None:
+            self._standing[self._staged.model.name] = self._staged.maps.placement
+        self._handover.settle(worker.word)
+
+    def _question(self, number: int) -> str:
+        return f"rebalance {self._request.number}, chunk {number}"
+
+    def _fail(self, error: Exception) -> Status:
+        # The first is what the others follow from.
+        self.problem = self.problem or error
+        return Status.FAILED
