@@ -107,8 +107,8 @@ def _check_memory(case: TransferCase) -> None:
     """Refuse what would get a rank killed for want of memory; where the system tells."""
     spec = case.spec
     weights = spec.num_layers * spec.slots_per_rank * spec.expert_bytes
-    # Weights, what is received, what the limit copies, and what a wire may stage both ways.
-    needed = sum(weights + 4 * received + _BYTES_PER_PROCESS for received in case.received_bytes)
+    # Weights, what is received, and what a wire may stage both ways.
+    needed = sum(weights + 3 * received + _BYTES_PER_PROCESS for received in case.received_bytes)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

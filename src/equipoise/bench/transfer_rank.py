@@ -97,9 +97,6 @@ class _Course:
         self._spec = spec
         self._group = group
         self._share = RankShare(case, group.rank)
-        most = max(sum(self._share.sent_to.values()), self._share.into.numel())
-        # Other bytes than any expert's, so that what a backend did not write shows.
-        self._source = torch.full((most,), 0xA5, dtype=torch.uint8)
         total = spec.num_layers * spec.slots_per_rank * spec.expert_bytes
         self._busy_s = spec.num_ranks * total / _FILL_BYTES_PER_S
 
@@ -149,7 +146,8 @@ class _Course:
         communicator.execute()
 
     def _copy(self) -> None:
-        self._share.into.copy_(self._source[: self._share.into.numel()])
+        # These are other experts than the ones that belong there: what a backend leaves out shows.
+        self._share.into.copy_(self._share.memory[: self._share.into.numel()])
 
     def _message(self) -> None:
         exchange = Exchange(self._group.cpu_group, _TAG_RAW)
@@ -157,10 +155,10 @@ class _Course:
         landings = self._share.into.split_with_sizes(list(received.values()))
         for peer, landing in zip(received, landings, strict=True):
             exchange.recv(landing, peer)
-        parcels = self._source[: sum(sent.values())].split_with_sizes(list(sent.values()))
+        parcels = self._share.memory[: sum(sent.values())].split_with_sizes(list(sent.values()))
         for peer, parcel in zip(sent, parcels, strict=True):
             exchange.send(parcel, peer)
-        seconds = self._spec.timeout_s + self._source.numel() / SLOWEST_BYTES_PER_S
+        seconds = self._spec.timeout_s + self._share.memory.numel() / SLOWEST_BYTES_PER_S
         failures = exchange.wait(deadline_in(seconds))
         if failures:
             what, peer, cause = explain(failures, seconds)

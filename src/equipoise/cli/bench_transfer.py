@@ -24,7 +24,7 @@ _COLUMNS = (
 
 def bench_transfer(
     ranks: Annotated[int, typer.Option(help="Processes, at least 2.")] = 4,
-    layers: Annotated[int, typer.Option(help="Layers.")] = 6,
+    layers: Annotated[int, typer.Option(help="Layers.")] = 10,
     slots: Annotated[int, typer.Option(help="Slots of each rank, per layer.")] = 8,
     expert_bytes: Annotated[
         int, typer.Option(help="Bytes of one expert; those of Qwen3-30B-A3B in FP8.")
