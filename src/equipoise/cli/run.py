@@ -192,6 +192,7 @@ def _run_here(asked: _Asked, spec: JobSpec) -> None:
 
     screen = _Screen(asked)
     try:
+        screen.open()
         run_local(spec, assign_local_seats(spec.num_ranks, spec.device), screen.take)
     except JobFailed as error:
         screen.close()
@@ -213,6 +214,8 @@ def _run_as_rank(asked: _Asked, place: TorchrunRank) -> None:
 
     timeout_s = asked.limits["timeout_s"]
     try:
+        if place.rank == 0:
+            screen.open()
         run_torchrun(
             place,
             lambda: _settle(asked, place),
@@ -242,18 +245,21 @@ class _Screen:
         self._console = Console(stderr=str(asked.json) == "-")
         self._display: Any = None
 
+    def open(self) -> None:
+        """Show that work has begun: the first record comes once models are loaded."""
+        if self._asked.quiet:
+            return
+        from equipoise.report.live import LiveDisplay
+        from equipoise.report.plain import PlainDisplay
+
+        display = LiveDisplay if self._console.is_terminal else PlainDisplay
+        self._display = display(self._console, self._summary)
+
     def take(self, record: Record) -> None:
         """Sum a record up, and show it."""
         self._summary.add(record)
-        if self._asked.quiet:
-            return
-        if self._display is None:
-            from equipoise.report.live import LiveDisplay
-            from equipoise.report.plain import PlainDisplay
-
-            display = LiveDisplay if self._console.is_terminal else PlainDisplay
-            self._display = display(self._console, self._summary)
-        self._display.show(record)
+        if self._display is not None:
+            self._display.show(record)
 
     def close(self) -> None:
         """Give the terminal back; twice is fine."""

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from equipoise.engine.records import JobRecord, Record
+from equipoise.engine.records import JobRecord, RebalanceRecord, Record
 from equipoise.placement import measure_balancedness
 from equipoise.report.closing import render_closing
 from equipoise.report.plain import describe_job
 from equipoise.report.summary import JobSummary
-from equipoise.report.wording import PHASES, say_rebalance
+from equipoise.report.wording import PHASES, say_bytes, say_count, say_seconds
+from equipoise.topology import FloatArray
 
 BAR_CELLS = 24
 """Cells of a bar for a rank that does exactly its share; the fullest bar has twice as many."""
+MOST_RANKS = 12
+"""So that the picture fits on 24 lines."""
 LAST_REBALANCES = 4
+_WIDE = 72
+"""Columns from which all of a rebalance fits in one line."""
 
 
 class LiveDisplay:
@@ -25,14 +33,15 @@ class LiveDisplay:
     def __init__(self, console: Console, summary: JobSummary) -> None:
         self._console = console
         self._summary = summary
-        self._live = Live(console=console, refresh_per_second=8, transient=True)
+        picture = render_progress(summary, console.width)
+        self._live = Live(picture, console=console, refresh_per_second=8, transient=True)
         self._live.start()
 
     def show(self, record: Record) -> None:
         """Take a record that the summary has taken already."""
         if isinstance(record, JobRecord):
             self._console.print(describe_job(record), markup=False, highlight=False)
-        self._live.update(render_progress(self._summary))
+        self._live.update(render_progress(self._summary, self._console.width))
 
     def close(self) -> None:
         """Give the terminal back, with the closing tables if the job has ended."""
@@ -41,54 +50,82 @@ class LiveDisplay:
             self._console.print(render_closing(self._summary))
 
 
-def render_progress(summary: JobSummary) -> RenderableType:
-    """The picture of a job that runs.
+def render_progress(summary: JobSummary, width: int) -> RenderableType:
+    """The picture of a job that runs, or is about to.
 
     Args:
-        summary: that has taken the job's first record at least.
+        summary: of the job so far.
+        width: columns of the terminal; nothing is wrapped from 40 up.
     """
     parts: list[RenderableType] = [_render_heading(summary)]
     if summary.recent:
         before, now = summary.recent_loads()
+        steps = say_count(len(summary.recent), "step")
         parts += [
-            Text(f"tokens per rank, last {len(summary.recent)} steps (1.00 is its share)", "dim"),
-            _render_ranks(now.sum(axis=0).tolist()),
+            Text(f"tokens per rank, last {steps} (1.00 is its share)", "dim"),
+            _render_ranks(now.sum(axis=0), width),
             Text("balancedness per layer, same steps (1.00 is perfect)", "dim"),
-            _render_layers(
-                measure_balancedness(before).tolist(), measure_balancedness(now).tolist()
-            ),
+            _render_layers(measure_balancedness(before), measure_balancedness(now), width),
         ]
-    for rebalance in summary.rebalances[-LAST_REBALANCES:]:
-        parts.append(Text(say_rebalance(rebalance), "cyan"))
+    if summary.rebalances:
+        parts += [
+            Text("last moves of experts, balancedness of the window", "dim"),
+            _render_rebalances(summary.rebalances[-LAST_REBALANCES:], width),
+        ]
     return Group(*parts)
 
 
 def _render_heading(summary: JobSummary) -> Text:
-    phase = PHASES.get(summary.phase or "", "loading the model")
-    heading = Text(phase, "bold")
+    start = "starting ranks and loading the model" if summary.job is None else "getting ready"
+    heading = Text(PHASES.get(summary.phase or "", start), "bold")
     if summary.recent:
         last = summary.recent[-1]
         heading.append(f"   step {last.step}   text: {last.kind or 'mixed'}", "not bold")
     return heading
 
 
-def _render_ranks(load: list[float]) -> Table:
+def _render_ranks(load: FloatArray, width: int) -> RenderableType:
+    """A bar for each rank; where there are many, for the heaviest."""
+    shown = np.sort(np.argsort(-load, kind="stable")[:MOST_RANKS])
+    share = load / (load.mean() or 1.0)
     table = Table.grid(padding=(0, 1))
-    mean = sum(load) / len(load) or 1.0
-    for rank, tokens in enumerate(load):
-        share = tokens / mean
-        cells = min(round(share * BAR_CELLS), 2 * BAR_CELLS)
-        bar = Text("█" * min(cells, BAR_CELLS), "green")
-        bar.append("█" * (cells - BAR_CELLS), "red")
-        table.add_row(f"rank {rank}", f"{share:.2f}", bar)
+    label_width = len(f"rank {len(load)} 1.00 ")
+    cells_per_share = max(1, min(BAR_CELLS, (width - label_width) // 2))
+    for rank in shown:
+        cells = min(round(share[rank] * cells_per_share), 2 * cells_per_share)
+        bar = Text("█" * min(cells, cells_per_share), "green", no_wrap=True)
+        bar.append("█" * (cells - cells_per_share), "red")
+        table.add_row(f"rank {rank}", f"{share[rank]:.2f}", bar)
+    if len(shown) == len(load):
+        return table
+    return Group(table, Text(f"the heaviest {len(shown)} of {len(load)} ranks", "dim"))
+
+
+def _render_layers(before: FloatArray, now: FloatArray, width: int) -> Table:
+    """Layers side by side, as many as fit."""
+    table = Table.grid(padding=(0, 2))
+    shown = max(1, min(len(now), (width - len("initial placement")) // len("  layer 10")))
+    more = [] if shown == len(now) else [f"of {len(now)}"]
+    if more:
+        shown = max(1, shown - 1)
+    table.add_row("", *(f"layer {layer}" for layer in range(shown)), *more)
+    table.add_row("initial placement", *(f"{value:.2f}" for value in before[:shown]))
+    table.add_row("now", *(Text(f"{value:.2f}", "bold") for value in now[:shown]))
     return table
 
 
-def _render_layers(before: list[float], now: list[float]) -> Table:
-    """Layers side by side, as many as a terminal shows."""
-    shown = 12
+def _render_rebalances(rebalances: Sequence[RebalanceRecord], width: int) -> Table:
     table = Table.grid(padding=(0, 2))
-    table.add_row("", *(f"layer {layer}" for layer in range(len(now))[:shown]))
-    table.add_row("initial placement", *(f"{value:.2f}" for value in before[:shown]))
-    table.add_row("now", *(Text(f"{value:.2f}", "bold") for value in now[:shown]))
+    table.add_column()
+    for _ in range(5):
+        table.add_column(justify="right")
+    for record in rebalances:
+        better = (
+            f"{record.balancedness_before.mean():.2f} -> {record.balancedness_after.mean():.2f}"
+        )
+        cells = [f"step {record.step}", f"{record.moves:,} moved", better]
+        if width >= _WIDE:
+            within = f"{record.local_moves:,} within ranks"
+            cells[2:2] = [within, say_bytes(record.bytes), say_seconds(record.transfer_s)]
+        table.add_row(*(Text(cell, "cyan", no_wrap=True) for cell in cells))
     return table
