@@ -55,29 +55,35 @@ def render_progress(summary: JobSummary, width: int) -> RenderableType:
 
     Args:
         summary: of the job so far.
-        width: columns of the terminal; nothing is wrapped from 40 up.
+        width: columns of the terminal; from 40 up nothing is wrapped.
     """
     parts: list[RenderableType] = [_render_heading(summary)]
     if summary.recent:
         before, now = summary.recent_loads()
         steps = say_count(len(summary.recent), "step")
         parts += [
-            Text(f"tokens per rank, last {steps} (1.00 is its share)", "dim"),
+            _render_title(f"tokens per rank, last {steps} (1.00 is its share)"),
             _render_ranks(now.sum(axis=0), width),
-            Text("balancedness per layer, same steps (1.00 is perfect)", "dim"),
+            _render_title("balancedness per layer, same steps (1.00 is perfect)"),
             _render_layers(measure_balancedness(before), measure_balancedness(now), width),
         ]
     if summary.rebalances:
         parts += [
-            Text("last moves of experts, balancedness of the window", "dim"),
+            _render_title("last moves of experts, balancedness of the window"),
             _render_rebalances(summary.rebalances[-LAST_REBALANCES:], width),
         ]
     return Group(*parts)
 
 
+def _render_title(text: str) -> Text:
+    return Text(text, "dim", no_wrap=True, overflow="ellipsis")
+
+
 def _render_heading(summary: JobSummary) -> Text:
     start = "starting ranks and loading the model" if summary.job is None else "getting ready"
-    heading = Text(PHASES.get(summary.phase or "", start), "bold")
+    heading = Text(
+        PHASES.get(summary.phase or "", start), "bold", no_wrap=True, overflow="ellipsis"
+    )
     if summary.recent:
         last = summary.recent[-1]
         heading.append(f"   step {last.step}   text: {last.kind or 'mixed'}", "not bold")
