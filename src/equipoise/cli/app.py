@@ -36,13 +36,22 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def equipoise(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Say it.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     """Balanced, movable, elastic experts for Mixture-of-Experts models."""
 
 
-app.command(context_settings=EPLB_ARGUMENTS)(run)
-app.command(context_settings=EPLB_ARGUMENTS)(config)
+app.command(
+    context_settings=EPLB_ARGUMENTS,
+    short_help="Serve a model on several ranks, balancing its experts.",
+)(run)
+app.command(
+    context_settings=EPLB_ARGUMENTS,
+    short_help="Print the balancing options in force, and from where.",
+)(config)
 for command in (plan, replay, policies):
     app.command()(command)

@@ -16,13 +16,17 @@ def config(
         Path | None, typer.Option("--config", help="YAML or JSON file of options.")
     ] = None,
     eplb_config: Annotated[
-        str | None, typer.Option("--eplb-config", help="JSON object of options.")
+        str | None,
+        typer.Option(
+            "--eplb-config", help="JSON object of options; or --eplb-config.OPTION VALUE."
+        ),
     ] = None,
 ) -> None:
     """Print the balancing options in force, as a file that --config reads.
 
     Options come from --config, then from variables EQUIPOISE_<OPTION>, then from --eplb-config
-    JSON and --eplb-config.OPTION VALUE; later ones win.
+    JSON and --eplb-config.OPTION VALUE; later ones win. `equipoise run` has other defaults for
+    window_size and step_interval: 16.
     """
     flags = parse_flags(eplb_config, context.args, known=list_options(context))
     typer.echo(resolve_config(file=file, flags=flags).to_yaml(), nl=False)

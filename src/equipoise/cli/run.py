@@ -63,8 +63,12 @@ def run(
     communicator: Annotated[Text, typer.Option(help="Wire for weights.  [auto]")] = None,
     step_interval: Annotated[int | None, typer.Option(help="Steps between plans.  [16]")] = None,
     window_size: Annotated[int | None, typer.Option(help="Steps planned from.  [16]")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML or JSON file of options.")] = None,
-    eplb_config: Annotated[Text, typer.Option(help="JSON object of options.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML or JSON file of options: see `equipoise config`.")
+    ] = None,
+    eplb_config: Annotated[
+        Text, typer.Option(help="JSON object of options; or --eplb-config.OPTION VALUE.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of whatever is random.")] = 0,
