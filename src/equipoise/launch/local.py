@@ -98,16 +98,20 @@ def run_local(
     ranks: list[_Rank] = []
     try:
         for seat in seats:
-            report, report_in = context.Pipe(duplex=False)
+            report, report_in = context.Pipe()
             process = context.Process(
                 name=f"equipoise-rank-{seat.rank}",
                 target=_run_rank,
-                args=(job, spec, seat, store.port, report_in, None if seat.rank else records_in),
+                args=(job, seat, store.port, report_in, None if seat.rank else records_in),
                 daemon=True,
             )
             process.start()
             report_in.close()
             ranks.append(_Rank(seat, process, report))
+            # Not among the arguments: a signal may come while so much is being written, and
+            # multiprocessing shows the traceback of a process that gets half of them.
+            with contextlib.suppress(BrokenPipeError):  # it has died, which shows below
+                report.send(spec)
         records_in.close()
         _supervise(ranks, records, emit, spec.timeout_s)
     finally:
@@ -140,7 +144,7 @@ def _supervise(
         for source in (connection for connection in sources.copy() if connection in ready):
             try:
                 message = source.recv()
-            except EOFError:
+            except (EOFError, ConnectionResetError):
                 sources.discard(source)
                 if source in running:
                     failures.append(_describe_end(running.pop(source)))

@@ -65,7 +65,6 @@ def take_seat(job: str, spec: Spec, seat: Seat, store: Store, emit: Callable[[An
 
 def run_rank(
     job: str,
-    spec: Spec,
     seat: Seat,
     port: int,
     report: Connection,
@@ -75,10 +74,9 @@ def run_rank(
 
     Args:
         job: as `take_seat`.
-        spec: as `take_seat`.
         seat: as `take_seat`.
         port: of the parent's store, on the loopback interface.
-        report: gets one message at the end, None or a `Failure`.
+        report: brings the spec, and gets one message at the end, None or a `Failure`.
         records: gets rank 0's records.
     Collective: as `take_seat`.
     """
@@ -87,6 +85,7 @@ def run_rank(
     _end_with_parent()
     failure: Failure | None = None
     try:
+        spec: Spec = report.recv()
         timeout = timedelta(seconds=spec.timeout_s)
         store = TCPStore(LOOPBACK, port, is_master=False, timeout=timeout)
         take_seat(job, spec, seat, store, _discard if records is None else records.send)
