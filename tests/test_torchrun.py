@@ -46,7 +46,6 @@ def test_ranks_of_torchrun_do_the_job_and_rank_0_writes_it_down(tmp_path: Path) 
     assert list_files(tmp_path) == ["equipoise-report.html", "run.json"]
 
 
-@pytest.mark.slow
 def test_a_bad_option_is_told_once(tmp_path: Path) -> None:
     code, out, errors = finish(start(tmp_path, *TORCHRUN, "--policy=fortune"))
     assert code != 0
