@@ -65,7 +65,11 @@ def render_progress(summary: JobSummary, width: int) -> RenderableType:
             _render_title(f"tokens per rank, last {steps} (1.00 is its share)"),
             _render_ranks(now.sum(axis=0), width),
             _render_title("balancedness per layer, same steps (1.00 is perfect)"),
-            _render_layers(measure_balancedness(before), measure_balancedness(now), width),
+            _render_layers(
+                None if summary.phase == "off" else measure_balancedness(before),
+                measure_balancedness(now),
+                width,
+            ),
         ]
     if summary.rebalances:
         parts += [
@@ -107,7 +111,7 @@ def _render_ranks(load: FloatArray, width: int) -> RenderableType:
     return Group(table, Text(f"the heaviest {len(shown)} of {len(load)} ranks", "dim"))
 
 
-def _render_layers(before: FloatArray, now: FloatArray, width: int) -> Table:
+def _render_layers(before: FloatArray | None, now: FloatArray, width: int) -> Table:
     """Layers side by side, as many as fit."""
     table = Table.grid(padding=(0, 2))
     shown = max(1, min(len(now), (width - len("initial placement")) // len("  layer 10")))
@@ -115,7 +119,8 @@ def _render_layers(before: FloatArray, now: FloatArray, width: int) -> Table:
     if more:
         shown = max(1, shown - 1)
     table.add_row("", *(f"layer {layer}" for layer in range(shown)), *more)
-    table.add_row("initial placement", *(f"{value:.2f}" for value in before[:shown]))
+    if before is not None:
+        table.add_row("initial placement", *(f"{value:.2f}" for value in before[:shown]))
     table.add_row("now", *(Text(f"{value:.2f}", "bold") for value in now[:shown]))
     return table
 
