@@ -314,6 +314,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Path]:
     return run_equipoise(folder, *SMALL, "--json=run.json"), folder
 
 
+@pytest.mark.slow
 def test_a_small_run_shows_and_writes_all(small_run: tuple[Done, Path]) -> None:
     done, folder = small_run
     assert (done.code, done.err) == (0, "")
@@ -395,6 +396,7 @@ def test_a_quiet_run_without_the_check_is_silent(here: Path) -> None:
     assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "status", "word"),
     [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
@@ -417,6 +419,7 @@ def test_a_signal_ends_all_ranks_and_leaves_nothing(
     assert list_files(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_job_and_is_named(tmp_path: Path) -> None:
     with serve(tmp_path) as process:
         began = time.monotonic()
@@ -442,7 +445,7 @@ def run_equipoise(folder: Path, *words: str) -> Done:
 
 @contextlib.contextmanager
 def serve(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """A run that goes on for long, once it serves with balancing."""
+    """A run that goes on for long, once it serves."""
     process = start(
         folder, "equipoise", "run", *ENDLESS, "--json=run.json", "--no-check", "--steps=100000"
     )
