@@ -14,7 +14,7 @@ from equipoise.placement import Placement, measure_balancedness, spread_load
 from equipoise.policy.base import check_load
 from equipoise.policy.deepseek import DeepSeekPolicy
 from equipoise.policy.flow import FlowOptions, FlowPolicy, measure_leaving
-from equipoise.policy.flow.fresh import pack_alone
+from equipoise.policy.flow.flat import pack_alone
 from equipoise.policy.flow.problem import pose
 from equipoise.topology import FloatArray, IntArray
 

@@ -233,6 +233,35 @@ def pack_apart(
     return table
 
 
+@kernel
+def weigh_busiest(load: FloatArray, table: IntArray, slowness: FloatArray) -> FloatArray:
+    """Busy time of the busiest rank, [L] float64, replicas of an expert sharing its load equally.
+
+    Args:
+        load: [L, E] float64.
+        table: [L, P] int64, every expert at least once, -1 for an empty slot.
+        slowness: [R] float64.
+    Collective: none.
+    """
+    num_layers, num_experts = load.shape
+    slots_per_rank = table.shape[1] // slowness.size
+    most = np.zeros(num_layers)
+    counts = np.empty(num_experts)
+    for layer in range(num_layers):
+        counts[:] = 0.0
+        for expert in table[layer]:
+            if expert >= 0:
+                counts[expert] += 1.0
+        for rank in range(slowness.size):
+            tokens = 0.0
+            for slot in range(rank * slots_per_rank, (rank + 1) * slots_per_rank):
+                expert = table[layer, slot]
+                if expert >= 0:
+                    tokens += load[layer, expert] / counts[expert]
+            most[layer] = max(most[layer], tokens * slowness[rank])
+    return most
+
+
 def sort_experts(share: FloatArray) -> IntArray:
     """Experts by falling share, ties by index.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from equipoise.errors import PlacementError
 from equipoise.policy.flow.bounds import Bounds
 from equipoise.policy.flow.options import FlowOptions
-from equipoise.policy.flow.packing import count_replicas
+from equipoise.policy.flow.packing import count_replicas, weigh_busiest
 from equipoise.topology import FloatArray, IntArray, Topology
 
 NOT_FOUND = -1
@@ -29,6 +29,7 @@ class Problem:
         least: fewest replicas of an expert.
         most: most replicas of an expert.
         spread: fewest nodes that hold an expert.
+        aim: [L] float64, busy time below which nothing is gained, where that is known; or None.
     """
 
     load: FloatArray
@@ -38,6 +39,7 @@ class Problem:
     least: int
     most: int
     spread: int
+    aim: FloatArray | None = None
 
     @property
     def num_experts(self) -> int:
@@ -62,9 +64,10 @@ class Problem:
 
     @cached_property
     def least_peak(self) -> FloatArray:
-        """Busy time that no placement's busiest rank is below, [L] float64."""
+        """Busy time that no placement's busiest rank is, or need be, below, [L] float64."""
         slot = (self.load / self.counts).max(axis=1) * self.slowness.min()
-        return np.asarray(np.maximum(self.ideal, slot))
+        aim = self.ideal if self.aim is None else self.aim
+        return np.asarray(np.maximum(np.maximum(self.ideal, slot), aim))
 
     @property
     def goal(self) -> FloatArray:
@@ -94,6 +97,11 @@ class Problem:
         alike = bool(np.all(self.slowness == 1.0))
         nodes_matter = self.in_groups or self.spread > 1
         return self.topology.slots_per_rank == 2 and alike and not nodes_matter
+
+    def take(self, layers: IntArray) -> Problem:
+        """The same problem for some of the layers, [X] int64."""
+        aim = None if self.aim is None else self.aim[layers]
+        return replace(self, load=self.load[layers], aim=aim)
 
     def bounds(
         self,
@@ -127,13 +135,7 @@ class Problem:
         Args:
             table: [L, P] int64, every expert at least once.
         """
-        layers, num_experts = self.load.shape
-        held = table >= 0
-        index = np.where(held, table, 0) + np.arange(layers)[:, None] * num_experts
-        counts = np.bincount(index[held], minlength=layers * num_experts)
-        share = self.load.reshape(-1) / np.maximum(counts, 1)
-        tokens = np.where(held, share[index], 0.0).reshape(layers, self.topology.num_ranks, -1)
-        most = (tokens.sum(axis=2) * self.slowness).max(axis=1)
+        most = weigh_busiest(self.load, np.ascontiguousarray(table), self.slowness)
         return np.where(most > 0.0, self.ideal / np.where(most > 0.0, most, 1.0), 1.0)
 
     def find_homes(self, table: IntArray) -> IntArray:

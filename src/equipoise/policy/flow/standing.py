@@ -9,7 +9,8 @@ import numpy as np
 
 from equipoise.policy.flow.bounds import Log
 from equipoise.policy.flow.budget import choose_points
-from equipoise.policy.flow.fresh import count_pairs, pad, plan_fresh
+from equipoise.policy.flow.flat import count_pairs, pad
+from equipoise.policy.flow.fresh import plan_fresh
 from equipoise.policy.flow.matching import drop_doubles, keep_slots, match_ranks
 from equipoise.policy.flow.pairs import recount, tune_counts
 from equipoise.policy.flow.problem import Problem
