@@ -88,6 +88,22 @@ def test_a_job_tells_everything_in_order(rank: Rank) -> None:
     check_result(spec, result)
 
 
+@processes(2)
+def test_a_job_says_which_wire_auto_chose_and_why(rank: Rank) -> None:
+    directory = rank.path / "model"
+    if rank.rank == 0:
+        save_model(directory)
+    group = rank.make_group(timeout_s=30)
+    group.barrier()
+    auto = EPLBConfig(window_size=8, step_interval=6, communicator="auto")
+    spec = replace(make_spec(directory, 2), config=auto, max_steps=1, check=False)
+    said: list[Record] = []
+    run_job(spec, group, said.append)
+    if rank.rank == 0:
+        assert isinstance(said[0], JobRecord)
+        assert said[0].communicator == "nixl (auto; every rank has NIXL)"
+
+
 def check_steps(spec: JobSpec, job: JobRecord, said: list[Record]) -> None:
     steps = {
         name: [r for r in said if isinstance(r, StepRecord) and r.in_pass == name]

@@ -85,7 +85,7 @@ def check_cell(rank: Rank, coordinator: Any, cell: tuple[str | None, bool], devi
         assert lines == []
         return
     communicator = create_eplb_communicator(coordinator, backend, weights)
-    assert communicator.name == expected
+    assert (communicator.name, communicator.reason) == (expected, word)
     assert lines == ([f"communicator {expected}: {word}"] if rank.rank == 0 else [])
     into = torch.zeros(3, device=device)
     communicator.add_send(torch.full((3,), float(rank.rank), device=device), 1 - rank.rank)

@@ -54,6 +54,10 @@ class EplbCommunicator(ABC):
     name: ClassVar[str]
     """What the registry and `communicator` call it."""
 
+    reason: str = ""
+    """Why it is this wire, as `create_eplb_communicator` says; where nobody asked for it by name, it
+    begins with "auto"."""
+
     needs_profile_buffer_reservation: bool = True
     """Whether a dummy pass at profile time reserves transport buffers; False where a backend
     allocates none late."""

@@ -85,7 +85,7 @@ def create_eplb_communicator(
             else torch_gloo. The first rank of each host logs which it is and why.
         expert_weights: what moves are sent from.
     Returns:
-        the communicator; its `name` says which.
+        the communicator; its `name` says which, and its `reason` why.
     Collective: every rank of the group, with the same backend.
     Raises: ConfigError if there is none of this name, or ranks ask for different ones;
         CommunicatorUnavailable if it cannot work on every rank, or is not in this version;
@@ -106,6 +106,7 @@ def create_eplb_communicator(
     if all(greetings[other].host != greetings[rank].host for other in range(rank)):
         logger.info("communicator %s: %s", name, reason)
     communicator: EplbCommunicator = _load(entries[name])(group, expert_weights, timeout_s)
+    communicator.reason = reason
     return communicator
 
 

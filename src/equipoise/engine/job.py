@@ -202,7 +202,7 @@ def _find_end_tokens(model: Any) -> frozenset[int]:
 
 def _describe(job: _Job) -> JobRecord:
     spec, device = job.spec, job.group.device
-    chosen = " (chosen by auto)" if spec.config.communicator == "auto" else ""
+    chosen = f" ({job.communicator.reason})" if spec.config.communicator == "auto" else ""
     return JobRecord(
         model=str(spec.model),
         device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
