@@ -45,7 +45,7 @@ class TransferSpec:
     slots_per_rank: int = 8
     expert_bytes: int = QWEN3_30B_EXPERT_BYTES
     backends: tuple[str, ...] = ()
-    num_rounds: int = 9
+    num_rounds: int = 25
     seed: int = 0
     timeout_s: float = 60.0
 

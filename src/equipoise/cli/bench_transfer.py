@@ -33,7 +33,7 @@ def bench_transfer(
         list[str] | None,
         typer.Option(help="Communicator; may be repeated. By default all that work here."),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="How often each is measured.")] = 9,
+    rounds: Annotated[int, typer.Option(help="How often each is measured.")] = 25,
     seed: Annotated[int, typer.Option(help="Of the placement and of the experts' bytes.")] = 0,
     timeout: Annotated[float, typer.Option(help="Longest wait for another rank, in s.")] = 60.0,
     json_path: JsonPath = None,
