@@ -124,12 +124,12 @@ class Handover:
         with self._changed:
             self._ledger = self._ledger.close_step()
             settled = self._changed.wait_for(lambda: not self._ledger.is_bound, self._timeout_s)
-            question = None if settled or self._offered is None else self._offered.question
-        if question is not None:
-            word = self._arbiter(question, ABORT)
+            asked, offer = (None, None) if settled else (self._offered, self._ledger.offer)
+        if asked is not None and offer is not None:
+            word = self._arbiter(asked.question, ABORT)
             problem = TimeoutError(f"the worker did not answer within {self._timeout_s:.1f} s")
             with self._changed:
-                self._settle(word)
+                self._settle(offer.chunk, word)
                 self._end = self._end or End(Status.FAILED, problem)
         with self._changed:
             if time.monotonic() > self._overdue_at:
@@ -170,7 +170,8 @@ class Handover:
     def settle(self, word: str) -> None:
         """W: the word that stands for the offered chunk, or for one that was not offered."""
         with self._changed:
-            self._settle(word)
+            if self._ledger.offer is not None:
+                self._settle(self._ledger.offer.chunk, word)
 
     def end(self, end: End) -> None:
         """W: nothing more will come."""
@@ -196,12 +197,13 @@ class Handover:
         with self._changed:
             return self._end
 
-    def _settle(self, word: str) -> None:
-        offer = self._ledger.offer
-        self._ledger = self._ledger.settle(word)
-        if offer is not None and word != ABORT:
+    def _settle(self, chunk: int, word: str) -> None:
+        before, self._ledger = self._ledger, self._ledger.settle(chunk, word)
+        if self._ledger is before:
+            return
+        if word != ABORT:
             assert self._offered is not None
-            self._chunks[offer.chunk] = self._offered
+            self._chunks[chunk] = self._offered
         self._offered = None
         self._changed.notify_all()
 

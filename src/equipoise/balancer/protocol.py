@@ -198,12 +198,16 @@ class Ledger:
         assert self.offer is None, "one offer at a time"
         return replace(self, offer=Offer(chunk, self.steps))
 
-    def settle(self, word: str) -> Ledger:
-        """W, or F in its place: withdraw the offer if there is one, by the word that stands."""
-        if self.offer is None:
+    def settle(self, chunk: int, word: str) -> Ledger:
+        """W, or F in its place: withdraw the offer of a chunk, by the word that stands for it.
+
+        Nothing changes if it is not offered, or not any more: while F asks the store in its
+        worker's place, the worker may settle this chunk and offer the next.
+        """
+        if self.offer is None or self.offer.chunk != chunk:
             return self
         at = read_commit(word)
-        queue = self.queue if at is None else (*self.queue, Due(self.offer.chunk, at))
+        queue = self.queue if at is None else (*self.queue, Due(chunk, at))
         return replace(self, offer=None, queue=queue)
 
 
