@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +151,22 @@ def test_what_cannot_be_is_refused_before_any_rank_starts(
     with pytest.raises(error) as caught:
         run_command(*words.split())
     assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize("users", [None, "0"])
+def test_ranks_have_huge_pages_unless_the_user_says_otherwise(users: str | None) -> None:
+    code = "import os; from equipoise.launch.local import preload_ranks; preload_ranks()"
+    environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
+    if users is not None:
+        environment["THP_MEM_ALLOC_ENABLE"] = users
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; print(os.environ['THP_MEM_ALLOC_ENABLE'])"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert (done.stdout, done.stderr) == (f"{users or 1}\n", "")
 
 
 def test_a_plan_that_moves_nothing_is_refused() -> None:

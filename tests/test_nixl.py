@@ -22,6 +22,7 @@ from equipoise.comm import has_nixl
 from equipoise.comm.announcement import Announcement, Sizes
 from equipoise.comm.base import ExpertMoves
 from equipoise.comm.nixl import NixlEplbCommunicator
+from equipoise.comm.nixl.agent import Read
 from equipoise.comm.nixl.messages import Done, Failed, Message, Offer, Ping, decode, encode
 from equipoise.comm.nixl.pool import SendPool, plan_offers
 from equipoise.comm.nixl.spans import Regions, Spans, align, span_of
@@ -280,3 +281,47 @@ assert time.process_time() - began < 0.25, "an idle agent takes a core"
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@processes(1)
+def test_rixl_serves_where_nixl_is_not_there(rank: Rank) -> None:
+    for name in ("nixl", "nixl_cu13", "nixl_cu12"):
+        sys.modules[name] = None  # type: ignore[assignment]
+    assert not has_nixl()
+    package = rank.path / "rixl"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "_bindings.py").touch()
+    sys.path.insert(0, str(rank.path))
+    assert has_nixl()
+    assert "rixl._bindings" in sys.modules
+
+
+@processes(2)
+def test_no_telemetry_is_taken(rank: Rank) -> None:
+    communicator = make(rank)
+    agent = communicator._agent
+    release, num_asked = agent.release, 0
+
+    def ask_and_release(read: Read) -> None:
+        nonlocal num_asked
+        num_asked += 1
+        with pytest.raises(agent._nixl.nixlNoTelemetryError):
+            agent._agent.getXferTelemetry(read.handle)
+        release(read)
+
+    agent.release = ask_and_release  # type: ignore[method-assign]
+    assert swap(communicator, rank, [1000], seed=1)
+    assert num_asked == 1
+
+
+@pytest.mark.parametrize("transports", [None, "tcp"])
+@processes(1)
+def test_steps_of_copies_are_set_only_where_they_are_used(
+    rank: Rank, transports: str | None
+) -> None:
+    os.environ.pop("UCX_CMA_SEG_SIZE", None)
+    if transports is not None:
+        os.environ["UCX_TLS"] = transports
+    assert has_nixl()
+    assert os.environ.get("UCX_CMA_SEG_SIZE") == (None if transports else "4m")

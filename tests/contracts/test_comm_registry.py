@@ -38,6 +38,7 @@ def test_a_name_means_it_and_one_rank_of_a_host_says_which_and_why(rank: Rank) -
     for backend, (name, word) in wanted.items():
         chosen = create_eplb_communicator(group, backend, ())
         assert chosen.name == name
+        assert chosen.needs_profile_buffer_reservation is (name != "nixl")
         assert records == ([word] if rank.rank == 0 else [])
         records.clear()
         chosen.execute()

@@ -88,7 +88,7 @@ def test_every_dtype_and_shape_travels(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "num_bytes"), [(1, 1), (1, 16 << 20), (3, 16 << 20), (2000, 7), (1, 0)]
+    ("count", "num_bytes"), [(1, 1), (1, 64 << 20), (3, 16 << 20), (2000, 7), (1, 0)]
 )
 @on_ranks(2)
 def test_any_number_and_size(world: World, count: int, num_bytes: int) -> None:
