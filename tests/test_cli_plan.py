@@ -171,8 +171,8 @@ def test_a_bad_load_writes_nothing(tmp_path):
     done = run_command("plan", load, "--ranks=2", f"--output={tmp_path / 'placement.json'}")
     assert done.code == 2
     assert done.err == (
-        f"equipoise: {load}: logical_count: layer 0, expert 2 has -3: it must be a whole number of tokens, "
-        "0 or more\n"
+        f"equipoise: {load}: logical_count: layer 0, expert 2 has -3: it must be a whole number "
+        "of tokens, 0 or more\n"
     )
     assert list(tmp_path.iterdir()) == [load]
 

@@ -110,17 +110,21 @@ class Background:
         self._worker.ask(Request(self._number, step, loads, ready))
         return True
 
-    def close(self) -> None:
+    def close(self, wait_s: float | None = None) -> bool:
         """Stop the worker, from whatever it is doing, and let its group go; twice is fine.
 
-        Collective: every rank, at the same step; waits for this rank's worker up to the timeout.
+        Args:
+            wait_s: longest wait for this rank's worker; None for the timeout.
+        Returns:
+            Whether the worker has ended. If not, it uses its communicators up to a deadline of
+            its own.
+        Collective: every rank, at the same step.
         """
-        if self._worker is not None:
-            worker, self._worker = self._worker, None
-            if not worker.stop(self.group.timeout.total_seconds()):
-                logger.warning("the worker did not end in time; it is left to its own deadlines")
+        longest_s = self.group.timeout.total_seconds() if wait_s is None else wait_s
+        has_ended = self._worker is None or self._worker.stop(longest_s)
         self._end = self._end or End(Status.STOPPED, None)
         self.group.close()
+        return has_ended
 
     def _commit(self, chunk: Chunk, step: int) -> list[RebalanceOutcome]:
         started = time.perf_counter()

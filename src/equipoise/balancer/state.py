@@ -264,15 +264,19 @@ class EplbState:
         """
         return self._background is not None and self._background.is_under_way
 
-    def close(self) -> None:
+    def close(self, *, wait_s: float | None = None) -> bool:
         """Stop balancing, from whatever it is doing; twice is fine.
 
         A rebalance under way is given up: what was committed stays. Group and communicators
-        remain the caller's to close, communicators after this.
+        remain the caller's to close.
+
+        Args:
+            wait_s: longest wait for this rank's worker; None for the group's timeout.
+        Returns:
+            Whether communicators may be closed; if not, the worker still uses them.
         Collective: every rank of the group, at the same step.
         """
-        if self._background is not None:
-            self._background.close()
+        return self._background is None or self._background.close(wait_s)
 
     def _start_background(self, background: Background) -> None:
         if not background.has_started and background.failure is None:

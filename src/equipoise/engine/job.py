@@ -61,6 +61,7 @@ class _Job:
     spread: ExpertParallelModel
     dispatcher: TokenDispatcher
     communicator: EplbCommunicator
+    balancer: EplbState
     limits: EngineLimits
     num_parameters: int
 
@@ -96,8 +97,12 @@ def run_job(spec: JobSpec, group: RankGroup, emit: Emit) -> None:
     job = _prepare(spec, group, emit)
     try:
         _run(job)
+    except BaseException:
+        # Not waiting for a worker that may be in an exchange: the error comes first.
+        if job.balancer.close(wait_s=0.0):
+            job.communicator.close()
+        raise
     finally:
-        job.communicator.close()
         job.dispatcher.close()
 
 
@@ -107,12 +112,14 @@ def _run(job: _Job) -> None:
     Engine(job.spread, job.group.rank, job.limits).step()
     off, off_s = _serve(job, "off", None, keep_logits=False)
     before = _score(job)
-    balancer = EplbState(job.spec.config, job.group, get_policy(job.spec.config.policy))
     spread = job.spread
-    balancer.add_model(
+    job.balancer.add_model(
         "model", spread.expert_weights, spread.maps, spread.recorder, job.communicator
     )
-    on, on_s = _serve(job, "on", balancer, keep_logits=job.spec.check)
+    on, on_s = _serve(job, "on", job.balancer, keep_logits=job.spec.check)
+    # A rebalance that is still under way shall not move experts under what follows.
+    job.balancer.close()
+    job.communicator.close()
     after = _score(job)
     plain_scores, check = _check(job, off, on) if job.spec.check else (None, None)
     samples = _gather_samples(job, on)
@@ -129,7 +136,7 @@ def _prepare(spec: JobSpec, group: RankGroup, emit: Emit) -> _Job:
     )
     topology = Topology(spec.num_ranks, (shape.num_experts + num_redundant) // spec.num_ranks)
     placement = place_in_order(shape.num_layers, shape.num_experts, topology)
-    get_policy(spec.config.policy)  # an unknown one is refused before the work, not after half
+    policy = get_policy(spec.config.policy)
 
     tokenizer = load_tokenizer(spec.model)
     # Experts leave the CPU slot by slot: a GPU need hold those of its rank alone.
@@ -148,6 +155,7 @@ def _prepare(spec: JobSpec, group: RankGroup, emit: Emit) -> _Job:
         dispatcher,
         LoadRecorder(shape.num_layers, topology.num_slots, group.device),
     )
+    balancer = EplbState(spec.config, group, policy)
     return _Job(
         spec=spec,
         group=group,
@@ -162,8 +170,9 @@ def _prepare(spec: JobSpec, group: RankGroup, emit: Emit) -> _Job:
         spread=spread,
         dispatcher=dispatcher,
         communicator=create_eplb_communicator(
-            group, spec.config.communicator, spread.expert_weights
+            balancer.transfer_group, spec.config.communicator, spread.expert_weights
         ),
+        balancer=balancer,
         limits=EngineLimits(
             max_batch_size=spec.max_batch_size,
             max_new_tokens=spec.max_new_tokens,
@@ -230,9 +239,9 @@ def _serve(
     }
     engine.submit(requests.values())
     started_s = time.perf_counter()
-    num_steps, anybody_works = 0, True
+    num_steps, goes_on = 0, True
     most = job.spec.max_steps
-    while anybody_works and (most is None or num_steps < most):
+    while goes_on and (most is None or num_steps < most):
         num_due = MERGE_STEPS if most is None else min(MERGE_STEPS, most - num_steps)
         figures: list[StepFigures] = []
         outcomes: list[RebalanceOutcome] = []
@@ -254,6 +263,11 @@ def _serve(
         for record in sorted(said, key=lambda record: record.step):
             job.say(record)
         num_steps += num_due
+        goes_on = anybody_works
+        if balancer is not None and not anybody_works:
+            # What is under way ends within dummy steps, the same number on every rank.
+            balancer.pause()
+            goes_on = balancer.is_rebalancing
     return requests, time.perf_counter() - started_s
 
 

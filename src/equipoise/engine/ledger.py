@@ -111,6 +111,7 @@ def _merge_step(
         num_new_tokens=int(num_new_tokens.sum()),
         logical_count=_fold(slot_count, placement),
         slot_count=slot_count,
+        placement=placement,
         expert_cpu_s=expert_cpu_s.copy(),
         step_s=float(step_s.max()),
     )

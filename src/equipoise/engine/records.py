@@ -68,6 +68,7 @@ class StepRecord:
         num_new_tokens: tokens that were generated.
         logical_count: [L, E] int64, tokens per expert.
         slot_count: [L, P] int64, tokens per slot, as they were really sent.
+        placement: the one that it ran on.
         expert_cpu_s: [R] float64, thread CPU seconds that each rank's experts took; 0 on GPUs.
         step_s: wall seconds of the slowest rank's step, balancing included.
     """
@@ -79,6 +80,7 @@ class StepRecord:
     num_new_tokens: int
     logical_count: IntArray
     slot_count: IntArray
+    placement: Placement
     expert_cpu_s: FloatArray
     step_s: float
 

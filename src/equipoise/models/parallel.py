@@ -68,8 +68,12 @@ class ParallelModel:
         return self.state.step()
 
     def close(self) -> None:
-        """Release the wires; the group stays the caller's. Collective: none."""
-        self.communicator.close()
+        """Stop balancing and release the wires; the group stays the caller's.
+
+        Collective: every rank of the group, at the same step.
+        """
+        if self.state.close():
+            self.communicator.close()
         self.dispatcher.close()
 
 
@@ -104,8 +108,10 @@ def parallelize(
     recorder = LoadRecorder(placement.num_layers, placement.num_slots, group.device)
     maps = PlacementMaps(placement, group.device)
     spread = make_expert_parallel(model, maps, group.rank, dispatcher, recorder)
-    communicator = create_eplb_communicator(group, config.communicator, spread.expert_weights)
     state = EplbState(config, group, policy)
+    communicator = create_eplb_communicator(
+        state.transfer_group, config.communicator, spread.expert_weights
+    )
     parallel = ParallelModel(spread, state, dispatcher, communicator)
     try:
         state.add_model(

@@ -50,18 +50,17 @@ class StepPoint:
 class JobSummary:
     """Accumulates records and answers with figures.
 
-    Figures `before` and `after` cover the same steps: those of the pass "on" after the first
-    rebalance that changed the placement, or all of that pass if there are none. `before` is the
-    initial placement on exactly the tokens per expert of these steps, `after` the placements in
-    force.
+    Figures `before` and `after` cover the same steps: those of the pass "on" from the first that
+    ran on another placement than the initial one, or all of that pass if there is none. `before`
+    is the initial placement on exactly the tokens per expert of these steps, `after` the
+    placements in force.
 
     Attributes:
         job: what was announced, None before the first record.
         phase: the phase that runs.
         points: per pass its steps, in order.
         rebalances: as told, in order.
-        placement: in force in the pass "on", or the initial one before it.
-        moved: whether any rebalance changed the placement.
+        moved: whether any rebalance filled a slot.
         covered: what `before` and `after` are made of.
         covered_kinds: the same by kind of text, in the order of first occurrence.
         expert_load: [L, E] float64, tokens per expert over the steps covered.
@@ -84,7 +83,6 @@ class JobSummary:
         match record:
             case JobRecord():
                 self.job = record
-                self.placement = record.placement
                 self._cover_from(1)
             case PhaseRecord():
                 self.phase = record.phase
@@ -165,9 +163,9 @@ class JobSummary:
         before = spread_load(record.logical_count, self.initial)
         after = before
         if record.in_pass == "on":  # noqa: S105 - no password
-            if self.moved and not self.covers_moved:
+            if record.placement != self.initial and not self.covers_moved:
                 self._cover_from(record.step)
-            after = spread_load(record.logical_count, self.placement)
+            after = spread_load(record.logical_count, record.placement)
             self.covered.add(before, after)
             self.expert_load += record.logical_count
             if record.kind is not None:
@@ -186,9 +184,8 @@ class JobSummary:
         )
 
     def _add_rebalance(self, record: RebalanceRecord) -> None:
-        self.moved = self.moved or record.placement != self.placement
+        self.moved = self.moved or bool(record.moves or record.local_moves)
         self.rebalances.append(record)
-        self.placement = record.placement
 
 
 def write_sentence(summary: JobSummary) -> str:
