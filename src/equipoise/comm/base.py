@@ -55,8 +55,8 @@ class EplbCommunicator(ABC):
     """What the registry and `communicator` call it."""
 
     reason: str = ""
-    """Why it is this wire, as `create_eplb_communicator` says; where nobody asked for it by name, it
-    begins with "auto"."""
+    """Why it is this wire, as `create_eplb_communicator` says; it begins with "auto" where nobody
+    asked for a wire by name."""
 
     needs_profile_buffer_reservation: bool = True
     """Whether a dummy pass at profile time reserves transport buffers; False where a backend
