@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 import equipoise as eq
 
-RANKS, LAYERS, EXPERTS, TOP_K, HIDDEN, TOKENS, STEPS = 2, 2, 8, 2, 16, 64, 12
+RANKS, LAYERS, EXPERTS, TOP_K, HIDDEN, TOKENS, STEPS = 2, 2, 8, 2, 16, 64, 24
 CPU, TIMEOUT = torch.device("cpu"), timedelta(seconds=30)
 
 
@@ -32,8 +32,8 @@ def serve(rank: int, rendezvous: str) -> None:
     def repack(layer: int, slots: np.ndarray) -> None:
         packed[layer][slots] = weights[layer][0][slots].mT
 
-    wire = eq.create_eplb_communicator(group, "auto", weights)
     state = eq.EplbState(eq.EPLBConfig(step_interval=8), group, eq.get_policy("deepseek"))
+    wire = eq.create_eplb_communicator(state.transfer_group, "auto", weights)
     state.add_model("mine", weights, maps, recorder, wire, on_commit=repack)
     state.rearrange(is_profile=True)  # take the memory for transfers now, where it can be measured
 
@@ -46,13 +46,13 @@ def serve(rank: int, rendezvous: str) -> None:
             sent = dispatcher.dispatch(hidden, slot)
             done = torch.einsum("ni,nio->no", sent.hidden_ND, packed[layer][sent.slot_N])
             outputs[step, layer] = dispatcher.combine(done, weight, sent)
-        state.step()
+        state.step()  # commits what has been moved beside the steps
     did, change = state.stats().models["mine"], (outputs - outputs[0]).abs().max()
     print(
         f"rank {rank}: {did.moves} experts moved, balancedness {did.balancedness_before:.2f} -> "
         f"{did.balancedness_after:.2f}, largest change of an output {change:.1e}"
     )
-    wire.close()
+    _ = state.close() and wire.close()
 
 
 if __name__ == "__main__":

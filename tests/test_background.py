@@ -125,7 +125,7 @@ def test_rearrange_begins_one_at_once_unless_one_is_under_way(rank: Rank) -> Non
 def test_two_models_move_in_one_rebalance(rank: Rank) -> None:
     serving = ServingInBackground(rank.make_group(), window_size=4, step_interval=1000)
     serving.add()
-    draft = Serving(rank.make_group(generation=1), EPLBConfig())
+    draft = Serving(rank.make_group(generation=1), EPLBConfig(use_async=False))
     communicator = create_eplb_communicator(
         serving.state.transfer_group, "torch_gloo", draft.weights
     )

@@ -29,6 +29,10 @@ NUM_LAYERS, NUM_EXPERTS = 3, 8
 CPU = torch.device("cpu")
 
 
+def in_foreground(**options: object) -> EPLBConfig:
+    return EPLBConfig(use_async=False, **options)  # type: ignore[arg-type]
+
+
 def make_expert(layer: int, expert: int) -> list[Tensor]:
     """Tensors that only this expert of this layer has."""
     base = 1000 * layer + 10 * expert
@@ -95,7 +99,7 @@ def skew(hot: int) -> np.ndarray:
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 @processes()
 def test_load_is_balanced_at_the_interval(rank: Rank, num_ranks: int) -> None:
-    serving = Serving(rank.make_group(), EPLBConfig(window_size=2, step_interval=3))
+    serving = Serving(rank.make_group(), in_foreground(window_size=2, step_interval=3))
     serving.add()
     for hot in (6, 4):
         # The window holds two steps, so the first of three must not count.
@@ -121,7 +125,7 @@ def test_load_is_balanced_at_the_interval(rank: Rank, num_ranks: int) -> None:
 
 @processes(2)
 def test_uneven_ranks_plan_from_the_sum(rank: Rank) -> None:
-    serving = Serving(rank.make_group(), EPLBConfig(window_size=1, step_interval=1))
+    serving = Serving(rank.make_group(), in_foreground(window_size=1, step_interval=1))
     serving.add()
     if rank.rank == 1:
         serving.send_tokens(skew(3))
@@ -133,7 +137,7 @@ def test_uneven_ranks_plan_from_the_sum(rank: Rank) -> None:
 
 @processes(2)
 def test_no_load_makes_no_plan(rank: Rank) -> None:
-    serving = Serving(rank.make_group(), EPLBConfig(window_size=1, step_interval=1))
+    serving = Serving(rank.make_group(), in_foreground(window_size=1, step_interval=1))
     serving.add()
     assert serving.state.step() == ()
     assert serving.maps.placement == serving.placement
@@ -142,7 +146,7 @@ def test_no_load_makes_no_plan(rank: Rank) -> None:
 
 @processes(2)
 def test_rearrange_on_demand(rank: Rank) -> None:
-    serving = Serving(rank.make_group(), EPLBConfig())
+    serving = Serving(rank.make_group(), in_foreground())
     serving.add()
     serving.send_tokens(skew(6))
     assert serving.state.step() == ()
@@ -153,7 +157,7 @@ def test_rearrange_on_demand(rank: Rank) -> None:
 
 
 def change_configuration(serving: Serving) -> None:
-    serving.state.config = EPLBConfig(step_interval=11)
+    serving.state.config = in_foreground(step_interval=11)
 
 
 def change_policy(serving: Serving) -> None:
@@ -182,7 +186,7 @@ def change_weights(serving: Serving) -> None:
 def test_ranks_that_differ_are_named_on_every_rank(
     rank: Rank, what: str, change: Callable[[Serving], None]
 ) -> None:
-    serving = Serving(rank.make_group(), EPLBConfig())
+    serving = Serving(rank.make_group(), in_foreground())
     if rank.rank == 1:
         change(serving)
     told = rf"^rank {rank.rank}: nothing was moved, rank 1 and rank 0 come with different {what}$"
@@ -195,7 +199,7 @@ def test_ranks_that_differ_are_named_on_every_rank(
 
 @processes(1)
 def test_a_model_is_added_once(rank: Rank) -> None:
-    serving = Serving(rank.make_group(), EPLBConfig())
+    serving = Serving(rank.make_group(), in_foreground())
     serving.add()
     with pytest.raises(ConfigError, match="a model named 'model' is already under balance"):
         serving.add()
@@ -204,7 +208,7 @@ def test_a_model_is_added_once(rank: Rank) -> None:
 
 @processes(2)
 def test_weights_recorder_and_maps_must_fit(rank: Rank) -> None:
-    serving = Serving(rank.make_group(), EPLBConfig())
+    serving = Serving(rank.make_group(), in_foreground())
     whole = serving.weights
     shared = [whole[0], [whole[0][0], whole[1][1]], whole[2]]
     strided = [whole[0], whole[1], [whole[2][0].transpose(1, 2), whole[2][1]]]
@@ -237,7 +241,7 @@ def test_weights_recorder_and_maps_must_fit(rank: Rank) -> None:
 
 @processes(2)
 def test_weights_that_moved_in_memory_are_refused(rank: Rank) -> None:
-    serving = Serving(rank.make_group(), EPLBConfig())
+    serving = Serving(rank.make_group(), in_foreground())
     serving.add()
     serving.send_tokens(skew(6))
     serving.state.step()
@@ -253,7 +257,7 @@ def test_weights_that_moved_in_memory_are_refused(rank: Rank) -> None:
 
 @processes(2)
 def test_ranks_out_of_step_are_named(rank: Rank) -> None:
-    serving = Serving(rank.make_group(), EPLBConfig(step_interval=2))
+    serving = Serving(rank.make_group(), in_foreground(step_interval=2))
     serving.add()
     serving.send_tokens(skew(6))
     if rank.rank == 1:
@@ -265,7 +269,7 @@ def test_ranks_out_of_step_are_named(rank: Rank) -> None:
 
 @processes(2)
 def test_the_engine_hears_which_slots_hold_another_expert(rank: Rank) -> None:
-    serving = Serving(rank.make_group(), EPLBConfig(window_size=1, step_interval=1))
+    serving = Serving(rank.make_group(), in_foreground(window_size=1, step_interval=1))
     derived = [tensors[0].sum(dim=(1, 2)) for tensors in serving.weights]
     told: list[tuple[int, list[int]]] = []
 
@@ -299,7 +303,7 @@ def test_the_engine_hears_which_slots_hold_another_expert(rank: Rank) -> None:
 
 @processes(1)
 def test_a_slot_that_becomes_empty_is_no_news_to_the_engine(rank: Rank) -> None:
-    serving = Serving(rank.make_group(), EPLBConfig())
+    serving = Serving(rank.make_group(), in_foreground())
     told: list[tuple[int, list[int]]] = []
     model = serving.state.add_model(
         "model",
@@ -321,7 +325,7 @@ def test_a_slot_that_becomes_empty_is_no_news_to_the_engine(rank: Rank) -> None:
 
 @processes(2)
 def test_a_profile_pass_takes_the_wires_buffers_and_changes_nothing(rank: Rank) -> None:
-    serving = Serving(rank.make_group(), EPLBConfig(window_size=1))
+    serving = Serving(rank.make_group(), in_foreground(window_size=1))
     assert isinstance(serving.communicator, TorchDistGlooStagedEplbCommunicator)
     serving.add()
     serving.send_tokens(skew(6))
@@ -343,7 +347,7 @@ def test_a_profile_pass_takes_the_wires_buffers_and_changes_nothing(rank: Rank) 
 
 @processes(2)
 def test_listeners_and_figures_tell_of_every_rebalance(rank: Rank) -> None:
-    serving = Serving(rank.make_group(), EPLBConfig(window_size=1, step_interval=2))
+    serving = Serving(rank.make_group(), in_foreground(window_size=1, step_interval=2))
     serving.add()
     heard: list[RebalanceOutcome] = []
     serving.state.add_listener(heard.append)
@@ -369,7 +373,7 @@ def test_listeners_and_figures_tell_of_every_rebalance(rank: Rank) -> None:
 
 @processes(1)
 def test_figures_appear_on_the_callers_registry(rank: Rank) -> None:
-    serving = Serving(rank.make_group(), EPLBConfig(window_size=1))
+    serving = Serving(rank.make_group(), in_foreground(window_size=1))
     serving.add("a model")
     registry = CollectorRegistry()
     collector = serving.state.register_metrics(registry)
@@ -399,7 +403,7 @@ def test_figures_appear_on_the_callers_registry(rank: Rank) -> None:
 
 @processes(1)
 def test_metrics_without_the_client_say_what_to_install(rank: Rank) -> None:
-    state = EplbState(EPLBConfig(), rank.make_group(), get_policy("deepseek"))
+    state = EplbState(in_foreground(), rank.make_group(), get_policy("deepseek"))
     sys.modules["prometheus_client"] = None  # type: ignore[assignment]
     sys.modules.pop("equipoise.balancer.metrics", None)
     with pytest.raises(DependencyError, match=r"pip install 'equipoise\[metrics\]'"):
@@ -414,7 +418,7 @@ def test_balancedness_is_logged_by_rank_0(rank: Rank) -> None:
     logger = logging.getLogger("equipoise.balancer.state")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    config = EPLBConfig(log_balancedness=True, log_balancedness_interval=2)
+    config = in_foreground(log_balancedness=True, log_balancedness_interval=2)
     serving = Serving(rank.make_group(), config)
     serving.add()
     load = np.zeros((NUM_LAYERS, NUM_EXPERTS), dtype=np.int64)

@@ -24,12 +24,20 @@ def test_later_sources_win_and_are_named(tmp_path: Path) -> None:
     flags = parse_flags('{"communicator": "torch_gloo"}', ["--eplb-config.window-size", "40"])
     resolved = resolve_config(file=file, environment=environment, flags=flags)
     assert resolved.config == EPLBConfig(
-        window_size=40, step_interval=30, log_balancedness=True, communicator="torch_gloo"
+        window_size=40,
+        step_interval=30,
+        log_balancedness=True,
+        policy="deepseek",
+        communicator="torch_gloo",
     )
     assert resolved.origins["window_size"] == "--eplb-config.window-size"
     assert resolved.origins["step_interval"] == "environment EQUIPOISE_STEP_INTERVAL"
     assert resolved.origins["policy"] == str(file)
     assert resolved.origins["num_redundant_experts"] == "default"
+
+
+def test_flow_is_the_default_policy() -> None:
+    assert EPLBConfig().policy == "flow"
 
 
 def test_defaults_of_a_command_give_way_to_everything_said() -> None:

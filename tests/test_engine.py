@@ -55,7 +55,9 @@ def spread_model(group: RankGroup, family: str) -> ExpertParallelModel:
 
 
 def balance(spread: ExpertParallelModel, group: RankGroup, step_interval: int) -> EplbState:
-    config = EPLBConfig(window_size=8, step_interval=step_interval, communicator="torch_gloo")
+    config = EPLBConfig(
+        window_size=8, step_interval=step_interval, communicator="torch_gloo", use_async=False
+    )
     state = EplbState(config, group, get_policy("deepseek"))
     communicator = create_eplb_communicator(group, "torch_gloo", spread.expert_weights)
     state.add_model("tiny", spread.expert_weights, spread.maps, spread.recorder, communicator)

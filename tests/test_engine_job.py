@@ -53,7 +53,13 @@ def make_spec(directory: Path, num_ranks: int) -> JobSpec:
         prompts=tuple(prompts),
         held_out=(Prompt("prose", PROSE), Prompt("code", CODE), Prompt("code", CODE[::-1])),
         num_ranks=num_ranks,
-        config=EPLBConfig(window_size=8, step_interval=6, communicator="torch_gloo"),
+        config=EPLBConfig(
+            window_size=8,
+            step_interval=6,
+            policy="deepseek",
+            communicator="torch_gloo",
+            use_async=False,
+        ),
         max_new_tokens=11,
         max_batch_size=2,
     )

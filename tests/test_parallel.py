@@ -15,7 +15,7 @@ from equipoise.topology import IntArray, Topology
 from tests.ranks import Rank, processes
 from tests.test_models import EXPERTS, FAMILIES, LAYERS, TOP_K, VOCABULARY, make_model, shuffle
 
-CONFIG = EPLBConfig(window_size=2, step_interval=2)
+CONFIG = EPLBConfig(window_size=2, step_interval=2, policy="deepseek", use_async=False)
 
 
 def run(parallel: ParallelModel, tokens: torch.Tensor) -> torch.Tensor:

@@ -34,7 +34,7 @@ class EPLBConfig(BaseModel):
     log_balancedness_interval: Annotated[int, Field(ge=1)] = 1
     """Steps between two such logs."""
 
-    policy: str = "deepseek"
+    policy: str = "flow"
     """Placement policy, by the name it is registered under."""
 
     communicator: str = "auto"
@@ -44,7 +44,7 @@ class EPLBConfig(BaseModel):
     """Most bytes of staging on a rank; None: as much as the largest layer's incoming experts need,
     twice that in the background, where there are two buffers."""
 
-    use_async: bool = False
+    use_async: bool = True
     """Plan and move experts in the background, beside the forward pass."""
 
     on_failure: Literal["raise", "disable"] = "raise"

@@ -78,14 +78,15 @@ class Background:
             One outcome per model whose last layers were committed.
         Collective: none; every rank calls it equally often. It waits only where an answer of this
             rank's worker is overdue.
-        Raises: TransferError if rebalancing has failed and that is to be raised; MembershipError
-            if the store does not answer. All that was decided is committed before.
+        Raises: TransferError if rebalancing has failed and that is to be raised: all that was
+            decided is committed before. MembershipError if the store does not answer, so that
+            nobody knows here what was decided.
         """
         outcomes: list[RebalanceOutcome] = []
         for chunk in self._handover.close_step():
             outcomes += self._commit(chunk, step)
         ended = self._handover.ended
-        if ended is not None and self._end is None:
+        if ended is not None and ended is not self._end:
             outcomes += self._take_end(ended, step)
         return tuple(outcomes)
 
@@ -122,7 +123,12 @@ class Background:
         """
         longest_s = self.group.timeout.total_seconds() if wait_s is None else wait_s
         has_ended = self._worker is None or self._worker.stop(longest_s)
-        self._end = self._end or End(Status.STOPPED, None)
+        if self._end is None or self._end.status is Status.STOPPED:
+            self._end = self._handover.ended or End(Status.STOPPED, None)
+        if has_ended and not self._end.cut_off:
+            # Decided while this rank was on its way here; the others commit it too.
+            for chunk in self._handover.take_all():
+                self._commit(chunk, 0)
         self.group.close()
         return has_ended
 
@@ -150,10 +156,10 @@ class Background:
         if self._config.on_failure == "disable" and not end.cut_off:
             logger.error("step %d: balancing is off from here on: %s", step, _explain(end))
             return []
-        for chunk in self._handover.take_all():
-            self._commit(chunk, step)
         if end.cut_off:
             raise MembershipError(_explain(end), rank=self.group.rank) from end.problem
+        for chunk in self._handover.take_all():
+            self._commit(chunk, step)
         peer = getattr(end.problem, "peer", None)
         raise TransferError(_explain(end), rank=self.group.rank, peer=peer) from end.problem
 

@@ -124,23 +124,26 @@ class Handover:
         with self._changed:
             self._ledger = self._ledger.close_step()
             settled = self._changed.wait_for(lambda: not self._ledger.is_bound, self._timeout_s)
-            asked, offer = (None, None) if settled else (self._offered, self._ledger.offer)
-        if asked is not None and offer is not None:
-            word = self._arbiter(asked.question, ABORT)
-            problem = TimeoutError(f"the worker did not answer within {self._timeout_s:.1f} s")
-            with self._changed:
-                self._settle(offer.chunk, word)
-                self._end = self._end or End(Status.FAILED, problem)
-        with self._changed:
-            if time.monotonic() > self._overdue_at:
+            if not settled:
+                self._give_up(f"the worker did not answer within {self._timeout_s:.1f} s")
+            elif time.monotonic() > self._overdue_at:
                 # An exchange of its own has a deadline before this: it hangs elsewhere.
-                problem = TimeoutError("the worker has not got on for longer than it may take")
-                self._end = self._end or End(Status.FAILED, problem)
+                self._give_up("the worker has not got on for longer than it may take")
+        if not settled:
+            self._ask()
+        with self._changed:
             self._ledger, due = self._ledger.take_due()
             return tuple(self._chunks.pop(one.chunk) for one in due)
 
     def take_all(self) -> tuple[Chunk, ...]:
-        """F, which will not step again: every chunk that is committed, due or not, in order."""
+        """F, which will not step again: every chunk that is committed, due or not, in order.
+
+        Collective: none.
+        Raises: MembershipError if the store does not say whether a chunk on offer stands.
+        """
+        with self._changed:
+            self._is_stopped = True
+        self._ask()
         with self._changed:
             left = tuple(self._chunks.pop(one.chunk) for one in self._ledger.queue)
             self._ledger = Ledger(MARGIN_STEPS, self._ledger.steps)
@@ -174,9 +177,13 @@ class Handover:
                 self._settle(self._ledger.offer.chunk, word)
 
     def end(self, end: End) -> None:
-        """W: nothing more will come."""
+        """W: nothing more will come.
+
+        The first reason stays, but for being cut off, which nothing may hide.
+        """
         with self._changed:
-            self._end = self._end or end
+            if self._end is None or (end.cut_off and not self._end.cut_off):
+                self._end = end
 
     def stop(self) -> None:
         """F: nothing is committed any more; the worker shall give up what it is doing."""
@@ -196,6 +203,21 @@ class Handover:
         """Why nothing more will come, or None."""
         with self._changed:
             return self._end
+
+    def _give_up(self, why: str) -> None:
+        """The worker is not waited for any more; it stops at its next look."""
+        self._is_stopped = True
+        self._end = self._end or End(Status.FAILED, TimeoutError(why))
+
+    def _ask(self) -> None:
+        """Settle a standing offer in the worker's place, by the word that stands for it."""
+        with self._changed:
+            asked, offer = self._offered, self._ledger.offer
+        if asked is not None and offer is not None:
+            # Not under the lock: the store may take its time.
+            word = self._arbiter(asked.question, ABORT)
+            with self._changed:
+                self._settle(offer.chunk, word)
 
     def _settle(self, chunk: int, word: str) -> None:
         before, self._ledger = self._ledger, self._ledger.settle(chunk, word)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from equipoise.balancer.events import CpuGpuEvent
-from equipoise.balancer.handover import AsyncEplbLayerResult, Chunk, Handover
+from equipoise.balancer.handover import AsyncEplbLayerResult, Chunk, End, Handover
 from equipoise.balancer.model_state import EplbModelState
 from equipoise.balancer.outcome import RebalanceOutcome
 from equipoise.balancer.protocol import ABORT, Answer, Do, Status, Worker
@@ -104,7 +104,6 @@ class Rebalance:
         handover: Handover,
     ) -> None:
         self.problem: Exception | None = None
-        self.cut_off = False
         self._request = request
         self._models = models
         self._group = group
@@ -346,7 +345,8 @@ class Rebalance:
             return self._group.decide(worker.word, self._question(worker.chunk))
         except MembershipError as error:
             self._fail(error)
-            self.cut_off = True
+            # Before the offer is withdrawn: the forward thread must not pass the step unknowing.
+            self._handover.end(End(Status.FAILED, error, cut_off=True))
             return None
 
     def _settle(self, worker: Worker) -> None:

@@ -89,7 +89,7 @@ class EplbWorker:
         worker = rebalance.run(MARGIN_STEPS)
         if worker.status is Status.FINE:
             return None
-        return End(worker.status, rebalance.problem, rebalance.cut_off)
+        return End(worker.status, rebalance.problem)
 
     def _own_stream(self) -> contextlib.AbstractContextManager[object]:
         device = self._group.device
