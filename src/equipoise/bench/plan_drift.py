@@ -58,7 +58,7 @@ DRIFT_GOALS = (
     DriftGoal(SHAPES["Kimi"], STEADY, 0.05, 0.99),
     DriftGoal(SHAPES["Kimi"], DRIFT, 0.10, 0.985),
 )
-NEXT_BUDGETS = {"EP32": 0.1, "Qwen": 0.1, "EP64": 0.1, "Kimi": 0.1, "EP144": 0.2, "EP256": 0.2}
+NEXT_BUDGETS = {"EP32": 0.1, "Qwen": 0.1, "EP64": 0.1, "Kimi": 0.1, "EP144": 0.12, "EP256": 0.13}
 """Fraction of slots received per plan where the next window is looked at."""
 
 
@@ -77,6 +77,11 @@ class Course:
     following: float
     received: float
     matched: float
+
+    @property
+    def said(self) -> str:
+        """Both counts of what was received."""
+        return f"{self.received:.1%} ({self.matched:.1%})"
 
 
 def follow(policy: PlacementPolicy, windows: IntArray, shape: Shape) -> Course:
@@ -127,6 +132,7 @@ def measure_drift(goal: DriftGoal, windows: IntArray) -> list[Row]:
         "budget": goal.budget,
         "received": course.received,
         "received_matched": course.matched,
+        "received_said": course.said,
     }
     return [with_goal(row, "value", goal.of_bound)]
 
@@ -154,8 +160,10 @@ def measure_next_window(shape: Shape, windows: IntArray, load_name: str) -> list
         "deepseek_following": anew.following,
         "received": ours.received,
         "received_matched": ours.matched,
+        "received_said": ours.said,
         "deepseek_received": anew.received,
         "deepseek_received_matched": anew.matched,
+        "deepseek_received_said": anew.said,
     }
     gained: Row = {"what": "next window - deepseek's", "value": ours.following - anew.following}
     moved: Row = {"what": "received / deepseek's", "value": ours.received / anew.matched}

@@ -24,10 +24,8 @@ _COLUMNS = (
     ("met", "met"),
     ("bound", "bound"),
     ("deepseek", "deepseek"),
-    ("received", "received"),
-    ("matched", "received_matched"),
-    ("deepseek", "deepseek_received"),
-    ("matched", "deepseek_received_matched"),
+    ("received (matched)", "received_said"),
+    ("deepseek's", "deepseek_received_said"),
 )
 QUICK_SHAPES = ("EP32", "EP144")
 

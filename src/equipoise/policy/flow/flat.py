@@ -56,20 +56,22 @@ def pack_alone(problem: Problem) -> IntArray:
     return pack_slots(share, order, counts, topology.slots_per_rank, problem.slowness)
 
 
-def place_flat(problem: Problem) -> IntArray:
+def place_flat(problem: Problem, aim: FloatArray | None = None) -> IntArray:
     """Place every layer on ranks whose nodes do not matter.
 
     Args:
         problem: load, ranks and options.
+        aim: [L] float64, busy time below which nothing is gained; None where there is none.
     Returns:
-        slot_to_expert [L, P] int64, no layer below what `deepseek` gives.
+        slot_to_expert [L, P] int64, no layer below what `deepseek` gives, or what is aimed at.
     Collective: none.
     """
     if problem.in_pairs:
         return _place_pairs(problem)
     table = pack_alone(problem)
-    search(problem, table)
-    _start_from_published(problem, table, problem.least_peak)
+    least_peak = problem.least_peak if aim is None else np.maximum(problem.least_peak, aim)
+    search(problem, table, goal=least_peak / problem.options.target)
+    _start_from_published(problem, table, least_peak)
     return table
 
 

@@ -114,8 +114,8 @@ def _place_by_node(problem: Problem, home: IntArray) -> IntArray:
     aim = np.concatenate(peaks).max(axis=0)
     table = np.empty((layers, nodes, ranks * topology.slots_per_rank), np.int64)
     for some, stack in zip(alike, stacks, strict=True):
-        stack = replace(stack, aim=np.tile(aim * speed[some[0]], some.size))
-        local = place_flat(stack).reshape(some.size, layers, -1).swapaxes(0, 1)
+        local = place_flat(stack, np.tile(aim * speed[some[0]], some.size))
+        local = local.reshape(some.size, layers, -1).swapaxes(0, 1)
         named = np.take_along_axis(experts[:, some], np.maximum(local, 0), axis=2)
         table[:, some] = np.where(local >= 0, named, -1)
     return table.reshape(layers, -1)

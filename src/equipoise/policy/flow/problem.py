@@ -29,7 +29,6 @@ class Problem:
         least: fewest replicas of an expert.
         most: most replicas of an expert.
         spread: fewest nodes that hold an expert.
-        aim: [L] float64, busy time below which nothing is gained, where that is known; or None.
     """
 
     load: FloatArray
@@ -39,7 +38,6 @@ class Problem:
     least: int
     most: int
     spread: int
-    aim: FloatArray | None = None
 
     @property
     def num_experts(self) -> int:
@@ -64,10 +62,9 @@ class Problem:
 
     @cached_property
     def least_peak(self) -> FloatArray:
-        """Busy time that no placement's busiest rank is, or need be, below, [L] float64."""
+        """Busy time that no placement's busiest rank is below, [L] float64."""
         slot = (self.load / self.counts).max(axis=1) * self.slowness.min()
-        aim = self.ideal if self.aim is None else self.aim
-        return np.asarray(np.maximum(np.maximum(self.ideal, slot), aim))
+        return np.asarray(np.maximum(self.ideal, slot))
 
     @property
     def goal(self) -> FloatArray:
@@ -100,8 +97,7 @@ class Problem:
 
     def take(self, layers: IntArray) -> Problem:
         """The same problem for some of the layers, [X] int64."""
-        aim = None if self.aim is None else self.aim[layers]
-        return replace(self, load=self.load[layers], aim=aim)
+        return replace(self, load=self.load[layers])
 
     def bounds(
         self,

@@ -20,7 +20,7 @@ from equipoise.topology import FloatArray, IntArray
 
 MAX_STEPS = 200
 """Changes of one search from the standing placement."""
-AIMS = (0.99, 1.0)
+AIMS = (0.99, 0.996, 1.0)
 """Fractions of the target that searches aim at: an easier one wastes no moves on the last bit."""
 SLACKS = (1.0, 1.02, 1.06)
 """The same for pairs of slots, as multiples of the heaviest pair that a plan from nothing has."""
