@@ -21,8 +21,8 @@ class RebalanceOutcome:
         moves_per_layer: [L] int64, `moves` by layer.
         bytes: bytes that travelled between ranks.
         plan_s: seconds for reducing the load and planning, on the slowest rank.
-        transfer_s: seconds for moving, on the slowest rank; of all models that moved before it in
-            the same rebalance, too, in the background.
+        transfer_s: seconds for moving, on the slowest rank; in the background without waiting for
+            the forward thread, and with the models that moved before in the same rebalance.
         forward_s: seconds that the forward thread of this rank spent on it; alone of all figures
             they differ between ranks.
         balancedness_before: [L] float64, the standing placement on the window's load.

@@ -238,13 +238,14 @@ class Rebalance:
             return Status.STOPPED if self._handover.is_stopped else Status.FINE
         part, share = self._chunks[number]
         half = self._halves[number % NUM_HALVES]
-        started = time.perf_counter()
         try:
             if half.is_lent and not half.freed.wait(self._timeout_s):
                 return Status.STOPPED
             half.is_lent = False
             if self._handover.is_stopped:
                 return Status.STOPPED
+            # Not counting the wait for the forward thread: that is serving, not moving.
+            started = time.perf_counter()
             part.mover.stage(share, half.staging)
             standing = self._standing[part.model.name]
             self._staged = AsyncEplbLayerResult(

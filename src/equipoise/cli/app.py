@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from equipoise import __version__
+from equipoise.cli.bench_plan import bench_plan
+from equipoise.cli.bench_transfer import bench_transfer
 from equipoise.cli.config import config
 from equipoise.cli.plan import plan
 from equipoise.cli.policies import policies
@@ -55,3 +57,11 @@ app.command(
 )(config)
 for command in (plan, replay, policies):
     app.command()(command)
+bench = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(bench, name="bench", help="Measure what this machine does, beside what limits it.")
+bench.command("plan")(bench_plan)
+bench.command("transfer")(bench_transfer)

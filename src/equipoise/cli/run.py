@@ -59,10 +59,11 @@ def run(
     batch_size: Annotated[int, typer.Option(help="Sequences in flight per rank.")] = 4,
     steps: Annotated[int | None, typer.Option(help="Most steps per pass.  [no limit]")] = None,
     redundant_experts: Annotated[Text, typer.Option(help="auto, or a number.  [auto]")] = None,
-    policy: Annotated[Text, typer.Option(help="See `equipoise policies`.  [deepseek]")] = None,
+    policy: Annotated[Text, typer.Option(help="See `equipoise policies`.  [flow]")] = None,
     communicator: Annotated[Text, typer.Option(help="Wire for weights.  [auto]")] = None,
     step_interval: Annotated[int | None, typer.Option(help="Steps between plans.  [16]")] = None,
     window_size: Annotated[int | None, typer.Option(help="Steps planned from.  [16]")] = None,
+    sync: Annotated[bool, typer.Option("--sync", help="Not in the background.")] = False,
     config: Annotated[
         Path | None, typer.Option(help="YAML or JSON file of options: see `equipoise config`.")
     ] = None,
@@ -98,6 +99,7 @@ def run(
                     "communicator": communicator,
                     "step_interval": step_interval,
                     "window_size": window_size,
+                    "use_async": False if sync else None,
                 },
                 ranks=ranks,
                 model=model,
@@ -309,7 +311,8 @@ def _resolve_config(asked: _Asked) -> EPLBConfig:
     flags = parse_flags(asked.eplb_config, asked.extra, known=asked.known_options)
     for key, value in asked.config_flags.items():
         if value is not None:
-            add_flag(flags, key, "--" + key.removeprefix("num_").replace("_", "-"), value)
+            flag = "--sync" if key == "use_async" else _name_flag(key)
+            add_flag(flags, key, flag, value)
     return resolve_config(file=asked.config_file, flags=flags, defaults=DEFAULTS).config
 
 
@@ -376,6 +379,10 @@ def _check_communicator(name: str) -> None:
     from equipoise.comm.registry import check_name
 
     check_name(name)
+
+
+def _name_flag(key: str) -> str:
+    return "--" + key.removeprefix("num_").replace("_", "-")
 
 
 def _parse_redundant(text: str | None) -> int | str | None:
