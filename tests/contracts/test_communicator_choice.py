@@ -50,6 +50,8 @@ class Coordinator:
 def make_coordinator(rank: Rank, kind: str) -> Any:
     if kind == "store":
         return rank.make_group()
+    if kind == "workers":
+        return rank.make_group().fork("balancer")
     dist.init_process_group("gloo", store=rank.store, rank=rank.rank, world_size=rank.size)
     group = dist.group.WORLD if kind == "world" else dist.new_group([0, 1])
     assert group is not None
@@ -95,12 +97,14 @@ def check_cell(rank: Rank, coordinator: Any, cell: tuple[str | None, bool], devi
     communicator.close()
 
 
-@pytest.mark.parametrize("kind", ["world", "subgroup", "store"])
+@pytest.mark.parametrize("kind", ["world", "subgroup", "store", "workers"])
 @pytest.mark.parametrize("cell", CELLS)
 @processes(2)
 def test_cpu(rank: Rank, cell: tuple[str | None, bool], kind: str) -> None:
-    check_cell(rank, make_coordinator(rank, kind), cell, "cpu")
-    # A rank that is refused at once shall not end while the other still makes its groups.
+    coordinator = make_coordinator(rank, kind)
+    check_cell(rank, coordinator, cell, "cpu")
+    # A rank that is refused at once shall not end, nor let its group go, while the other still
+    # makes its own.
     rank.store.set(f"over/{rank.rank}", "yes")
     rank.store.wait(["over/0", "over/1"], timedelta(seconds=20))
 
