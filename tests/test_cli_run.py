@@ -309,9 +309,9 @@ def test_what_only_a_rank_finds_is_one_line_that_names_it(here: Path) -> None:
 
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Path]:
-    """A small run, and the folder that it ran in."""
+    """A small run, and the folder that it ran in; --sync, so that its steps are known."""
     folder = tmp_path_factory.mktemp("small")
-    return run_equipoise(folder, *SMALL, "--json=run.json"), folder
+    return run_equipoise(folder, *SMALL, "--sync", "--json=run.json"), folder
 
 
 @pytest.mark.slow
@@ -349,8 +349,9 @@ def test_a_small_run_tells_each_rebalance(small_run: tuple[Done, Path]) -> None:
     result = read_result(folder / "run.json")
     rebalances = result["rebalances"]
     assert [each["step"] for each in rebalances] == list(range(2, rebalances[-1]["step"] + 1, 2))
+    assert [each["planned_step"] for each in rebalances] == [each["step"] for each in rebalances]
     assert set(rebalances[0]) == {
-        "step", "moves", "local_moves", "bytes", "plan_s", "transfer_s",
+        "planned_step", "step", "moves", "local_moves", "bytes", "plan_s", "transfer_s",
         "balancedness_before", "balancedness_after",
     }  # fmt: skip
     # In bytes: three matrices of 128 x 48 float32 to an expert.

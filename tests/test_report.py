@@ -76,6 +76,7 @@ def make_step(
 
 def make_rebalance(step: int, placement: Placement, moves: int = 2) -> RebalanceRecord:
     return RebalanceRecord(
+        planned_step=step,
         step=step,
         moves=moves,
         local_moves=0,
@@ -242,6 +243,7 @@ def test_the_json_has_what_was_promised() -> None:
         },
         "rebalances": [
             {
+                "planned_step": 1,
                 "step": 1,
                 "moves": 2,
                 "local_moves": 0,

@@ -90,10 +90,10 @@ def test_ranks_that_were_given_different_options_are_refused_in_one_voice(tmp_pa
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = start_ranks(tmp_path, port, [["--seed=3"], ["--policy=flow", "--prompts=8"]])
+    ranks = start_ranks(tmp_path, port, [["--seed=3"], ["--policy=deepseek", "--prompts=8"]])
     told = (
         "equipoise: rank 1 was given other options than rank 0: other prompts, seed 0, not 3, "
-        "policy flow, not deepseek\n"
+        "policy deepseek, not flow\n"
     )
     assert [finish(rank) for rank in ranks] == [(2, "", told), (2, "", "")]
     assert list_files(tmp_path) == []

@@ -16,8 +16,7 @@ from equipoise.balancer.model_state import EplbModelState
 from equipoise.balancer.outcome import RebalanceOutcome
 from equipoise.balancer.protocol import ABORT, Ledger, Status
 from equipoise.dispatch.maps import PreparedMaps
-from equipoise.transfer.mover import ChunkMover
-from equipoise.transfer.staging import ChunkShare
+from equipoise.transfer.mover import SlotCopy, fill_slots
 
 MARGIN_STEPS = 2
 """Steps from the largest count at which a rank offers a chunk to its commit. The workers need two
@@ -34,8 +33,7 @@ class AsyncEplbLayerResult:
     Attributes:
         model: theirs.
         maps: what the maps say of them from the commit on.
-        share: what is staged, and where it goes.
-        mover: of the plan.
+        copies: what fills the slots.
         staging: the half that it is staged in, [bytes] uint8.
         freed: recorded once the half may be filled again.
         outcome: of the model's rebalance, if these are its last layers; its steps are F's to name.
@@ -43,8 +41,7 @@ class AsyncEplbLayerResult:
 
     model: EplbModelState
     maps: PreparedMaps
-    share: ChunkShare
-    mover: ChunkMover
+    copies: tuple[SlotCopy, ...]
     staging: Tensor
     freed: CpuGpuEvent
     outcome: RebalanceOutcome | None
@@ -54,7 +51,7 @@ class AsyncEplbLayerResult:
 
         Collective: none; every rank at the same step.
         """
-        self.mover.commit(self.share, self.staging)
+        fill_slots(self.copies)
         if self.staging.is_cuda:
             # The worker may let go of it before the copies are over.
             self.staging.record_stream(torch.cuda.current_stream(self.staging.device))

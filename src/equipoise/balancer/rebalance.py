@@ -30,6 +30,9 @@ from equipoise.transfer.mover import ChunkMover
 from equipoise.transfer.staging import ChunkShare, measure_experts, share_plan
 
 NUM_HALVES = 2
+LEAST_HALF_BYTES = 16 << 20
+"""What half the staging has where nothing bounds it, however small the layers are: so that many
+small ones travel, and are committed, together."""
 _MOST_CHUNKS = 1 << 20
 
 
@@ -212,8 +215,9 @@ class Rebalance:
 
     def _cut(self, parts: Sequence[_Part]) -> None:
         bound = self._config.staging_bytes
-        budget = None if bound is None else bound // NUM_HALVES
         for part in parts:
+            largest = int(part.plan.staged_bytes(part.expert_bytes).max(initial=0))
+            budget = max(largest, LEAST_HALF_BYTES) if bound is None else bound // NUM_HALVES
             shares = share_plan(part.plan, self._group.rank, part.expert_bytes, budget)
             self._chunks += [(part, share) for share in shares]
         most = max((share.num_bytes for _, share in self._chunks), default=0)
@@ -251,8 +255,7 @@ class Rebalance:
             self._staged = AsyncEplbLayerResult(
                 model=part.model,
                 maps=part.model.prepare(standing, part.plan.new, share.layers.tolist()),
-                share=share,
-                mover=part.mover,
+                copies=part.mover.prepare(share, half.staging),
                 staging=half.staging,
                 freed=half.freed,
                 outcome=None,

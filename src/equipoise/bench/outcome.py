@@ -26,6 +26,7 @@ class BenchOutcome:
         rows: one per case, in the order in which they are shown.
         notes: what stands beside the figures: cases left out and what they need, limits found.
         versions: of the packages that figures depend on.
+        figures: what stands beside the rows in the JSON, by name.
     """
 
     name: str
@@ -33,6 +34,7 @@ class BenchOutcome:
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str | None] = field(default_factory=dict)
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def num_missed(self) -> int:
@@ -49,6 +51,7 @@ class BenchOutcome:
             "notes": list(self.notes),
             "machine": describe_machine(),
             "versions": dict(self.versions),
+            **self.figures,
         }
         return json.dumps(values, indent=2, allow_nan=False) + "\n"
 

@@ -8,6 +8,7 @@ import typer
 
 from equipoise import __version__
 from equipoise.cli.bench_plan import bench_plan
+from equipoise.cli.bench_stall import bench_stall
 from equipoise.cli.bench_transfer import bench_transfer
 from equipoise.cli.config import config
 from equipoise.cli.plan import plan
@@ -64,4 +65,5 @@ bench = typer.Typer(
 )
 app.add_typer(bench, name="bench", help="Measure what this machine does, beside what limits it.")
 bench.command("plan")(bench_plan)
+bench.command("stall")(bench_stall)
 bench.command("transfer")(bench_transfer)

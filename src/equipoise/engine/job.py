@@ -273,6 +273,7 @@ def _serve(
 
 def _make_rebalance_record(outcome: RebalanceOutcome) -> RebalanceRecord:
     return RebalanceRecord(
+        planned_step=outcome.planned_step,
         step=outcome.step,
         moves=outcome.moves,
         local_moves=outcome.local_moves,

@@ -90,7 +90,8 @@ class RebalanceRecord:
     """Experts were moved, after the step named.
 
     Attributes:
-        step: step of the pass "on" after which slots and maps switched.
+        planned_step: step of the pass "on" whose window it was planned from.
+        step: step after which the last slots and maps switched.
         moves: experts received by a rank from another, over all layers and ranks.
         local_moves: slots filled from another slot, or a fan-out copy, of their own rank.
         moves_per_layer: [L] int64, `moves` by layer.
@@ -102,6 +103,7 @@ class RebalanceRecord:
         placement: the new one.
     """
 
+    planned_step: int
     step: int
     moves: int
     local_moves: int

@@ -101,6 +101,7 @@ def _make_losses(result: ResultRecord) -> dict[str, Any]:
 
 def _make_rebalance(record: RebalanceRecord) -> dict[str, Any]:
     return {
+        "planned_step": record.planned_step,
         "step": record.step,
         "moves": record.moves,
         "local_moves": record.local_moves,

@@ -20,7 +20,7 @@ from equipoise.placement import Placement
 from equipoise.plan.transfer_plan import TransferPlan, make_plan
 from equipoise.topology import IntArray
 from equipoise.transfer.agreement import agree
-from equipoise.transfer.mover import ChunkMover, Verify
+from equipoise.transfer.mover import ChunkMover, Verify, fill_slots
 from equipoise.transfer.profile import reserve_buffers
 from equipoise.transfer.staging import ChunkShare, measure_experts, share_plan
 
@@ -140,7 +140,7 @@ def _move(
     problem = _compare(mover, share, staging, verify, problem)
     stands = mover.group.decide("abort" if problem else "commit")
     if stands == "commit":
-        mover.commit(share, staging)
+        fill_slots(mover.prepare(share, staging))
         if on_commit is not None:
             on_commit(share.layers)
     if problem is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,40 @@ Verify = Literal["off", "sample", "all"]
 """Which received experts are compared with their sources': none, one in SAMPLE_EVERY, or all."""
 
 SAMPLE_EVERY = 16
+
+
+class SlotCopy(NamedTuple):
+    """One tensor of one block, on its way from staging into slots.
+
+    Attributes:
+        rows: [S, row bytes] uint8, the weights.
+        slots: [w] int64, local slots to be filled.
+        staged: [n, row bytes] uint8.
+        positions: [w] int64, the staged expert that each slot gets; None if they are in order.
+    """
+
+    rows: Tensor
+    slots: Tensor
+    staged: Tensor
+    positions: Tensor | None
+
+
+def fill_slots(copies: Sequence[SlotCopy]) -> None:
+    """Fill slots from staging, on the current stream.
+
+    Args:
+        copies: of a chunk that is committed.
+    Collective: none; every rank at the same step.
+    """
+    for rows, slots, staged, positions in copies:
+        chosen = staged if positions is None else staged.index_select(0, positions)
+        rows.index_copy_(0, slots, chosen)
+        if rows.is_cuda:
+            # Another stream made the indices: they must outlive this one's use of them.
+            stream = torch.cuda.current_stream(rows.device)
+            slots.record_stream(stream)
+            if positions is not None:
+                positions.record_stream(stream)
 
 
 @dataclass(frozen=True)
@@ -105,20 +140,24 @@ class ChunkMover:
                 )
         return None
 
-    def commit(self, share: ChunkShare, staging: Tensor) -> None:
-        """Fill the chunk's slots from staging, on the current stream.
+    def prepare(self, share: ChunkShare, staging: Tensor) -> tuple[SlotCopy, ...]:
+        """What fills the chunk's slots from staging.
 
         Args:
             share: this rank's.
             staging: what it was staged into.
-        Collective: none; every rank at the same step.
+        Collective: none.
         """
+        copies = []
         for block in share.blocks:
             slots = _to_index(block.slots, staging)
-            positions = _to_index(block.positions, staging)
+            # Without duplicates every staged expert goes to one slot, as they lie.
+            is_plain = len(block.positions) == len(block.rows)
+            positions = None if is_plain else _to_index(block.positions, staging)
             views = self._views(block, staging)
             for rows, view in zip(self.rows[block.layer], views, strict=True):
-                rows.index_copy_(0, slots, view.index_select(0, positions))
+                copies.append(SlotCopy(rows, slots, view, positions))
+        return tuple(copies)
 
     def _choose(self, verify: Verify) -> npt.NDArray[np.bool_]:
         """[M], which rows of the plan are verified; the same on every rank."""
