@@ -415,3 +415,21 @@ def test_many_rebalances_at_any_pace_leave_every_slot_right(rank: Rank, wire: st
         told = serving.group.all_gather(torch.tensor([done]))
         assert len({int(number) for number in told}) == 1
     serving.close()
+
+
+@processes(2)
+def test_what_cannot_pay_is_not_moved_again(rank: Rank) -> None:
+    """Once costs are measured: a token costs nothing, so no move saves anything."""
+    serving = ServingInBackground(
+        rank.make_group(), window_size=1, step_interval=1000, token_us=0.0
+    )
+    serving.add()
+    serving.step(skew(5))
+    serving.state.rearrange()
+    (first,) = serving.step_until_done(skew(5))
+    assert first.moves > 0
+    serving.step(skew(2))
+    serving.state.rearrange()
+    (second,) = serving.step_until_done(skew(2))
+    assert (second.moves, second.placement) == (0, first.placement)
+    serving.close()

@@ -44,6 +44,13 @@ class EPLBConfig(BaseModel):
     """Most bytes of staging on a rank; None: as much as the largest layer's incoming experts need,
     twice that in the background, where there are two buffers."""
 
+    balancedness_threshold: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Plan only where the window's balancedness is below this; None: always."""
+
+    token_us: Annotated[float, Field(ge=0)] | None = None
+    """Microseconds that a layer takes longer for each more token on its busiest rank. Given it,
+    layers are skipped whose moves cost more time than they save until the next plan."""
+
     use_async: bool = True
     """Plan and move experts in the background, beside the forward pass."""
 

@@ -17,6 +17,7 @@ from equipoise.balancer.worker import EplbWorker
 from equipoise.comm.groups import RankGroup
 from equipoise.config import EPLBConfig
 from equipoise.errors import MembershipError, TransferError
+from equipoise.plan.gate import MoveCosts
 from equipoise.policy.base import PlacementPolicy
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ class Background:
         self._end: End | None = None
         # Of this thread, since the rebalance under way began.
         self._forward_s = 0.0
+        # Of the last chunk, for each of its layers.
+        self._layer_s = 0.0
 
     @property
     def has_started(self) -> bool:
@@ -108,7 +111,8 @@ class Background:
         loads = tuple(model.window.sum() for model in self._models)
         ready = CpuGpuEvent(self.group.device)
         ready.record()
-        self._worker.ask(Request(self._number, step, loads, ready))
+        costs = MoveCosts(self._handover.byte_s, self._layer_s)
+        self._worker.ask(Request(self._number, step, loads, ready, costs))
         return True
 
     def close(self, wait_s: float | None = None) -> bool:
@@ -137,12 +141,14 @@ class Background:
         result = chunk.result
         if result is not None:
             result.commit()
+            num_layers = len(result.maps.index)
+            self._layer_s = (time.perf_counter() - started) / max(1, num_layers)
         self._forward_s += time.perf_counter() - started
         if chunk.is_last:
             self._is_under_way = False
-        if result is None or result.outcome is None:
-            return []
-        return [replace(result.outcome, step=step, forward_s=self._forward_s)]
+        return [
+            replace(outcome, step=step, forward_s=self._forward_s) for outcome in chunk.outcomes
+        ]
 
     def _take_end(self, end: End, step: int) -> list[RebalanceOutcome]:
         """Raise, or go on without balancing.

@@ -36,7 +36,6 @@ class AsyncEplbLayerResult:
         copies: what fills the slots.
         staging: the half that it is staged in, [bytes] uint8.
         freed: recorded once the half may be filled again.
-        outcome: of the model's rebalance, if these are its last layers; its steps are F's to name.
     """
 
     model: EplbModelState
@@ -44,7 +43,6 @@ class AsyncEplbLayerResult:
     copies: tuple[SlotCopy, ...]
     staging: Tensor
     freed: CpuGpuEvent
-    outcome: RebalanceOutcome | None
 
     def commit(self) -> None:
         """F: fill the slots, switch the maps, and free the half, on the current stream.
@@ -66,11 +64,13 @@ class Chunk:
     Attributes:
         question: the key that settles it.
         result: None for the chunk that ends a rebalance in which nothing moves.
+        outcomes: of the models that are done with it; their steps are F's to name.
         is_last: of its rebalance.
     """
 
     question: str
     result: AsyncEplbLayerResult | None
+    outcomes: tuple[RebalanceOutcome, ...]
     is_last: bool
 
 
@@ -109,6 +109,7 @@ class Handover:
         self._arbiter = arbiter
         self._timeout_s = timeout_s
         self._is_stopped = False
+        self._byte_s = 0.0
         # When the worker's operation at hand is overdue; no worker, no time.
         self._overdue_at = math.inf
 
@@ -172,6 +173,17 @@ class Handover:
         with self._changed:
             if self._ledger.offer is not None:
                 self._settle(self._ledger.offer.chunk, word)
+
+    def note_byte_s(self, byte_s: float) -> None:
+        """W: seconds that a received byte took in the last rebalance that brought any."""
+        with self._changed:
+            self._byte_s = byte_s
+
+    @property
+    def byte_s(self) -> float:
+        """Seconds that a received byte took; 0 before any came."""
+        with self._changed:
+            return self._byte_s
 
     def end(self, end: End) -> None:
         """W: nothing more will come.

@@ -54,6 +54,12 @@ class EplbModelState:
         self._addresses = self._find_addresses()
 
     @property
+    def expert_bytes(self) -> IntArray:
+        """[L] int64, bytes of one expert of each layer."""
+        sizes = [sum(t[0].numel() * t.element_size() for t in each) for each in self.expert_weights]
+        return np.array(sizes, dtype=np.int64)
+
+    @property
     def placement(self) -> Placement:
         """The placement that is committed."""
         return self.maps.placement

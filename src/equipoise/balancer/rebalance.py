@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,19 +15,21 @@ from equipoise.balancer.events import CpuGpuEvent
 from equipoise.balancer.handover import AsyncEplbLayerResult, Chunk, End, Handover
 from equipoise.balancer.model_state import EplbModelState
 from equipoise.balancer.outcome import RebalanceOutcome
+from equipoise.balancer.planning import plan_moves
 from equipoise.balancer.protocol import ABORT, Answer, Do, Status, Worker
 from equipoise.comm.byte_views import view_rows
 from equipoise.comm.groups import RankGroup
 from equipoise.config import EPLBConfig
 from equipoise.errors import EquipoiseError, MembershipError, TransferError
 from equipoise.placement import Placement, measure_balancedness, spread_load
-from equipoise.plan.transfer_plan import TransferPlan, make_plan
+from equipoise.plan.gate import MoveCosts
+from equipoise.plan.transfer_plan import TransferPlan
 from equipoise.policy.base import PlacementPolicy
 from equipoise.topology import IntArray
 from equipoise.transfer.agreement import agree
 from equipoise.transfer.executor import find_busy_s
 from equipoise.transfer.mover import ChunkMover
-from equipoise.transfer.staging import ChunkShare, measure_experts, share_plan
+from equipoise.transfer.staging import ChunkShare, share_plan
 
 NUM_HALVES = 2
 LEAST_HALF_BYTES = 16 << 20
@@ -45,15 +47,17 @@ class Request:
         step: the count of steps.
         loads: per model its window's load [L, E] int64; copies.
         ready: recorded once the copies are made and every commit before them is over.
+        costs: what moves have cost this rank so far; zeros where none was made.
     """
 
     number: int
     step: int
     loads: tuple[Tensor, ...]
     ready: CpuGpuEvent
+    costs: MoveCosts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Part:
     """One model's plan.
 
@@ -87,6 +91,7 @@ class Rebalance:
     """Performs what the protocol asks of one rank's worker. Owner: the worker thread.
 
     Whatever goes wrong becomes an answer that the protocol knows; `problem` keeps the reason.
+    `received_bytes` and `transfer_s` are this rank's.
 
     Args:
         request: of the forward thread.
@@ -116,11 +121,15 @@ class Rebalance:
         self._timeout_s = group.timeout.total_seconds()
         self._halves: list[_Half] = []
         self._chunks: list[tuple[_Part, ChunkShare]] = []
+        # Models whose outcome was not told yet.
+        self._parts: list[_Part] = []
         self._standing: dict[str, Placement] = {}
         self._staged: AsyncEplbLayerResult | None = None
         self._offered_at = 0
+        self._costs: MoveCosts | None = None
+        self.received_bytes = 0
         # This rank's, then the slowest rank's as of the last exchange of statuses.
-        self._plan_s = self._transfer_s = 0.0
+        self._plan_s = self.transfer_s = 0.0
         self._slowest_s = (0.0, 0.0)
 
     def run(self, margin: int) -> Worker:
@@ -180,6 +189,10 @@ class Rebalance:
     def _plan(self) -> int | None:
         started = time.perf_counter()
         try:
+            mine = self._request.costs
+            slowest = torch.tensor([mine.byte_s, mine.layer_s], dtype=torch.float64)
+            self._group.all_reduce(slowest, "max")
+            self._costs = MoveCosts(*slowest.tolist()) if slowest.any() else None
             totals = []
             for load in self._request.loads:
                 total = load.to("cpu", torch.int64, copy=True)
@@ -194,6 +207,7 @@ class Rebalance:
                     if load.any()
                 ]
                 self._cut(parts)
+                self._parts = parts
             except Exception as error:
                 problem = error
             agree(self._group, self._collect_facts(parts), problem)
@@ -208,10 +222,19 @@ class Rebalance:
         model.check_storage()
         standing = model.placement
         self._standing[model.name] = standing
-        plan = make_plan(standing, self._policy.place(load, standing.topology, standing=standing))
         rows = [[view_rows(tensor) for tensor in layer] for layer in model.expert_weights]
+        expert_bytes = model.expert_bytes
+        plan = plan_moves(
+            self._policy,
+            load,
+            standing,
+            expert_bytes,
+            self._config,
+            self._costs,
+            says=self._group.rank == 0,
+        )
         mover = ChunkMover(plan, rows, model.communicator, self._group)
-        return _Part(model, load, mover, measure_experts(rows))
+        return _Part(model, load, mover, expert_bytes)
 
     def _cut(self, parts: Sequence[_Part]) -> None:
         bound = self._config.staging_bytes
@@ -258,14 +281,14 @@ class Rebalance:
                 copies=part.mover.prepare(share, half.staging),
                 staging=half.staging,
                 freed=half.freed,
-                outcome=None,
             )
             if half.staging.is_cuda:
                 # The forward thread's stream builds on it from here on.
                 torch.cuda.current_stream(half.staging.device).synchronize()
         except Exception as error:
             return self._fail(error)
-        self._transfer_s += time.perf_counter() - started
+        self.transfer_s += time.perf_counter() - started
+        self.received_bytes += share.remote_bytes
         return Status.FINE
 
     def _meet(self, worker: Worker) -> Sequence[int] | None:
@@ -286,7 +309,7 @@ class Rebalance:
         return statuses
 
     def _exchange_statuses(self, mine: Status, busy_s: float) -> Sequence[int] | None:
-        words = [int(mine), int(self._plan_s * 1e6), int(self._transfer_s * 1e6)]
+        words = [int(mine), int(self._plan_s * 1e6), int(self.transfer_s * 1e6)]
         told = self._gather(words, busy_s)
         if told is None:
             return None
@@ -315,13 +338,18 @@ class Rebalance:
 
     def _offer(self, number: int) -> int:
         is_last = number + 1 >= len(self._chunks)
-        result = self._staged
-        if result is not None:
-            part, _ = self._chunks[number]
-            if is_last or self._chunks[number + 1][0] is not part:
-                result = replace(result, outcome=self._describe(part))
+        if self._staged is not None:
             self._halves[number % NUM_HALVES].is_lent = True
-        chunk = Chunk(self._question(number), result, is_last)
+        # A model of which nothing moves is done with whatever chunk is first.
+        ahead = {id(part) for part, _ in self._chunks[number + 1 :]}
+        done = [part for part in self._parts if is_last or id(part) not in ahead]
+        chunk = Chunk(
+            self._question(number),
+            self._staged,
+            tuple(self._describe(part) for part in done),
+            is_last,
+        )
+        self._parts = [part for part in self._parts if part not in done]
         self._offered_at = self._handover.offer(self._request.number * _MOST_CHUNKS + number, chunk)
         return self._offered_at
 

@@ -15,6 +15,7 @@ import torch
 from equipoise.balancer.background import Background
 from equipoise.balancer.model_state import EplbModelState, OnCommit
 from equipoise.balancer.outcome import RebalanceOutcome
+from equipoise.balancer.planning import plan_moves
 from equipoise.balancer.stats import EplbStats
 from equipoise.comm.base import EplbCommunicator, ExpertWeights
 from equipoise.comm.groups import RankGroup
@@ -24,7 +25,7 @@ from equipoise.errors import ConfigError, DependencyError, EquipoiseError, Place
 from equipoise.load.recorder import LoadRecorder
 from equipoise.load.window import LoadWindow
 from equipoise.placement import measure_balancedness, spread_load
-from equipoise.plan.transfer_plan import make_plan
+from equipoise.plan.gate import MoveCosts
 from equipoise.policy.base import PlacementPolicy
 from equipoise.topology import IntArray
 from equipoise.transfer.agreement import agree
@@ -74,6 +75,8 @@ class EplbState:
         self._models: dict[str, EplbModelState] = {}
         self._listeners: list[Callable[[RebalanceOutcome], None]] = []
         self._is_paused = False
+        # What moves cost in the foreground, once some were made.
+        self._costs: MoveCosts | None = None
         self._failure: str | None = None
         # Guards what `stats` reads.
         self._lock = threading.Lock()
@@ -335,8 +338,16 @@ class EplbState:
         if not load.any():
             return None
         standing = model.placement
-        target = self.policy.place(load, standing.topology, standing=standing)
-        plan = make_plan(standing, target)
+        plan = plan_moves(
+            self.policy,
+            load,
+            standing,
+            model.expert_bytes,
+            self.config,
+            self._costs,
+            says=self.group.rank == 0,
+        )
+        target = plan.new
         planned = time.perf_counter()
         stats = rearrange_expert_weights_inplace(
             standing,
@@ -365,6 +376,10 @@ class EplbState:
             balancedness_after=measure_balancedness(spread_load(load, target)),
             placement=target,
         )
+        if outcome.bytes:
+            # The same on every rank; on average each receives its share.
+            byte_s = outcome.transfer_s * self.group.size / outcome.bytes
+            self._costs = MoveCosts(byte_s, layer_s=0.0)
         self._take(outcome)
         return outcome
 

@@ -87,6 +87,8 @@ class EplbWorker:
             request, self._models, self._group, self._config, self._policy, self._handover
         )
         worker = rebalance.run(MARGIN_STEPS)
+        if rebalance.received_bytes:
+            self._handover.note_byte_s(rebalance.transfer_s / rebalance.received_bytes)
         if worker.status is Status.FINE:
             return None
         return End(worker.status, rebalance.problem)
