@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import inspect
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
 from equipoise.errors import ConfigError
-from equipoise.policy import find_policy, list_policies
+from equipoise.policy import find_policy, get_policy, list_policies
 
 
-def policies() -> None:
+def policies(
+    compile: Annotated[  # noqa: A002 - the option's name
+        bool, typer.Option("--compile", help="Compile what they compile, so that no start has to.")
+    ] = False,
+) -> None:
     """List the placement policies that are installed."""
+    if compile:
+        for name in list_policies():
+            # Making one compiles its loops, which the cache on disk keeps.
+            get_policy(name)
     table = Table(box=None, pad_edge=False)
     for name in ("policy", "from", "what it does"):
         table.add_column(name, no_wrap=name != "what it does")

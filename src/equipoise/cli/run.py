@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ DEFAULT_PROMPTS = 256
 DEFAULT_REPORT = Path("equipoise-report.html")
 
 DEFAULT_TIMEOUT_S = 60.0
+PATIENCE_S = 4.0
+"""After so long in silence a word is due."""
 LONGEST_TIMEOUT_S = 86_400
 LARGEST_SEED = 2**63 - 1
 
@@ -178,6 +181,7 @@ def _settle(asked: _Asked, place: TorchrunRank | None) -> JobSpec:
         from equipoise.launch.local import preload_ranks
 
         preload_ranks()
+        _make_policy(config.policy)
     _check_communicator(config.communicator)
     return JobSpec(
         model=model,
@@ -379,6 +383,20 @@ def _check_communicator(name: str) -> None:
     from equipoise.comm.registry import check_name
 
     check_name(name)
+
+
+def _make_policy(name: str) -> None:
+    """Make it here first: what it compiles is kept on disk, and ranks need not all compile it."""
+    from equipoise.policy import get_policy
+
+    words = f"compiling the policy {name}, once: half a minute or so"
+    told = threading.Timer(PATIENCE_S, typer.echo, [words], {"err": True})
+    told.daemon = True
+    told.start()
+    try:
+        get_policy(name)
+    finally:
+        told.cancel()
 
 
 def _name_flag(key: str) -> str:
