@@ -292,6 +292,32 @@ def test_relaxed_hierarchy_balances_better_with_bounded_leaving() -> None:
         standing = planned
 
 
+@pytest.mark.parametrize("leaving", [0.0, 0.03, 0.08])
+def test_tokens_that_leave_are_pooled_over_layers(leaving: float) -> None:
+    even = np.full((3, 32), 1000)
+    skewed = even.copy()
+    skewed[0, :4] *= 12
+    skewed[:, 8] *= 3
+    options = FlowOptions(num_groups=8, hierarchy="relaxed", leaving=leaving, move_budget=0.3)
+    standing = None
+    for load in (skewed, even, skewed[::-1].copy()):
+        before = measure_leaving(load, standing, 8) if standing else 0.0
+        planned = FlowPolicy(options).place(load, GROUPED, standing=standing)
+        assert measure_leaving(load, planned, 8) <= max(leaving, before) + 1e-12
+        standing = planned
+
+
+def test_a_layer_that_needs_more_than_the_mean_gets_what_others_do_not_need() -> None:
+    load = np.full((3, 32), 1000)
+    load[0, :4] *= 12
+    options = FlowOptions(num_groups=8, hierarchy="relaxed", leaving=0.08)
+    planned = FlowPolicy(options).place(load, GROUPED)
+    alone = FlowPolicy(options).place(load[:1], GROUPED)
+    assert balance(load, planned)[0] > balance(load[:1], alone)[0]
+    first = Placement(planned.slot_to_expert[:1], 32, GROUPED)
+    assert measure_leaving(load[:1], first, 8) > 0.08 >= measure_leaving(load, planned, 8)
+
+
 def test_a_placement_that_breaks_the_hierarchy_is_put_right_within_the_budget() -> None:
     load = drifting(3, 32, 1, seed=19)[0]
     standing = place_in_order(3, 32, GROUPED)

@@ -20,7 +20,7 @@ class Bounds(NamedTuple):
         least: replicas below which no expert falls by the search.
         most: replicas that no expert exceeds.
         spread: nodes on which every expert keeps replicas, at least; 1 for no such wish.
-        leaving: fraction of tokens that may be served off their expert's home.
+        leaving: [L] float64, fraction of tokens that may be served off their expert's home.
         by_node: whether home, spread and leaving bind at all.
         goal: [L] float64, busy time of the busiest rank at which a layer is good enough.
         frugal: weigh gains against the experts received, and log.
@@ -34,7 +34,7 @@ class Bounds(NamedTuple):
     least: int
     most: int
     spread: int
-    leaving: float
+    leaving: FloatArray
     by_node: bool
     goal: FloatArray
     frugal: bool

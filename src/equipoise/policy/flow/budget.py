@@ -35,7 +35,7 @@ def choose_points(
         [L] int64, the point of each layer.
     Collective: none.
     """
-    num_layers, num_points = received.shape
+    num_layers = received.shape[0]
     chosen = np.zeros(num_layers, dtype=np.int64)
     used = np.zeros(by_rank.shape[2])
     spent = 0.0
@@ -51,18 +51,10 @@ def choose_points(
             ):  # fmt: skip
                 goes_to[layer] = -2
             if goes_to[layer] == -2:
-                goes_to[layer], slope[layer] = -1, 0.0
-                for point in range(num_points):
-                    gain = balance[layer, point] - balance[layer, at]
-                    more = received[layer, point] - received[layer, at]
-                    if gain <= 0.0 or gain < least_gain * more:
-                        continue
-                    steep = gain / (max(float(more), 0.25) * prices[layer])
-                    if steep > slope[layer] and _fits(
-                        received, by_rank, prices, layer, at, point,
-                        budget - spent, used, rank_budget,
-                    ):  # fmt: skip
-                        goes_to[layer], slope[layer] = point, steep
+                goes_to[layer], slope[layer] = _find_steepest(
+                    received, balance, by_rank, prices, layer, at,
+                    budget - spent, used, rank_budget, least_gain,
+                )  # fmt: skip
             if goes_to[layer] >= 0 and (best < 0 or slope[layer] > slope[best]):
                 best = layer
         if best < 0:
@@ -72,6 +64,34 @@ def choose_points(
         for rank in range(used.size):
             used[rank] += (by_rank[best, point, rank] - by_rank[best, at, rank]) * prices[best]
         chosen[best], goes_to[best] = point, -2
+
+
+@kernel
+def _find_steepest(
+    received: IntArray,
+    balance: FloatArray,
+    by_rank: IntArray,
+    prices: FloatArray,
+    layer: int,
+    at: int,
+    left: float,
+    used: FloatArray,
+    rank_budget: float,
+    least_gain: float,
+) -> tuple[int, float]:
+    """The point that gains a layer most per unit of budget, -1 for none, and how much."""
+    goes_to, slope = -1, 0.0
+    for point in range(received.shape[1]):
+        gain = balance[layer, point] - balance[layer, at]
+        more = received[layer, point] - received[layer, at]
+        if gain <= 0.0 or gain < least_gain * more:
+            continue
+        steep = gain / (max(float(more), 0.25) * prices[layer])
+        if steep > slope and _fits(
+            received, by_rank, prices, layer, at, point, left, used, rank_budget
+        ):
+            goes_to, slope = point, steep
+    return goes_to, slope
 
 
 @kernel

@@ -158,6 +158,7 @@ def search(
     home: IntArray | None = None,
     goal: FloatArray | None = None,
     max_steps: int | None = None,
+    may_leave: FloatArray | None = None,
 ) -> None:
     """Search every layer until it is good enough, changing the table in place.
 
@@ -167,6 +168,8 @@ def search(
         home: [L, E] int64, nodes that experts must stay on; None where nodes do not matter.
         goal: [L] float64, busy time at which a layer is good enough; None for the problem's.
         max_steps: changes per layer, at most; None for four per slot.
+        may_leave: [L] float64, fraction of each layer's tokens that may leave home; None for
+            what the options say.
     Collective: none.
     """
     improve(
@@ -178,5 +181,6 @@ def search(
             frugal=False,
             max_steps=4 * problem.topology.num_slots if max_steps is None else max_steps,
             home=home,
+            may_leave=may_leave,
         ),
     )

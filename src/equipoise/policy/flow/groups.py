@@ -25,8 +25,10 @@ def place_in_groups(problem: Problem) -> IntArray:
     """
     home = _home_groups(problem)
     if problem.options.hierarchy == "relaxed":
-        table = _place_relaxed(problem, home)
-        search(problem, table, home, max_steps=problem.topology.num_slots)
+        may_leave, peak = _allow_leaving(problem, home)
+        table = _place_relaxed(problem, home, may_leave)
+        goal = np.maximum(problem.least_peak, peak) / problem.options.target
+        search(problem, table, home, goal, problem.topology.num_slots, may_leave)
         return table
     table = _place_by_node(problem, home)
     _home_as_published(problem, home, table)
@@ -84,6 +86,43 @@ def _spread_homes(problem: Problem, groups: IntArray) -> IntArray:
     return np.repeat(home, problem.num_experts // num_groups, axis=1)
 
 
+def _allow_leaving(problem: Problem, home: IntArray) -> tuple[FloatArray, FloatArray]:
+    """What may leave home in each layer, so that the mean over layers is what the options allow.
+
+    A layer that cannot reach the target with the mean gets what it needs, of what others do not
+    need; where that is too little for all, those that need most get equally much.
+
+    Args:
+        problem: load, ranks and options.
+        home: [L, E] int64, nodes.
+    Returns:
+        [L] float64, the fraction of each layer's tokens, and [L] float64, the busy time that
+        its busiest rank has at least once so much has left.
+    """
+    nodes, layers, mean = problem.topology.num_nodes, len(home), problem.options.leaving
+    speed = (1.0 / problem.slowness).reshape(nodes, -1).sum(axis=1)
+    power = speed / speed.sum()
+    total = np.maximum(problem.load.sum(axis=1, keepdims=True), 1.0)
+    at_home = np.stack(
+        [np.where(home == node, problem.load, 0.0).sum(axis=1) for node in range(nodes)], axis=1
+    )
+    at_home /= total
+    need = np.maximum(at_home - power / problem.options.target, 0.0).sum(axis=1)
+    lacking, spare = np.maximum(need - mean, 0.0), np.maximum(mean - need, 0.0)
+    if lacking.sum() <= spare.sum():
+        given = lacking.sum() / spare.sum() if lacking.any() else 0.0
+        allowed = mean + lacking - given * spare
+    else:
+        least = np.sort(need)
+        left = mean * layers - (least.cumsum() - least)
+        allowed = np.minimum(need, (left / np.arange(layers, 0, -1)).max())
+    # The busiest nodes are brought down together, to the level of the next.
+    order = np.argsort(-at_home / power, axis=1, kind="stable")
+    over = np.take_along_axis(at_home, order, axis=1).cumsum(axis=1) - allowed[:, None]
+    level = (over / power[order].cumsum(axis=1)).max(axis=1)
+    return allowed, np.asarray(np.maximum(level, 1.0) * problem.ideal)
+
+
 def _place_by_node(problem: Problem, home: IntArray) -> IntArray:
     """Place each node's experts on its ranks alone; only the busiest node need be even."""
     topology = problem.topology
@@ -121,7 +160,7 @@ def _place_by_node(problem: Problem, home: IntArray) -> IntArray:
     return table.reshape(layers, -1)
 
 
-def _place_relaxed(problem: Problem, home: IntArray) -> IntArray:
+def _place_relaxed(problem: Problem, home: IntArray, may_leave: FloatArray) -> IntArray:
     """Give nodes replicas so that they are even, and pack each node's onto its ranks."""
     topology = problem.topology
     layers, nodes = len(home), topology.num_nodes
@@ -135,7 +174,7 @@ def _place_relaxed(problem: Problem, home: IntArray) -> IntArray:
         home,
         speed.sum(axis=1) / speed.sum(),
         topology.ranks_per_node * topology.slots_per_rank,
-        problem.options.leaving,
+        may_leave,
     )
     share = problem.load / by_node.sum(axis=1)
     order = sort_experts(share)
@@ -148,6 +187,42 @@ def _place_relaxed(problem: Problem, home: IntArray) -> IntArray:
 
 
 @kernel
+def _least_over(over: FloatArray, free: IntArray, home: int) -> int:
+    """The node with room, other than home, that has least; -1 where there is none."""
+    least = -1
+    for node in range(over.size):
+        if node != home and free[node] > 0 and (least < 0 or over[node] < over[least]):
+            least = node
+    return least
+
+
+@kernel
+def _call_back(load: FloatArray, by_node: IntArray, home: IntArray, most: float) -> None:
+    """Drop replicas off home until no more tokens leave than may; for lack of room some did.
+
+    The least that is enough goes, or the most that one replica brings back.
+    """
+    while True:
+        leaves, best, brings = 0.0, -1, 0.0
+        for expert in range(load.size):
+            count, at_home = by_node[:, expert].sum(), by_node[home[expert], expert]
+            leaves += load[expert] * (count - at_home) / count
+        for expert in range(load.size):
+            count, at_home = by_node[:, expert].sum(), by_node[home[expert], expert]
+            if count > at_home:
+                back = load[expert] * at_home / (count * (count - 1))
+                enough, was_enough = back >= leaves - most, brings >= leaves - most
+                if back < brings if enough and was_enough else back > brings:
+                    best, brings = expert, back
+        if leaves <= most or best < 0:
+            return
+        for node in range(by_node.shape[0] - 1, -1, -1):
+            if node != home[best] and by_node[node, best] > 0:
+                by_node[node, best] -= 1
+                break
+
+
+@kernel
 def _share_out(
     load: FloatArray,
     counts: IntArray,
@@ -155,7 +230,7 @@ def _share_out(
     home: IntArray,
     power: FloatArray,
     slots_per_node: int,
-    leaving: float,
+    leaving: FloatArray,
 ) -> IntArray:
     """Which node each replica goes to: the first stays at home, others even the nodes out.
 
@@ -166,7 +241,7 @@ def _share_out(
         home: [L, E] int64, nodes.
         power: [N] float64, fraction of the load that a node shall have.
         slots_per_node: slots of each.
-        leaving: fraction of a layer's tokens that may be served off their home.
+        leaving: [L] float64, fraction of a layer's tokens that may be served off their home.
     Returns:
         [L, N, E] int64 replicas; fewer than wanted where there is no room that may be used.
     Collective: none.
@@ -177,7 +252,7 @@ def _share_out(
     for layer in range(num_layers):
         total = load[layer].sum()
         over, free = -power * total, np.full(num_nodes, slots_per_node)
-        may_leave = leaving * total
+        may_leave = leaving[layer] * total
         for expert in range(num_experts):
             node = home[layer, expert]
             by_node[layer, node, expert] = 1
@@ -186,10 +261,7 @@ def _share_out(
         for expert in order[layer]:
             node, share = home[layer, expert], load[layer, expert] / counts[layer, expert]
             for _ in range(counts[layer, expert] - 1):
-                other = -1
-                for one in range(num_nodes):
-                    if one != node and free[one] > 0 and (other < 0 or over[one] < over[other]):
-                        other = one
+                other = _least_over(over, free, node)
                 goes = other >= 0 and share <= may_leave
                 stays = free[node] > 0
                 if stays and goes:
@@ -203,4 +275,5 @@ def _share_out(
                 elif stays:
                     free[node] -= 1
                     by_node[layer, node, expert] += 1
+        _call_back(load[layer], by_node[layer], home[layer], leaving[layer] * total)
     return by_node

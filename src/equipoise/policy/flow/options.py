@@ -28,7 +28,8 @@ class FlowOptions:
         num_groups: equal groups that consecutive experts form, for `hierarchy`.
         hierarchy: "strict": a group's experts stay on one node; "relaxed": one replica of each
             does, others may leave; "off": nodes do not matter.
-        leaving: fraction of a layer's tokens that may be served off their group's node, relaxed.
+        leaving: fraction of tokens, mean over layers, that may be served off their group's node,
+            relaxed.
         rank_speeds: relative speed of each rank; None where all are alike.
         survival: whose death no expert shall be lost by: "rank", "node", or "off".
         min_copies: ranks (or nodes) that hold each expert then; None spends redundant slots on

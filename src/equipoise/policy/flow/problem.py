@@ -107,9 +107,12 @@ class Problem:
         max_steps: int,
         home: IntArray | None = None,
         swaps_only: bool = False,
+        may_leave: FloatArray | None = None,
     ) -> Bounds:
         """What the local search shall keep to; `home` [L, E] binds experts to nodes."""
-        strict = self.options.hierarchy == "strict"
+        if may_leave is None:
+            strict = self.options.hierarchy == "strict"
+            may_leave = np.full(len(self.load), 0.0 if strict else self.options.leaving)
         return Bounds(
             slowness=self.slowness,
             node_of_rank=self.node_of_rank,
@@ -117,7 +120,7 @@ class Problem:
             least=self.topology.num_slots if swaps_only else self.least,
             most=self.most,
             spread=self.spread,
-            leaving=0.0 if strict else self.options.leaving,
+            leaving=may_leave,
             by_node=home is not None or self.spread > 1,
             goal=goal,
             frugal=frugal,

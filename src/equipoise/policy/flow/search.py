@@ -60,7 +60,7 @@ def _away(state: _State, expert: int) -> float:
 
 
 @kernel
-def _start(state: _State, bounds: Bounds, standing: IntArray) -> int:
+def _start(state: _State, bounds: Bounds, standing: IntArray, leaving: float) -> int:
     """Fill in what follows from load and table; returns what ranks do not hold yet.
 
     Second replicas on one rank are emptied.
@@ -90,7 +90,7 @@ def _start(state: _State, bounds: Bounds, standing: IntArray) -> int:
         state.share[expert] = state.load[expert] / state.counts[expert]
     for rank in range(state.busy.size):
         _weigh(state, bounds, rank)
-    state.leaving[0], state.leaving[1] = 0.0, bounds.leaving * state.load.sum()
+    state.leaving[0], state.leaving[1] = 0.0, leaving * state.load.sum()
     if bounds.by_node:
         for expert in range(state.load.size):
             state.leaving[0] += _away(state, expert)
@@ -245,6 +245,32 @@ def _find_swap(
 
 
 @kernel
+def _relieve_others(
+    state: _State, bounds: Bounds, top: int, goal: float, expert: int, dropped: int, rank: int
+) -> float:
+    """What ranks other than the busiest have less above the goal once a rank's slot changes."""
+    share = state.load[expert] / (state.counts[expert] + 1)
+    relief = max(state.busy[rank] - goal, 0.0)
+    for i in range(state.counts[expert]):
+        holder = state.ranks[expert, i]
+        if holder != top:
+            less = (state.share[expert] - share) * bounds.slowness[holder]
+            relief += min(max(state.busy[holder] - goal, 0.0), less)
+    freed = 0.0
+    if dropped >= 0:
+        freed = state.share[dropped]
+        more = state.load[dropped] / (state.counts[dropped] - 1) - freed
+        for i in range(state.counts[dropped]):
+            holder = state.ranks[dropped, i]
+            if holder not in (top, rank):
+                busy = state.busy[holder]
+                relief += max(busy - goal, 0.0)
+                relief -= max(busy + more * bounds.slowness[holder] - goal, 0.0)
+    after = state.busy[rank] + (share - freed) * bounds.slowness[rank]
+    return float(relief - max(after - goal, 0.0))
+
+
+@kernel
 def _find_replica(
     state: _State, bounds: Bounds, top: int, goal: float, best: float, change: IntArray
 ) -> tuple[float, int]:
@@ -279,24 +305,7 @@ def _find_replica(
             price = _price(state, bounds, rank, expert, dropped)
             if bounds.frugal:
                 relief = min((state.share[expert] - share - back) * slow, peak - goal)
-                for i in range(state.counts[expert]):
-                    o = state.ranks[expert, i]
-                    if o != top:
-                        relief += min(
-                            max(state.busy[o] - goal, 0.0),
-                            (state.share[expert] - share) * bounds.slowness[o],
-                        )
-                relief -= max(
-                    state.busy[rank] + (share - freed) * bounds.slowness[rank] - goal, 0.0
-                ) - max(state.busy[rank] - goal, 0.0)
-                if dropped >= 0:
-                    m = state.load[dropped] / (state.counts[dropped] - 1) - freed
-                    for i in range(state.counts[dropped]):
-                        o = state.ranks[dropped, i]
-                        if o != top and o != rank:
-                            relief -= max(state.busy[o] + m * bounds.slowness[o] - goal, 0.0) - max(
-                                state.busy[o] - goal, 0.0
-                            )
+                relief += _relieve_others(state, bounds, top, goal, expert, dropped, rank)
                 gain = max(relief, 0.0) + 0.05 * gain
             worth = gain / max(float(price), 0.25) if bounds.frugal else gain
             if worth <= best or _holds(state, rank, expert):
@@ -420,7 +429,7 @@ def _find(
 
 @kernel
 def _search_layer(state: _State, standing: IntArray, bounds: Bounds, log: Log, layer: int) -> None:
-    received = _start(state, bounds, standing)
+    received = _start(state, bounds, standing, bounds.leaving[layer])
     goal = bounds.goal[layer]
     change = np.full(WIDTH, -1, dtype=np.int64)
     looked, step = 0, 0

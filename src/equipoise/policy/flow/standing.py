@@ -9,7 +9,7 @@ import numpy as np
 
 from equipoise.policy.flow.bounds import Log
 from equipoise.policy.flow.budget import choose_points
-from equipoise.policy.flow.flat import count_pairs, pad
+from equipoise.policy.flow.flat import ROUNDING, count_pairs, pad
 from equipoise.policy.flow.fresh import plan_fresh
 from equipoise.policy.flow.matching import drop_doubles, keep_slots, match_ranks
 from equipoise.policy.flow.pairs import recount, tune_counts
@@ -59,8 +59,9 @@ def plan_from(problem: Problem, standing: IntArray) -> IntArray:
     fresh = plan_fresh(problem)
     named = _name_after(problem, standing, fresh)
     paths = _search_pairs(problem, standing, fresh) if problem.in_pairs else []
-    paths += _search(problem, standing)
-    points = _collect(problem, standing, named, paths)
+    may_leave = _allow_leaving(problem, standing, named)
+    paths += _search(problem, standing, may_leave)
+    points = _collect(problem, standing, named, paths, may_leave)
     budget, rank_budget, prices = _budgets(problem)
     chosen = choose_points(*points, prices, budget, rank_budget, problem.options.least_gain)
     table = standing.copy()
@@ -97,7 +98,20 @@ def _name_after(problem: Problem, standing: IntArray, fresh: IntArray) -> IntArr
     )
 
 
-def _search(problem: Problem, standing: IntArray) -> list[_Path]:
+def _allow_leaving(problem: Problem, standing: IntArray, named: IntArray) -> FloatArray | None:
+    """What may leave home in each layer, [L]: what does, and its part of what the options spare.
+
+    A layer that must be planned from nothing has what that plan needs. None unless relaxed.
+    """
+    if not problem.in_groups or problem.options.hierarchy == "strict":
+        return None
+    leaves = problem.leaving_share(standing, problem.find_homes(standing))
+    anew = problem.leaving_share(named, problem.find_homes(named))
+    leaves = np.where(problem.violates(standing), anew, leaves)
+    return np.asarray(leaves + max(problem.options.leaving - leaves.mean(), 0.0))
+
+
+def _search(problem: Problem, standing: IntArray, may_leave: FloatArray | None) -> list[_Path]:
     home = problem.find_homes(standing) if problem.in_groups else None
     start = standing.copy()
     drop_doubles(start, problem.topology.slots_per_rank)
@@ -108,6 +122,7 @@ def _search(problem: Problem, standing: IntArray) -> list[_Path]:
             frugal=True,
             max_steps=MAX_STEPS,
             home=home,
+            may_leave=may_leave,
         )
         log = improve(problem.load, start.copy(), standing, bounds)
         paths.append(_Path(start, log))
@@ -141,7 +156,13 @@ def _search_pairs(problem: Problem, standing: IntArray, fresh: IntArray) -> list
     return paths
 
 
-def _collect(problem: Problem, standing: IntArray, named: IntArray, paths: list[_Path]) -> _Points:
+def _collect(
+    problem: Problem,
+    standing: IntArray,
+    named: IntArray,
+    paths: list[_Path],
+    may_leave: FloatArray | None,
+) -> _Points:
     layers, ranks = standing.shape[0], problem.topology.num_ranks
     ideal = problem.ideal[:, None]
     broken = problem.violates(standing)
@@ -158,7 +179,11 @@ def _collect(problem: Problem, standing: IntArray, named: IntArray, paths: list[
         if problem.has_rank_budget:
             by_rank.append(receive_by_rank(standing, path.start, log, ranks, problem.num_experts))
     received.append(fresh_by_rank.sum(axis=1)[:, None])
-    balance.append(problem.balance(named)[:, None])
+    anew = problem.balance(named)
+    if may_leave is not None:
+        leaves = problem.leaving_share(named, problem.find_homes(named))
+        anew = np.where(leaves > may_leave * ROUNDING, -2.0, anew)
+    balance.append(anew[:, None])
     by_rank.append(fresh_by_rank[:, None])
     # Beyond the target nothing is worth a move, unless moves are free.
     enough = problem.options.target if problem.has_budget else 1.0
