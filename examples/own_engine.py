@@ -3,14 +3,13 @@
 import tempfile
 from datetime import timedelta
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import equipoise as eq
 
-RANKS, LAYERS, EXPERTS, TOP_K, HIDDEN, TOKENS, STEPS = 2, 2, 8, 2, 16, 64, 24
+RANKS, LAYERS, EXPERTS, TOP_K, HIDDEN, TOKENS, STEPS = 2, 2, 8, 2, 16, 64, 12
 CPU, TIMEOUT = torch.device("cpu"), timedelta(seconds=30)
 
 
@@ -25,11 +24,10 @@ def serve(rank: int, rendezvous: str) -> None:
     routers, experts = torch.randn(LAYERS, HIDDEN, EXPERTS), torch.randn(EXPERTS, HIDDEN, HIDDEN)
     hidden = torch.randn(TOKENS, HIDDEN) + 2 * torch.randn(HIDDEN)  # all look alike: a skewed load
 
-    # Per layer a list of [S, out, in]; and what the forward pass works with, derived from it.
     weights = [[experts[row]] for row in maps.slot_to_expert.view(LAYERS, RANKS, -1)[:, rank]]
-    packed = [layer[0].mT.contiguous() for layer in weights]
+    packed = [layer[0].mT.contiguous() for layer in weights]  # what the forward pass works with
 
-    def repack(layer: int, slots: np.ndarray) -> None:
+    def repack(layer, slots):
         packed[layer][slots] = weights[layer][0][slots].mT
 
     state = eq.EplbState(eq.EPLBConfig(step_interval=8), group, eq.get_policy("deepseek"))
@@ -47,6 +45,8 @@ def serve(rank: int, rendezvous: str) -> None:
             done = torch.einsum("ni,nio->no", sent.hidden_ND, packed[layer][sent.slot_N])
             outputs[step, layer] = dispatcher.combine(done, weight, sent)
         state.step()  # commits what has been moved beside the steps
+    while state.is_rebalancing:
+        state.step()
     did, change = state.stats().models["mine"], (outputs - outputs[0]).abs().max()
     print(
         f"rank {rank}: {did.moves} experts moved, balancedness {did.balancedness_before:.2f} -> "

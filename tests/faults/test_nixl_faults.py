@@ -7,6 +7,7 @@ import os
 import signal
 import time
 import weakref
+from datetime import timedelta
 
 import pytest
 import torch
@@ -154,9 +155,12 @@ def test_a_bystander_learns_of_a_failure_at_its_next_exchange(rank: Rank) -> Non
         with pytest.raises(TransferError, match="has failed in exchange 2"):
             communicator.execute()
         assert time.monotonic() - started < 5
+        rank.store.set("told", "yes")
     else:
         with pytest.raises(TransferError, match="rank 1 expects 0 tensors"):
             communicator.execute()
+        # A rank that has ended would be found gone, before anybody hears what it said.
+        rank.store.wait(["told"], timedelta(seconds=20))
 
 
 @processes(2, dies=(1,))
