@@ -66,7 +66,7 @@ def describe_error(rank: int, error: BaseException) -> Failure:
     if expected:
         text = " ".join(lines)
         # Errors of groups and wires name the rank already.
-        if not text.startswith((f"rank {rank} ", f"rank {rank}:")):
+        if not text.startswith(tuple(f"rank {rank}{mark}" for mark in " :,")):
             text = f"rank {rank}: {text}"
     else:
         # torch appends its C++ stack; the first line is what happened.

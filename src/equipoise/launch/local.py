@@ -68,7 +68,12 @@ def preload_ranks() -> None:
 
 
 def run_local(
-    spec: Spec, seats: Sequence[Seat], emit: Callable[[Any], None], *, job: str = ENGINE_JOB
+    spec: Spec,
+    seats: Sequence[Seat],
+    emit: Callable[[Any], None],
+    *,
+    job: str = ENGINE_JOB,
+    limit_s: float | None = None,
 ) -> None:
     """Run a job on processes of this machine, and return when all of them are done.
 
@@ -79,8 +84,11 @@ def run_local(
         seats: one per rank.
         emit: called here with each record of rank 0, in order.
         job: "module:function" that every rank calls with (spec, group, emit).
+        limit_s: how long all of it may take once the ranks were started; None for as long as it
+            takes.
     Collective: none; starts those who meet.
-    Raises: JobFailed, naming the rank that it began with.
+    Raises: JobFailed, naming the rank that it began with; TimeoutError if the limit passes and no
+        rank has said why.
     """
     preload_ranks()
     # Here, so that it loads while the forkserver does.
@@ -113,7 +121,7 @@ def run_local(
             with contextlib.suppress(BrokenPipeError):  # it has died, which shows below
                 report.send(spec)
         records_in.close()
-        _supervise(ranks, records, emit, spec.timeout_s)
+        _supervise(ranks, records, emit, spec.timeout_s, limit_s)
     finally:
         _stop([rank.process for rank in ranks])
         for connection in (records, *(rank.report for rank in ranks)):
@@ -128,16 +136,22 @@ def _run_rank(*arguments: object) -> None:
 
 
 def _supervise(
-    ranks: Sequence[_Rank], records: Connection, emit: Callable[[Any], None], timeout_s: float
+    ranks: Sequence[_Rank],
+    records: Connection,
+    emit: Callable[[Any], None],
+    timeout_s: float,
+    limit_s: float | None,
 ) -> None:
     """Pass records on until every rank is done, or one has failed."""
     running = {rank.report: rank for rank in ranks}
     sources: set[Connection] = {records, *running}
     failures: list[Failure] = []
-    # A job takes as long as it takes: ranks have their own deadlines, and an end of one shows.
-    deadline: float | None = None
+    # Without a limit a job takes as long as it takes: ranks have their own deadlines, and an end of
+    # one shows.
+    limit = float("inf") if limit_s is None else time.monotonic() + limit_s
+    deadline: float = limit
     while sources and not any(failure.cause is Cause.DIED for failure in failures):
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        left = None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
         ready = wait(sources, left)
         if not ready:
             break
@@ -157,9 +171,11 @@ def _supervise(
             if message is not None:
                 failures.append(message)
             elif rank.seat.rank == 0:
-                deadline = time.monotonic() + timeout_s
+                deadline = min(limit, time.monotonic() + timeout_s)
         if failures:
-            deadline = min(deadline or float("inf"), failures[0].at + GRACE_S)
+            deadline = min(deadline, failures[0].at + GRACE_S)
+    if not failures and running and time.monotonic() >= limit:
+        raise TimeoutError(f"not done within {limit_s:g} s")
     if not failures and running:
         failures = [_describe_straggler(rank, timeout_s) for rank in running.values()]
     if failures:

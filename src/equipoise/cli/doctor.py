@@ -1,0 +1,162 @@
+"""`equipoise doctor`: what works on this machine, and what is missing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from equipoise.cli.bench import JsonPath, check_json_path
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from equipoise.doctor.examination import Examination
+    from equipoise.doctor.machine import Machine
+    from equipoise.doctor.wires import WireReport
+
+_LINES_OF_OUTPUT = 3
+
+
+def doctor(
+    communicator: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Communicator that must work; may be repeated. By default all are tried, and the "
+            "one that auto picks must."
+        ),
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Longest that one trial may take, in s.")] = 20.0,
+    json_path: JsonPath = None,
+) -> None:
+    """Try every wire on this machine, and say what is missing.
+
+    Each wire carries experts between two processes: in CPU memory, and in that of two GPUs, or of
+    one that both share. Exit status: 0 if the wire that auto picks works, or every communicator
+    named; on a machine with GPUs, in their memory. 1 if not. 2 for wrong input.
+    """
+    check_json_path(json_path)
+    from rich.console import Console
+
+    from equipoise.doctor.examination import examine
+    from equipoise.report.files import write_atomically
+
+    to_stdout = str(json_path) == "-"
+    console = Console(stderr=to_stdout)
+    with console.status("looking at this machine") as status:
+        found = examine(tuple(dict.fromkeys(communicator or ())), timeout, status.update)
+    _show(console, found)
+    if to_stdout:
+        sys.stdout.write(found.to_json())
+    elif json_path is not None:
+        write_atomically(json_path, found.to_json())
+    if not found.is_well:
+        raise typer.Exit(1)
+
+
+def _show(console: Console, found: Examination) -> None:
+    table = _make_table("software and machine", "")
+    for name, value in (*_list_software(found), *_list_limits(found.machine)):
+        table.add_row(name, value)
+    console.print(table)
+    console.print()
+    table = _make_table("wire", "memory", "status", "GB/s")
+    for wire in found.wires:
+        speed = "-" if wire.gb_per_s is None else f"{wire.gb_per_s:.3g}"
+        table.add_row(_name(wire), _say_memory(wire), wire.status, speed)
+    console.print(table)
+    for line in (*_list_reasons(found), *(f"Advice: {text}" for text in found.advice)):
+        console.print(f"\n{line}", markup=False, highlight=False)
+    console.print(f"\n{found.verdict}", markup=False, highlight=False)
+
+
+def _make_table(*headings: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_header=len(headings) > 2)
+    for heading in headings:
+        table.add_column(heading, overflow="fold", justify="right" if "/" in heading else "left")
+    return table
+
+
+def _name(wire: WireReport) -> str:
+    return (
+        f"auto: {wire.chosen}" if wire.communicator == "auto" and wire.chosen else wire.communicator
+    )
+
+
+def _say_memory(wire: WireReport) -> str:
+    shared = len(wire.devices) == 2 and wire.devices[0] == wire.devices[1]
+    return "GPU, shared by both" if wire.memory == "GPU" and shared else wire.memory
+
+
+def _list_reasons(found: Examination) -> Iterator[str]:
+    """Why wires do not work, each reason once."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for wire in found.wires:
+        if wire.reason is not None:
+            names.setdefault((wire.reason, wire.memory), []).append(wire.communicator)
+    for (reason, memory), whose in names.items():
+        yield f"{', '.join(whose)} in {memory} memory: {reason}"
+    for wire in found.wires:
+        if wire.status in ("fails", "hangs") and wire.output:
+            lines = wire.output.splitlines()[-_LINES_OF_OUTPUT:]
+            yield "\n  ".join((f"{wire.communicator} in {wire.memory} memory printed:", *lines))
+
+
+def _list_software(found: Examination) -> Iterator[tuple[str, str]]:
+    import platform
+
+    packages = found.packages
+    gpus, ucx = found.gpus, found.nixl.ucx
+    yield "Equipoise", f"{packages['equipoise']}, Python {platform.python_version()}"
+    yield "torch", f"{packages['torch']}, {_say_cuda()}"
+    driver = f"{gpus.driver}, up to CUDA {gpus.driver_cuda}" if gpus.driver else "none"
+    yield "NVIDIA driver", driver
+    bindings = packages["nccl4py"]
+    yield "NCCL", f"{gpus.nccl or 'none in torch'}, nccl4py {bindings or 'not installed'}"
+    builds = [f"{k} {v}" for k, v in packages.items() if v and k.startswith(("nixl", "rixl"))]
+    yield "NIXL", ", ".join(builds) or "not installed"
+    yield "UCX", f"{ucx.version}: {', '.join(ucx.transports)}" if ucx else "not asked, see below"
+    for number, gpu in enumerate(gpus.gpus):
+        peers = ", ".join(map(str, gpu.peers))
+        free = f"{_gib(gpu.free_bytes)} of {_gib(gpu.total_bytes)} free"
+        yield (
+            f"GPU {number}",
+            f"{gpu.name}, {free}; reaches {f'GPU {peers}' if peers else 'no other'}",
+        )
+
+
+def _say_cuda() -> str:
+    import torch
+
+    if torch.version.hip:
+        return f"ROCm {torch.version.hip}"
+    return f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+
+
+def _list_limits(machine: Machine) -> Iterator[tuple[str, str]]:
+    from equipoise.doctor.machine import SHARED_MEMORY
+
+    free = f"{_gib(machine.free_memory_bytes)} of {_gib(machine.memory_bytes)} free"
+    yield "machine", f"{machine.cores} cores, memory {free}"
+    yield (
+        "shared memory",
+        f"{SHARED_MEMORY}: {_gib(machine.free_shm_bytes)} of {_gib(machine.shm_bytes)} free",
+    )
+    most = machine.most_locked_bytes
+    limit = "no limit" if machine.locked_bytes is None else f"{machine.locked_bytes >> 10:,} KiB"
+    hard = "no limit" if most is None else f"{most >> 10:,} KiB"
+    yield "locked memory", f"{limit}, may be raised to {hard}" if limit != hard else limit
+    reserved = machine.reserved_huge_pages
+    pages = f"; {reserved[0]} reserved, {reserved[1]} of them free" if reserved else ""
+    yield "huge pages", f"{machine.huge_pages or 'not known'}{pages}"
+    settings = [f"{name}={value}" for name, value in machine.settings.items()]
+    yield "environment", " ".join(settings) or "nothing set that wires look at"
+
+
+def _gib(num_bytes: int | None) -> str:
+    return "unknown" if num_bytes is None else f"{num_bytes / (1 << 30):.1f} GiB"

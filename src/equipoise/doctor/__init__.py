@@ -1,0 +1,1 @@
+"""What works on this machine, tried for real, and what is missing."""
