@@ -58,15 +58,14 @@ def doctor(
 
 
 def _show(console: Console, found: Examination) -> None:
-    table = _make_table("software and machine", "")
+    table = _make_table()
     for name, value in (*_list_software(found), *_list_limits(found.machine)):
         table.add_row(name, value)
     console.print(table)
     console.print()
-    table = _make_table("wire", "memory", "status", "GB/s")
-    for wire in found.wires:
-        speed = "-" if wire.gb_per_s is None else f"{wire.gb_per_s:.3g}"
-        table.add_row(_name(wire), _say_memory(wire), wire.status, speed)
+    table = _make_table("wire", "CPU memory", "GPU memory")
+    for in_cpu, in_gpu in zip(found.wires[::2], found.wires[1::2], strict=True):
+        table.add_row(in_cpu.communicator, _say_outcome(in_cpu), _say_outcome(in_gpu))
     console.print(table)
     for line in (*_list_reasons(found), *(f"Advice: {text}" for text in found.advice)):
         console.print(f"\n{line}", markup=False, highlight=False)
@@ -76,21 +75,21 @@ def _show(console: Console, found: Examination) -> None:
 def _make_table(*headings: str) -> Table:
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, show_header=len(headings) > 2)
-    for heading in headings:
-        table.add_column(heading, overflow="fold", justify="right" if "/" in heading else "left")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=bool(headings))
+    for heading in headings or ("name", "value"):
+        table.add_column(heading, overflow="fold")
     return table
 
 
-def _name(wire: WireReport) -> str:
-    return (
-        f"auto: {wire.chosen}" if wire.communicator == "auto" and wire.chosen else wire.communicator
-    )
-
-
-def _say_memory(wire: WireReport) -> str:
-    shared = len(wire.devices) == 2 and wire.devices[0] == wire.devices[1]
-    return "GPU, shared by both" if wire.memory == "GPU" and shared else wire.memory
+def _say_outcome(wire: WireReport) -> str:
+    said: list[str] = [wire.status]
+    if wire.gb_per_s is not None:
+        said.append(f"{wire.gb_per_s:.3g} GB/s")
+    if wire.communicator == "auto" and wire.chosen:
+        said.append(f"by {wire.chosen}")
+    if wire.memory == "GPU" and len(wire.devices) > len(set(wire.devices)):
+        said.append("both on one GPU")
+    return ", ".join(said)
 
 
 def _list_reasons(found: Examination) -> Iterator[str]:

@@ -44,6 +44,7 @@ def give_advice(machine: Machine, gpus: GpuReport, nixl: NixlReport) -> tuple[st
     return (
         *_advise_on_limits(machine),
         *_advise_on_nixl(machine, gpus, nixl),
+        *_advise_on_nccl(gpus),
         *_advise_on_peers(gpus),
     )
 
@@ -78,6 +79,14 @@ def _advise_on_nixl(machine: Machine, gpus: GpuReport, nixl: NixlReport) -> Iter
         yield (
             "UCX lists no cuda_ipc, by which nixl reads the memory of another process's GPU: "
             "unset UCX_TLS, or add cuda_ipc and cuda_copy to it"
+        )
+
+
+def _advise_on_nccl(gpus: GpuReport) -> Iterator[str]:
+    if gpus.nccl4py_problem:
+        yield (
+            f"pynccl needs nccl4py, which cannot be imported ({gpus.nccl4py_problem}): "
+            "pip install 'equipoise[nccl]'"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -64,6 +65,7 @@ class GpuReport:
         driver: version of NVIDIA's driver, None where there is none.
         driver_cuda: newest CUDA version that it serves, None where there is none.
         nccl: version that torch has, None where it has none.
+        nccl4py_problem: why nccl4py cannot be imported; None if it can, or there are no GPUs.
         is_broken: it gave no answer, or there is a driver with which it does not start.
         problem: why there are no GPUs, as CUDA says; None if it does not say.
     """
@@ -72,6 +74,7 @@ class GpuReport:
     driver: str | None = None
     driver_cuda: str | None = None
     nccl: str | None = None
+    nccl4py_problem: str | None = None
     is_broken: bool = False
     problem: str | None = None
 
@@ -118,7 +121,8 @@ def ask_cuda(spec: ProbeSpec, group: RankGroup, emit: Callable[[GpuReport], None
         except RuntimeError as error:
             problem = str(error).partition("\n")[0]
     is_broken = problem is not None and driver is not None
-    emit(GpuReport(gpus, driver, driver_cuda, _find_nccl(), is_broken, problem))
+    nccl4py_problem = _try_nccl4py() if gpus else None
+    emit(GpuReport(gpus, driver, driver_cuda, _find_nccl(), nccl4py_problem, is_broken, problem))
 
 
 def ask_nixl(spec: ProbeSpec, group: RankGroup, emit: Callable[[NixlReport], None]) -> None:
@@ -193,3 +197,11 @@ def _find_nccl() -> str | None:
     except AttributeError:  # a build without it
         return None
     return ".".join(map(str, version))
+
+
+def _try_nccl4py() -> str | None:
+    try:
+        importlib.import_module("nccl.core")
+    except (ImportError, OSError, RuntimeError) as error:
+        return str(error)
+    return None

@@ -17,9 +17,6 @@ from equipoise.launch.seats import assign_local_seats
 Memory = Literal["CPU", "GPU"]
 Status = Literal["works", "unavailable", "fails", "hangs", "not tried"]
 
-NEED_TWO_GPUS = ("pynccl", "torch_nccl")
-"""NCCL refuses two ranks on one GPU."""
-
 _JOB = "equipoise.doctor.trial:try_wire"
 _NUM_BYTES: dict[Memory, int] = {"CPU": 64 << 20, "GPU": 256 << 20}
 _NUM_ROUNDS = 5
@@ -101,9 +98,6 @@ def try_wires(
         reports.append(_try(name, "CPU", timeout_s))
         if not num_gpus:
             reports.append(WireReport(name, "GPU", (), "not tried", no_gpu))
-        elif num_gpus < 2 and name in NEED_TWO_GPUS:
-            reason = f"{name} needs two GPUs, as NCCL refuses two ranks on one: there is one here"
-            reports.append(WireReport(name, "GPU", (), "not tried", reason))
         else:
             on_trial(name, "GPU")
             reports.append(_try(name, "GPU", timeout_s))
