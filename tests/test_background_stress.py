@@ -150,7 +150,7 @@ def rebalance_many_times(rank: Rank, wire: str, seed: int, num_rebalances: int) 
             word = torch.frombuffer(bytearray(history.digest()), dtype=torch.int64)
             told = dawdling.group.all_gather(word)
             assert len({int(theirs) for theirs in told}) == 1, "placements differ at one count"
-        if done >= WARM and warm is None:
+        if done >= min(WARM, num_rebalances // 2) and warm is None:
             warm = read_footprint()
     now = read_footprint()
     if rank.rank == 0:
@@ -174,3 +174,11 @@ def rebalance_many_times(rank: Rank, wire: str, seed: int, num_rebalances: int) 
 def test_every_slot_is_right_after_every_commit(rank: Rank, interval_s: float) -> None:
     sys.setswitchinterval(interval_s)
     rebalance_many_times(rank, "torch_gloo", int(interval_s < 1e-3), NUM_REBALANCES // 2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60 + NUM_REBALANCES)
+@processes(4, timeout_s=50.0 + NUM_REBALANCES)
+def test_every_slot_is_right_over_nixl(rank: Rank) -> None:
+    sys.setswitchinterval(1e-6)
+    rebalance_many_times(rank, "nixl", 2, NUM_REBALANCES // 5)

@@ -41,7 +41,7 @@ class Background:
         self._config = config
         self._policy = policy
         timeout_s = group.timeout.total_seconds()
-        self._handover = Handover(group.decide, timeout_s)
+        self._handover = Handover(self._ask_store, timeout_s)
         self._worker: EplbWorker | None = None
         self._models: tuple[EplbModelState, ...] = ()
         self._number = 0
@@ -135,6 +135,9 @@ class Background:
                 self._commit(chunk, 0)
         self.group.close()
         return has_ended
+
+    def _ask_store(self, question: str, proposal: str) -> str:
+        return self.group.decide(proposal, question)
 
     def _commit(self, chunk: Chunk, step: int) -> list[RebalanceOutcome]:
         started = time.perf_counter()
