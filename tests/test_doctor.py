@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -137,7 +139,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     mark = uuid.uuid4().hex
     path = folder / "found.json"
     done = run_python(
-        *("-m", "equipoise", "doctor", "--timeout", "6", "--json", str(path)),
+        *("-m", "equipoise", "doctor", "--timeout", "10", "--json", str(path)),
         PYTHONPATH=f"{folder}{os.pathsep}{ROOT / 'src'}",
         EQUIPOISE_TEST_MARK=mark,
     )
@@ -183,7 +185,7 @@ def test_all_wires_there_are_get_a_row_and_a_status(seen: Seen) -> None:
     ("name", "status", "reason"),
     [
         ("raises", "fails", "rank 0 failed: RuntimeError: no link on adapter 7"),
-        ("hangs", "hangs", "no answer within 6 s, while experts travel"),
+        ("hangs", "hangs", "no answer within 10 s, while experts travel"),
         ("refuses", "unavailable", "refuses needs an adapter: buy one"),
         ("lies", "fails", "rank 0, lies: experts of rank 1 arrived with wrong bytes"),
         (
@@ -378,3 +380,24 @@ def test_this_machine_reads_its_own_limits() -> None:
     words = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if words.exists():
         assert f"[{machine.huge_pages}]" in words.read_text()
+
+
+def list_literals() -> list[str]:
+    """Every piece of text in the source that is written in one go."""
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "src").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    return [node.value for node in nodes if isinstance(node.value, str)]
+
+
+def test_the_errors_that_the_documents_explain_are_those_that_wires_raise() -> None:
+    text = (ROOT / "docs" / "expert_parallel_deployment.md").read_text()
+    errors = text.partition("## Errors")[2]
+    quoted = re.findall(r"^(?:\| |- )`([^`]+)`", errors, re.MULTILINE)
+    assert len(quoted) > 20
+    literals = "\0".join(re.sub(r"%[ds]", "\0", literal) for literal in list_literals())
+    for quote in quoted:
+        # What is shorter than a word or two may stand anywhere.
+        parts = [part for part in quote.split("…") if len(part) > 8]
+        assert parts, quote
+        for part in parts:
+            assert part.strip(" ,;:") in literals, (quote, part)

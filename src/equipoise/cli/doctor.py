@@ -101,7 +101,7 @@ def _list_reasons(found: Examination) -> Iterator[str]:
     for (reason, memory), whose in names.items():
         yield f"{', '.join(whose)} in {memory} memory: {reason}"
     for wire in found.wires:
-        if wire.status in ("fails", "hangs") and wire.output:
+        if wire.reason is not None and wire.output:
             lines = wire.output.splitlines()[-_LINES_OF_OUTPUT:]
             yield "\n  ".join((f"{wire.communicator} in {wire.memory} memory printed:", *lines))
 

@@ -18,7 +18,7 @@ Memory = Literal["CPU", "GPU"]
 Status = Literal["works", "unavailable", "fails", "hangs", "not tried"]
 
 _JOB = "equipoise.doctor.trial:try_wire"
-_NUM_BYTES: dict[Memory, int] = {"CPU": 64 << 20, "GPU": 256 << 20}
+_NUM_BYTES: dict[Memory, int] = {"CPU": 32 << 20, "GPU": 256 << 20}
 _NUM_ROUNDS = 5
 _OUTPUT_CHARACTERS = 4000
 
