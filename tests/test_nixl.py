@@ -25,8 +25,8 @@ from equipoise.comm.nixl import NixlEplbCommunicator
 from equipoise.comm.nixl.agent import Read
 from equipoise.comm.nixl.messages import Done, Failed, Message, Offer, Ping, decode, encode
 from equipoise.comm.nixl.pool import SendPool, plan_offers
-from equipoise.comm.nixl.spans import Regions, Spans, align, span_of
-from equipoise.comm.queued import SlotRows, WholeTensor
+from equipoise.comm.parcels import ExpertRows, WeightTable, WholeTensor
+from equipoise.comm.spans import Regions, Spans, align, span_of
 from tests.ranks import Rank, processes
 
 CPU = torch.device("cpu")
@@ -105,7 +105,7 @@ def test_offers_stage_only_what_is_not_registered_and_at_most_a_piece_each() -> 
     pool = SendPool(num_bytes=40, num_pieces=4, device=CPU)
     outgoing = [
         WholeTensor(loose[0]),
-        SlotRows(weights, np.array([4, 0])),
+        ExpertRows(WeightTable([[weights]]), np.array([0, 0]), np.array([4, 0])),
         WholeTensor(loose[1]),
         WholeTensor(weights[2]),
         WholeTensor(loose[2]),
@@ -125,7 +125,7 @@ def test_offers_stage_only_what_is_not_registered_and_at_most_a_piece_each() -> 
 
 def make(rank: Rank, **options: int) -> NixlEplbCommunicator:
     group = rank.make_group(generation=options.pop("generation", 0), timeout_s=20)
-    return NixlEplbCommunicator(group.cpu_group, (), 20.0, **options)
+    return NixlEplbCommunicator(group, (), 20.0, **options)
 
 
 def swap(communicator: NixlEplbCommunicator, rank: Rank, sizes: list[int], seed: int) -> bool:
@@ -170,7 +170,7 @@ def test_many_generations_leave_no_thread_and_no_file_open(rank: Rank) -> None:
     group = rank.make_group(timeout_s=20)
     after_first = None
     for step in range(6):
-        communicator = NixlEplbCommunicator(group.cpu_group, (), 20.0)
+        communicator = NixlEplbCommunicator(group, (), 20.0)
         assert swap(communicator, rank, [100], seed=step)
         communicator.close()
         group.barrier()
@@ -184,7 +184,7 @@ def test_many_generations_leave_no_thread_and_no_file_open(rank: Rank) -> None:
 def test_weights_are_read_in_place_and_landed_in_registered_memory(rank: Rank) -> None:
     weights = [[noise(4 * 6, rank.rank).view(4, 6)], [noise(4 * 8, 2 + rank.rank).view(4, 8)]]
     group = rank.make_group(timeout_s=20)
-    communicator = NixlEplbCommunicator(group.cpu_group, weights, 20.0)
+    communicator = NixlEplbCommunicator(group, weights, 20.0)
     assert communicator._wire is not None
     pool = communicator._wire.pool.data.fill_(7)
     other = 1 - rank.rank

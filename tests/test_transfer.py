@@ -153,7 +153,7 @@ def test_a_profile_pass_changes_nothing_and_takes_the_buffers(rank: Rank, num_ra
     topology = Topology(num_ranks, 4)
     old = place_in_order(3, 3, topology)
     weights = SHAPES.weights(old, rank.rank)
-    communicator = TorchDistGlooStagedEplbCommunicator(group.cpu_group, weights, 20.0)
+    communicator = TorchDistGlooStagedEplbCommunicator(group, weights, 20.0)
     stats = rearrange_expert_weights_inplace(
         old,
         old,
@@ -186,7 +186,7 @@ def test_damage_is_found_before_it_is_committed(rank: Rank, verify: str) -> None
     old = place_in_order(3, 6, topology)
     new = Placement(np.array([[1, 0, 2, 5, 4, 3]] * 3), 6, topology)
     weights = SHAPES.weights(old, rank.rank)
-    communicator = Damaging(group.cpu_group, weights, 20.0)
+    communicator = Damaging(group, weights, 20.0)
     committed: list[IntArray] = []
 
     def run() -> None:

@@ -13,18 +13,39 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from equipoise.comm.base import EplbCommunicator, ExpertWeights
 from equipoise.comm.memory import MemoryEplbCommunicator, MemoryFabric
 from equipoise.comm.registry import create_eplb_communicator
 from tests.ranks import Rank, run_ranks
 
-BACKENDS = ("memory", "torch_gloo", "nixl")
+BACKENDS = (
+    "memory",
+    "torch_gloo",
+    "nixl",
+    pytest.param("torch_gloo on cuda", marks=pytest.mark.gpu),
+    pytest.param("nixl on cuda", marks=pytest.mark.gpu),
+    pytest.param("torch_nccl on cuda", marks=pytest.mark.multi_gpu),
+    pytest.param("pynccl on cuda", marks=pytest.mark.multi_gpu),
+)
 """Every backend that has to pass; all but "memory" by its name in the registry."""
 
 PATIENCE_S = 20.0
 """Longest wait for another rank in tests in which none is missing."""
+
+
+def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    """Random bytes as a tensor; for bool, random truth."""
+    generator = torch.Generator().manual_seed(seed)
+    if dtype == torch.bool:
+        return torch.randint(0, 2, shape, generator=generator).bool()
+    width = torch.empty(0, dtype=dtype).element_size()
+    count = int(np.prod(shape)) * width
+    data = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
+    return data.view(dtype).view(shape)
 
 
 class World(ABC):
@@ -32,6 +53,15 @@ class World(ABC):
 
     rank: int
     size: int
+    device = torch.device("cpu")
+
+    def zeros(self, *shape: Any, **options: Any) -> torch.Tensor:
+        """A tensor where the weights are."""
+        return torch.zeros(*shape, **{"device": self.device, **options})
+
+    def noise(self, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+        """Random bytes where the weights are; for bool, random truth."""
+        return noise(*shape, dtype=dtype, seed=seed).to(self.device)
 
     @abstractmethod
     def make(
@@ -58,7 +88,11 @@ class World(ABC):
 
 class ProcessWorld(World):
     def __init__(self, rank: Rank, backend: str) -> None:
-        self.rank, self.size, self._rank, self._backend = rank.rank, rank.size, rank, backend
+        self._backend, _, on_cuda = backend.partition(" on ")
+        self.rank, self.size, self._rank = rank.rank, rank.size, rank
+        if on_cuda:
+            self.device = torch.device("cuda", rank.rank % torch.cuda.device_count())
+            torch.cuda.set_device(self.device)
 
     def make(
         self,
@@ -67,7 +101,12 @@ class ProcessWorld(World):
         timeout_s: float = PATIENCE_S,
         generation: int = 0,
     ) -> EplbCommunicator:
-        group = self._rank.make_group(generation=generation, timeout_s=timeout_s)
+        group = self._rank.make_group(
+            generation=generation,
+            timeout_s=timeout_s,
+            device=self.device.type,
+            device_group="nccl" if self._backend == "torch_nccl" else "gloo",
+        )
         return create_eplb_communicator(group, self._backend, expert_weights)
 
     def die(self) -> None:
@@ -141,6 +180,8 @@ def on_ranks(
             if backend == "memory":
                 _run_threads(body, num_ranks, arguments, dies)
             else:
+                if "nccl" in backend and torch.cuda.device_count() < num_ranks:
+                    pytest.skip(f"needs {num_ranks} CUDA devices")
                 target = (body.__module__, body.__qualname__)
                 packed = {"target": target, "backend": backend, "arguments": arguments}
                 run_ranks(_enter_process, num_ranks, tmp_path, packed, frozenset(dies))

@@ -29,17 +29,6 @@ DTYPES = (
 )
 
 
-def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    """Random bytes as a tensor; for bool, random truth."""
-    generator = torch.Generator().manual_seed(seed)
-    if dtype == torch.bool:
-        return torch.randint(0, 2, shape, generator=generator).bool()
-    width = torch.empty(0, dtype=dtype).element_size()
-    count = int(np.prod(shape)) * width
-    data = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
-    return data.view(dtype).view(shape)
-
-
 def same_bytes(got: torch.Tensor, expected: torch.Tensor) -> bool:
     return got.shape == expected.shape and torch.equal(
         view_bytes(got), view_bytes(expected.contiguous())
@@ -58,14 +47,16 @@ def test_the_kth_send_meets_the_kth_receive(world: World) -> None:
     landed = {}
     for k in range(4):
         for peer in peers:
-            communicator.add_send(noise(k + 1, 5, seed=100 * world.rank + 10 * peer + k), peer)
+            communicator.add_send(
+                world.noise(k + 1, 5, seed=100 * world.rank + 10 * peer + k), peer
+            )
     for peer in reversed(peers):
         for k in range(4):
-            landed[peer, k] = torch.zeros(k + 1, 5)
+            landed[peer, k] = world.zeros(k + 1, 5)
             communicator.add_recv(landed[peer, k], peer)
     communicator.execute()
     for (peer, k), got in landed.items():
-        assert same_bytes(got, noise(k + 1, 5, seed=100 * peer + 10 * world.rank + k))
+        assert same_bytes(got, world.noise(k + 1, 5, seed=100 * peer + 10 * world.rank + k))
 
 
 @on_ranks(2)
@@ -74,8 +65,8 @@ def test_every_dtype_and_shape_travels(world: World) -> None:
     sent, landed = [], []
     for index, dtype in enumerate(DTYPES):
         for shape in ((3, 5), (), (0, 4), (1,)):
-            sent.append(noise(*shape, dtype=dtype, seed=index))
-            landed.append(torch.zeros(shape, dtype=dtype))
+            sent.append(world.noise(*shape, dtype=dtype, seed=index))
+            landed.append(world.zeros(shape, dtype=dtype))
     for tensor in sent if world.rank == 0 else landed:
         if world.rank == 0:
             communicator.add_send(tensor, 1)
@@ -94,8 +85,8 @@ def test_every_dtype_and_shape_travels(world: World) -> None:
 def test_any_number_and_size(world: World, count: int, num_bytes: int) -> None:
     communicator = world.make()
     other = 1 - world.rank
-    sent = [noise(num_bytes, dtype=torch.uint8, seed=k) for k in range(count)]
-    landed = [torch.zeros(num_bytes, dtype=torch.uint8) for _ in range(count)]
+    sent = [world.noise(num_bytes, dtype=torch.uint8, seed=k) for k in range(count)]
+    landed = [world.zeros(num_bytes, dtype=torch.uint8) for _ in range(count)]
     for tensor, into in zip(sent, landed, strict=True):
         communicator.add_send(tensor, other)
         communicator.add_recv(into, other)
@@ -106,15 +97,15 @@ def test_any_number_and_size(world: World, count: int, num_bytes: int) -> None:
 @on_ranks(2)
 def test_strided_sends_travel_and_strided_receives_are_refused(world: World) -> None:
     communicator = world.make()
-    whole = noise(6, 8)
+    whole = world.noise(6, 8)
     views = [whole.t(), whole[::2], whole[:, 1:3]]
-    landed = [torch.zeros(view.shape) for view in views]
+    landed = [world.zeros(view.shape) for view in views]
     if world.rank == 0:
         for view in views:
             communicator.add_send(view, 1)
     else:
         with pytest.raises(ValueError, match=r"contiguous tensor, got shape \[8, 6\]"):
-            communicator.add_recv(torch.zeros(6, 8).t(), 0)
+            communicator.add_recv(world.zeros(6, 8).t(), 0)
         for into in landed:
             communicator.add_recv(into, 0)
     communicator.execute()
@@ -126,22 +117,22 @@ def test_strided_sends_travel_and_strided_receives_are_refused(world: World) -> 
 @on_ranks(3)
 def test_empty_and_one_sided_exchanges_and_many_rounds(world: World) -> None:
     communicator = world.make()
-    into = torch.zeros(33)
+    into = world.zeros(33)
     for step in range(40):
         # In every third round only ranks 0 and 1 have something, one way.
         if step % 3 and world.rank == 0:
-            communicator.add_send(noise(33, seed=step), 1)
+            communicator.add_send(world.noise(33, seed=step), 1)
         if step % 3 and world.rank == 1:
             communicator.add_recv(into, 0)
         communicator.execute()
         if step % 3 and world.rank == 1:
-            assert same_bytes(into, noise(33, seed=step))
+            assert same_bytes(into, world.noise(33, seed=step))
 
 
 @on_ranks(2)
 def test_a_sent_tensor_is_free_and_a_received_one_complete_on_return(world: World) -> None:
     communicator = world.make()
-    buffer = torch.zeros(100_000, dtype=torch.int64)
+    buffer = world.zeros(100_000, dtype=torch.int64)
     for step in range(5):
         if world.rank == 0:
             buffer.fill_(step)
@@ -154,14 +145,14 @@ def test_a_sent_tensor_is_free_and_a_received_one_complete_on_return(world: Worl
         buffer.fill_(-2)
 
 
-def weights_of(rank: int) -> list[list[torch.Tensor]]:
+def weights_of(world: World, rank: int) -> list[list[torch.Tensor]]:
     return [
         [
-            noise(4, 3, 5, seed=10 * rank),
-            noise(4, 2, dtype=torch.float8_e4m3fn, seed=10 * rank + 1),
+            world.noise(4, 3, 5, seed=10 * rank),
+            world.noise(4, 2, dtype=torch.float8_e4m3fn, seed=10 * rank + 1),
         ],
-        [noise(4, 7, dtype=torch.bool, seed=10 * rank + 2)],
-        [noise(4, 0), noise(4, dtype=torch.int8, seed=10 * rank + 3)],
+        [world.noise(4, 7, dtype=torch.bool, seed=10 * rank + 2)],
+        [world.noise(4, 0), world.noise(4, dtype=torch.int8, seed=10 * rank + 3)],
     ]
 
 
@@ -172,7 +163,7 @@ def queue_ring(communicator: EplbCommunicator, world: World) -> torch.Tensor:
     sends = [(after, *send) for send in to_next] + [(second, 1, 0)]
     sends.sort(key=lambda send: send[:2])
     receives = sorted([(second, 0)] * 2 + [(second, 1)] + [(second, 2)] * 3 + [(after, 1)])
-    into = torch.zeros(2 * 62 + 7 + 3 + 7 + 5, dtype=torch.uint8)
+    into = world.zeros(2 * 62 + 7 + 3 + 7 + 5, dtype=torch.uint8)
     send = np.array(sends)
     recv = np.array(receives)
     moves = ExpertMoves(send[:, 0], send[:, 1], send[:, 2], recv[:, 0], recv[:, 1], into)
@@ -183,7 +174,7 @@ def queue_ring(communicator: EplbCommunicator, world: World) -> torch.Tensor:
 def expect_ring(world: World) -> torch.Tensor:
     parts = {}
     for peer in range(3):
-        weights = weights_of(peer)
+        weights = weights_of(world, peer)
         if (peer + 1) % 3 == world.rank:
             rows = [weights[0][0][[3, 1]], weights[0][1].view(torch.uint8)[[3, 1]]]
             rows += [weights[1][0][[2]], weights[2][1][[0, 2, 3]]]
@@ -195,7 +186,7 @@ def expect_ring(world: World) -> torch.Tensor:
 
 @on_ranks(3)
 def test_moves_land_by_rank_layer_tensor_and_row(world: World) -> None:
-    communicator = world.make(weights_of(world.rank))
+    communicator = world.make(weights_of(world, world.rank))
     for _ in range(3):
         into = queue_ring(communicator, world)
         communicator.execute()
@@ -206,36 +197,36 @@ def test_moves_land_by_rank_layer_tensor_and_row(world: World) -> None:
 
 @on_ranks(3)
 def test_moves_and_tensors_mix_in_one_exchange(world: World) -> None:
-    communicator = world.make(weights_of(world.rank))
+    communicator = world.make(weights_of(world, world.rank))
     after, before = (world.rank + 1) % 3, (world.rank + 2) % 3
-    first, last = torch.zeros(9), torch.zeros(11)
-    communicator.add_send(noise(9, seed=world.rank), after)
+    first, last = world.zeros(9), world.zeros(11)
+    communicator.add_send(world.noise(9, seed=world.rank), after)
     communicator.add_recv(first, before)
     into = queue_ring(communicator, world)
-    communicator.add_send(noise(11, seed=50 + world.rank), after)
+    communicator.add_send(world.noise(11, seed=50 + world.rank), after)
     communicator.add_recv(last, before)
     communicator.execute()
     expected = expect_ring(world)
     assert torch.equal(into[: len(expected)], expected)
-    assert same_bytes(first, noise(9, seed=before))
-    assert same_bytes(last, noise(11, seed=50 + before))
+    assert same_bytes(first, world.noise(9, seed=before))
+    assert same_bytes(last, world.noise(11, seed=50 + before))
 
 
 @on_ranks(2)
 def test_what_cannot_be_is_refused_and_changes_nothing(world: World) -> None:
-    communicator = world.make(weights_of(world.rank))
+    communicator = world.make(weights_of(world, world.rank))
     other = 1 - world.rank
-    tensor = torch.zeros(2)
+    tensor = world.zeros(2)
     for add in (communicator.add_send, communicator.add_recv):
         with pytest.raises(ValueError, match=f"rank {world.rank} cannot .* itself"):
             add(tensor, world.rank)
         for outside in (-1, 2):
             with pytest.raises(ValueError, match=f"rank {outside}: ranks are 0 to 1"):
                 add(tensor, outside)
-        with pytest.raises(ValueError, match="works on cpu, got a tensor on meta"):
-            add(torch.zeros(2, device="meta"), other)
+        with pytest.raises(ValueError, match=f"works on {world.device}, got a tensor on meta"):
+            add(world.zeros(2, device="meta"), other)
     one = np.ones(1, dtype=np.int64)
-    room = torch.zeros(62, dtype=torch.uint8)
+    room = world.zeros(62, dtype=torch.uint8)
     for fields, complaint in (
         ({"send_rank": one * world.rank, "send_layer": one, "send_slot": one}, "itself"),
         ({"send_rank": one * other, "send_layer": one * 3, "send_slot": one}, "no layer 3"),
@@ -261,18 +252,18 @@ def test_a_single_rank_has_nobody_to_talk_to(world: World) -> None:
     communicator = world.make()
     communicator.execute()
     with pytest.raises(ValueError, match="itself"):
-        communicator.add_send(torch.zeros(1), 0)
+        communicator.add_send(world.zeros(1), 0)
 
 
 @on_ranks(1)
 def test_weights_that_cannot_be_moved_are_refused(world: World) -> None:
-    whole = torch.zeros(4, 6)
+    whole = world.zeros(4, 6)
     for weights, complaint in (
-        ([[torch.zeros(2, 2)], []], "empty expert weights: layer 1 has no tensors"),
-        ([[torch.zeros(2, 2)], [torch.zeros(3, 2)]], "layer 1, tensor 0 has 3 slots"),
-        ([[torch.zeros(2, 2).t()]], "layer 0, tensor 0 is not contiguous"),
-        ([[torch.tensor(1.0)]], "layer 0, tensor 0 is a scalar"),
-        ([[torch.zeros(2, 2), torch.zeros(2, 2, device="meta")]], "tensor 1 is on meta"),
+        ([[world.zeros(2, 2)], []], "empty expert weights: layer 1 has no tensors"),
+        ([[world.zeros(2, 2)], [world.zeros(3, 2)]], "layer 1, tensor 0 has 3 slots"),
+        ([[world.zeros(2, 2).t()]], "layer 0, tensor 0 is not contiguous"),
+        ([[world.zeros(())]], "layer 0, tensor 0 is a scalar"),
+        ([[world.zeros(2, 2), world.zeros(2, 2, device="meta")]], "tensor 1 is on meta"),
         ([[whole[:2], whole[1:3]]], "layer 0, tensor 0 and layer 0, tensor 1 use the same memory"),
     ):
         with pytest.raises(PlacementError, match=complaint):
@@ -303,19 +294,19 @@ def test_a_mismatch_is_named_on_both_sides_and_concerns_nobody_else(
 ) -> None:
     sent, expected, complaint = MISMATCHES[case]
     communicator = world.make()
-    landed = [torch.zeros(size, dtype=torch.uint8) for size in expected]
-    bystander = torch.zeros(5)
+    landed = [world.zeros(size, dtype=torch.uint8) for size in expected]
+    bystander = world.zeros(5)
     if world.rank == 0:
         for size in sent:
-            communicator.add_send(noise(size, dtype=torch.uint8), 1)
+            communicator.add_send(world.noise(size, dtype=torch.uint8), 1)
     if world.rank == 1:
         for into in landed:
             communicator.add_recv(into, 0)
-        communicator.add_send(noise(5), 2)
+        communicator.add_send(world.noise(5), 2)
     if world.rank == 2:
         communicator.add_recv(bystander, 1)
         communicator.execute()
-        assert same_bytes(bystander, noise(5))
+        assert same_bytes(bystander, world.noise(5))
         return
     with pytest.raises(TransferError, match=rf"rank 0 {complaint}") as caught:
         communicator.execute()
@@ -330,7 +321,7 @@ def test_a_dead_peer_is_named_at_once(world: World) -> None:
     if world.rank == 1:
         world.die()
     started = time.monotonic()
-    communicator.add_recv(torch.zeros(10), 1)
+    communicator.add_recv(world.zeros(10), 1)
     with pytest.raises(TransferError, match="rank 1 closed the connection") as caught:
         communicator.execute()
     assert caught.value.peer == 1
@@ -345,9 +336,9 @@ def test_a_hung_peer_is_named_when_the_deadline_has_passed(world: World) -> None
         world.hear("over", among=(0, 2))
         return
     other = 2 - world.rank
-    communicator.add_send(noise(10), other)
-    communicator.add_recv(torch.zeros(10), other)
-    communicator.add_send(torch.zeros(10), 1)
+    communicator.add_send(world.noise(10), other)
+    communicator.add_recv(world.zeros(10), other)
+    communicator.add_send(world.zeros(10), 1)
     started = time.monotonic()
     with pytest.raises(TransferError, match=r"rank 1 did not answer within 1\.0 s") as caught:
         communicator.execute()
@@ -360,13 +351,13 @@ def test_a_hung_peer_is_named_when_the_deadline_has_passed(world: World) -> None
 def test_after_a_failure_it_can_only_be_closed_and_built_anew(world: World) -> None:
     communicator = world.make()
     other = 1 - world.rank
-    communicator.add_send(torch.zeros(1), other)
+    communicator.add_send(world.zeros(1), other)
     with pytest.raises(TransferError, match=r"but rank \d expects 0 tensors"):
         communicator.execute()
     for use in (
-        lambda: communicator.add_send(torch.zeros(1), other),
-        lambda: communicator.add_recv(torch.zeros(1), other),
-        lambda: communicator.add_moves(ExpertMoves(**no_moves(torch.zeros(0)))),  # type: ignore[arg-type]
+        lambda: communicator.add_send(world.zeros(1), other),
+        lambda: communicator.add_recv(world.zeros(1), other),
+        lambda: communicator.add_moves(ExpertMoves(**no_moves(world.zeros(0)))),  # type: ignore[arg-type]
         communicator.execute,
     ):
         with pytest.raises(TransferError, match="has failed and can only be closed"):
@@ -376,8 +367,8 @@ def test_after_a_failure_it_can_only_be_closed_and_built_anew(world: World) -> N
     with pytest.raises(TransferError, match="is closed"):
         communicator.execute()
     again = world.make(generation=1)
-    into = torch.zeros(6)
-    again.add_send(noise(6, seed=world.rank), other)
+    into = world.zeros(6)
+    again.add_send(world.noise(6, seed=world.rank), other)
     again.add_recv(into, other)
     again.execute()
-    assert same_bytes(into, noise(6, seed=other))
+    assert same_bytes(into, world.noise(6, seed=other))

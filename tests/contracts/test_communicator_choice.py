@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 
 from equipoise.comm import create_eplb_communicator, list_communicators, registry
+from equipoise.comm.base import GroupCoordinator
+from equipoise.comm.groups import create_rank_group
 from equipoise.comm.memory import MemoryEplbCommunicator
 from equipoise.errors import CommunicatorUnavailable, ConfigError, EquipoiseError
 from tests.ranks import Rank, processes
@@ -21,23 +23,68 @@ NO_NIXL = (
     "the communicator nixl needs NIXL, which ranks 0, 1 cannot import: "
     r"pip install 'equipoise\[nixl\]'"
 )
-NOT_YET = "is not in this version: there are auto, nixl, torch_gloo"
-UNKNOWN = "unknown communicator 'memory': there are auto, nixl, torch_gloo"
+THERE_ARE = "there are auto, nixl, pynccl, torch_gloo, torch_nccl"
+UNKNOWN = f"unknown communicator 'memory': {THERE_ARE}"
+ON_CPU = (
+    "moves weights between GPUs, and those of ranks 0, 1 are on the CPU: take nixl or torch_gloo"
+)
+SHARED = "needs a GPU for each rank, as NCCL does, and ranks 0, 1 share one: take nixl or torch"
+NO_GROUP = "needs a device_group with NCCL, which ranks 0, 1 do not have: take pynccl, which makes"
+BESIDE = (
+    "cannot work in the background while tokens travel over NCCL, whose operations of two "
+    "threads may wait for each other forever: take nixl, or balance in the foreground"
+)
+
+Verdict = tuple[str, str] | tuple[type[EquipoiseError], str]
 
 # Asked for, whether NIXL is installed -> what it is and why, or the error.
-CELLS: dict[tuple[str | None, bool], tuple[str, str] | tuple[type[EquipoiseError], str]] = {
+EVERYWHERE: dict[tuple[str | None, bool], Verdict] = {
     (None, True): ("nixl", "auto; every rank has NIXL"),
-    (None, False): ("torch_gloo", "auto; ranks 0, 1 cannot import NIXL"),
     ("auto", True): ("nixl", "auto; every rank has NIXL"),
-    ("auto", False): ("torch_gloo", "auto; ranks 0, 1 cannot import NIXL"),
     ("nixl", True): ("nixl", "as asked for"),
     ("nixl", False): (CommunicatorUnavailable, NO_NIXL),
     ("torch_gloo", True): ("torch_gloo", "as asked for"),
     ("torch_gloo", False): ("torch_gloo", "as asked for"),
-    ("torch_nccl", True): (CommunicatorUnavailable, f"communicator 'torch_nccl' {NOT_YET}"),
-    ("pynccl", True): (CommunicatorUnavailable, f"communicator 'pynccl' {NOT_YET}"),
     ("memory", True): (ConfigError, UNKNOWN),
 }
+WITHOUT = "auto; ranks 0, 1 cannot import NIXL"
+
+
+def refuse(name: str, reason: str) -> Verdict:
+    return CommunicatorUnavailable, f"the communicator {name} {reason}"
+
+
+def without_nccl(reason: str) -> dict[tuple[str | None, bool], Verdict]:
+    return {
+        (None, False): ("torch_gloo", WITHOUT),
+        ("auto", False): ("torch_gloo", WITHOUT),
+        ("torch_nccl", True): refuse("torch_nccl", reason),
+        ("pynccl", True): refuse("pynccl", reason),
+    }
+
+
+AS_ASKED = ("pynccl", "as asked for")
+# Of each kind of seat.
+CELLS = {
+    "CPU": EVERYWHERE | without_nccl(ON_CPU),
+    "a GPU for two ranks": EVERYWHERE | without_nccl(SHARED),
+    "a GPU each, tokens by gloo": EVERYWHERE
+    | {
+        (None, False): ("pynccl", WITHOUT),
+        ("auto", False): ("pynccl", WITHOUT),
+        ("torch_nccl", True): refuse("torch_nccl", NO_GROUP),
+        ("pynccl", True): AS_ASKED,
+    },
+    "a GPU each, tokens by NCCL": EVERYWHERE
+    | {
+        (None, False): ("torch_nccl", WITHOUT),
+        ("auto", False): ("torch_nccl", WITHOUT),
+        ("torch_nccl", True): ("torch_nccl", "as asked for"),
+        ("pynccl", True): AS_ASKED,
+    },
+    "a GPU each, in the background, tokens by NCCL": EVERYWHERE | without_nccl(BESIDE),
+}
+ROWS = [(seat, *cell) for seat, cells in CELLS.items() for cell in cells]
 
 
 class Coordinator:
@@ -74,12 +121,14 @@ def hide_nixl() -> None:
         sys.modules[name] = None  # type: ignore[assignment]
 
 
-def check_cell(rank: Rank, coordinator: Any, cell: tuple[str | None, bool], device: str) -> None:
-    backend, with_nixl = cell
+def check_cell(
+    rank: Rank, coordinator: Any, backend: str | None, with_nixl: bool, verdict: Verdict
+) -> None:
     if not with_nixl:
         hide_nixl()
     lines = listen()
-    expected, word = CELLS[cell]
+    expected, word = verdict
+    device = getattr(coordinator, "device", torch.device("cpu"))
     weights = [[torch.zeros(2, 3, device=device)]]
     if not isinstance(expected, str):
         with pytest.raises(expected, match=word):
@@ -97,36 +146,61 @@ def check_cell(rank: Rank, coordinator: Any, cell: tuple[str | None, bool], devi
     communicator.close()
 
 
-@pytest.mark.parametrize("kind", ["world", "subgroup", "store", "workers"])
-@pytest.mark.parametrize("cell", CELLS)
-@processes(2)
-def test_cpu(rank: Rank, cell: tuple[str | None, bool], kind: str) -> None:
-    coordinator = make_coordinator(rank, kind)
-    check_cell(rank, coordinator, cell, "cpu")
-    # A rank that is refused at once shall not end, nor let its group go, while the other still
-    # makes its own.
+def wait_for_both(rank: Rank) -> None:
+    """A rank that is refused shall not end, nor let its group go, while the other makes its own."""
     rank.store.set(f"over/{rank.rank}", "yes")
     rank.store.wait(["over/0", "over/1"], timedelta(seconds=20))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("kind", ["world", "subgroup", "store", "workers"])
+@pytest.mark.parametrize("cell", CELLS["CPU"])
 @processes(2)
-def test_cuda(rank: Rank, cell: tuple[str | None, bool]) -> None:
-    group = rank.make_group(device="cuda")
-    check_cell(rank, group, cell, str(group.device))
+def test_cpu(rank: Rank, cell: tuple[str | None, bool], kind: str) -> None:
+    check_cell(rank, make_coordinator(rank, kind), *cell, CELLS["CPU"][cell])
+    wait_for_both(rank)
 
 
-@pytest.mark.parametrize("device", ["CPU", "CUDA"])
-def test_the_documented_table_is_this_one(device: str) -> None:
+@pytest.mark.gpu
+@pytest.mark.parametrize("cell", CELLS["a GPU for two ranks"])
+@processes(2)
+def test_a_shared_gpu(rank: Rank, cell: tuple[str | None, bool]) -> None:
+    torch.cuda.set_device(0)
+    group = create_rank_group(
+        rank.store,
+        rank.rank,
+        2,
+        torch.device("cuda", 0),
+        timeout=timedelta(seconds=20),
+        device_group="gloo",
+    )
+    check_cell(rank, group, *cell, CELLS["a GPU for two ranks"][cell])
+    wait_for_both(rank)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize(
+    ("seat", "backend", "with_nixl"), [row for row in ROWS if row[0].startswith("a GPU each")]
+)
+@processes(2)
+def test_a_gpu_each(rank: Rank, seat: str, backend: str | None, with_nixl: bool) -> None:
+    group = rank.make_group(device="cuda", device_group="nccl" if "NCCL" in seat else "gloo")
+    if "background" in seat:
+        group = group.fork("balancer")
+    check_cell(rank, group, backend, with_nixl, CELLS[seat][backend, with_nixl])
+    wait_for_both(rank)
+
+
+def test_the_documented_table_is_this_one() -> None:
     text = (Path(__file__).parents[2] / "docs" / "communicators.md").read_text()
-    documented = [line for line in text.splitlines() if line.startswith(f"| {device} |")]
+    seats = tuple(f"| {seat} |" for seat in CELLS)
+    documented = [line for line in text.splitlines() if line.startswith(seats)]
     rows = []
-    for (backend, with_nixl), (expected, word) in CELLS.items():
-        name = expected if isinstance(expected, str) else expected.__name__
-        said = word.replace("\\", "").partition(": ")[0]
-        has = "yes" if with_nixl else "no"
-        rows.append(f"| {device} | any | `{backend}` | {has} | `{name}` | {said} |")
+    for seat, cells in CELLS.items():
+        for (backend, with_nixl), (expected, word) in cells.items():
+            name = expected if isinstance(expected, str) else expected.__name__
+            said = word.replace("\\", "").partition(": ")[0]
+            has = "yes" if with_nixl else "no"
+            rows.append(f"| {seat} | `{backend}` | {has} | `{name}` | {said} |")
     assert documented == rows
 
 
@@ -135,8 +209,8 @@ class Borrowed(MemoryEplbCommunicator):
 
     name = "borrowed"
 
-    def __init__(self, group: dist.ProcessGroup, *_: object) -> None:
-        self.seat = group.rank(), group.size()
+    def __init__(self, coordinator: GroupCoordinator, *_: object) -> None:
+        self.seat = coordinator.cpu_group.rank(), coordinator.cpu_group.size()
 
 
 def install_package(folder: Path, **values: str) -> None:
@@ -156,17 +230,18 @@ def test_packages_bring_their_own(rank: Rank) -> None:
         rank.path / str(rank.rank),
         borrowed=f"{here}:Borrowed",
         lost=f"{here}:Lost",
-        text=f"{here}:NOT_YET",
+        text=f"{here}:WITHOUT",
         torch_gloo=f"{here}:Borrowed",
     )
-    assert list_communicators() == ("borrowed", "lost", "nixl", "text", "torch_gloo")
+    names = ("borrowed", "lost", "nixl", "pynccl", "text", "torch_gloo", "torch_nccl")
+    assert list_communicators() == names
     group = rank.make_group()
     made = create_eplb_communicator(group, "borrowed", ())
     assert isinstance(made, Borrowed)
     assert made.seat == (rank.rank, 2)
     with pytest.raises(CommunicatorUnavailable, match=rf"'lost' cannot be loaded from {here}"):
         create_eplb_communicator(group, "lost", ())
-    with pytest.raises(ConfigError, match="NOT_YET is not a subclass of EplbCommunicator"):
+    with pytest.raises(ConfigError, match="WITHOUT is not a subclass of EplbCommunicator"):
         create_eplb_communicator(group, "text", ())
     # Ours keep their names.
     assert not isinstance(create_eplb_communicator(group, "torch_gloo", ()), Borrowed)

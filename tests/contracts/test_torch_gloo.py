@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from equipoise.comm.base import ExpertMoves
 from equipoise.comm.torch_gloo import TorchDistGlooStagedEplbCommunicator, cut_messages
-from tests.contracts.test_communicator import noise
+from tests.contracts.communicators import noise
 from tests.ranks import Rank, processes
 
 MEGABYTE = 1 << 20
@@ -38,7 +38,7 @@ def test_messages_hold_everything_once_large_tensors_alone_and_small_ones_togeth
 
 def make(rank: Rank, weights: list[list[torch.Tensor]]) -> TorchDistGlooStagedEplbCommunicator:
     group = rank.make_group()
-    return TorchDistGlooStagedEplbCommunicator(group.cpu_group, weights, 20.0)
+    return TorchDistGlooStagedEplbCommunicator(group, weights, 20.0)
 
 
 @processes(2)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from equipoise.comm.nixl import NixlEplbCommunicator
-from equipoise.comm.nixl.spans import Regions, Spans
+from equipoise.comm.spans import Regions, Spans
 from equipoise.errors import TransferError
 from tests.ranks import Rank, processes
 
@@ -23,7 +23,7 @@ MEGABYTE = 1 << 20
 def make(rank: Rank, timeout_s: float) -> NixlEplbCommunicator:
     """A communicator that has exchanged something already, so that all connections stand."""
     group = rank.make_group(timeout_s=20)
-    communicator = NixlEplbCommunicator(group.cpu_group, (), timeout_s)
+    communicator = NixlEplbCommunicator(group, (), timeout_s)
     communicator.execute()
     rank.store.set(f"pid/{rank.rank}", str(os.getpid()))
     return communicator
@@ -169,4 +169,4 @@ def test_a_rank_that_does_not_come_to_the_set_up_is_named(rank: Rank) -> None:
     if rank.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     with pytest.raises(TransferError, match="rank 0, nixl: rank 1 closed the connection"):
-        NixlEplbCommunicator(group.cpu_group, (), 5.0)
+        NixlEplbCommunicator(group, (), 5.0)

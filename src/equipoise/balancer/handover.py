@@ -15,8 +15,8 @@ from equipoise.balancer.events import CpuGpuEvent
 from equipoise.balancer.model_state import EplbModelState
 from equipoise.balancer.outcome import RebalanceOutcome
 from equipoise.balancer.protocol import ABORT, Ledger, Status
+from equipoise.comm.span_copies import SpanCopies
 from equipoise.dispatch.maps import PreparedMaps
-from equipoise.transfer.mover import SlotCopy, fill_slots
 
 MARGIN_STEPS = 2
 """Steps from the largest count at which a rank offers a chunk to its commit. The workers need two
@@ -40,7 +40,7 @@ class AsyncEplbLayerResult:
 
     model: EplbModelState
     maps: PreparedMaps
-    copies: tuple[SlotCopy, ...]
+    copies: SpanCopies
     staging: Tensor
     freed: CpuGpuEvent
 
@@ -49,7 +49,7 @@ class AsyncEplbLayerResult:
 
         Collective: none; every rank at the same step.
         """
-        fill_slots(self.copies)
+        self.copies.run()
         if self.staging.is_cuda:
             # The worker may let go of it before the copies are over.
             self.staging.record_stream(torch.cuda.current_stream(self.staging.device))

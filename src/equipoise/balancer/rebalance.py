@@ -19,6 +19,7 @@ from equipoise.balancer.planning import plan_moves
 from equipoise.balancer.protocol import ABORT, Answer, Do, Status, Worker
 from equipoise.comm.byte_views import view_rows
 from equipoise.comm.groups import RankGroup
+from equipoise.comm.parcels import WeightTable
 from equipoise.config import EPLBConfig
 from equipoise.errors import EquipoiseError, MembershipError, TransferError
 from equipoise.placement import Placement, measure_balancedness, spread_load
@@ -233,7 +234,7 @@ class Rebalance:
             self._costs,
             says=self._group.rank == 0,
         )
-        mover = ChunkMover(plan, rows, model.communicator, self._group)
+        mover = ChunkMover(plan, rows, model.communicator, self._group, WeightTable(rows))
         return _Part(model, load, mover, expert_bytes)
 
     def _cut(self, parts: Sequence[_Part]) -> None:

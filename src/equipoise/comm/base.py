@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from equipoise.topology import IntArray
@@ -15,6 +17,18 @@ from equipoise.topology import IntArray
 ExpertWeights = Sequence[Sequence[Tensor]]
 """Per layer the weight tensors of this rank's slots: each [S, ...], the first dimension the slot,
 contiguous, storage stable for as long as a communicator knows it."""
+
+
+class GroupCoordinator(Protocol):
+    """Whatever has the two groups of the expert-parallel ranks; a RankGroup, for one."""
+
+    @property
+    def cpu_group(self) -> dist.ProcessGroup:
+        """With a gloo backend."""
+
+    @property
+    def device_group(self) -> dist.ProcessGroup:
+        """With the device's own backend, or the other group again."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +47,8 @@ class ExpertMoves:
         recv_layer: [m] int64, its layer; ascending within a rank.
         into: [bytes] uint8 on the weights' device; the experts of the lowest source rank land from
             its start, those of the next directly behind, and so on.
+        recv_slot: [m] int64, the local slot that a received expert lands in, or -1 for `into`; None
+            for `into` always. Only a wire that `lands_in_place` takes slots.
     """
 
     send_rank: IntArray
@@ -41,6 +57,7 @@ class ExpertMoves:
     recv_rank: IntArray
     recv_layer: IntArray
     into: Tensor
+    recv_slot: IntArray | None = None
 
 
 class EplbCommunicator(ABC):
@@ -61,6 +78,21 @@ class EplbCommunicator(ABC):
     needs_profile_buffer_reservation: bool = True
     """Whether a dummy pass at profile time reserves transport buffers; False where a backend
     allocates none late."""
+
+    lands_in_place: bool = False
+    """Whether received experts can land in slots, without a copy; never in one that is in use."""
+
+    def register(self, buffer: Tensor) -> contextlib.AbstractContextManager[object]:
+        """Make memory known that many exchanges will fill, while the context lasts.
+
+        Never needed; where a wire has to know what it writes to, it saves that for each exchange.
+
+        Args:
+            buffer: contiguous, on the weights' device.
+        Collective: none.
+        """
+        del buffer
+        return contextlib.nullcontext()
 
     @abstractmethod
     def add_send(self, tensor: Tensor, dst_rank: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import threading
 import time
@@ -41,6 +42,7 @@ class RankGroup:
         device: where this rank's weights are.
         timeout: longest wait for another rank.
         store: what the generation agrees through, prefixed `gen{generation}/`.
+        is_beside_nccl: whether another thread of this rank uses NCCL at the same time.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class RankGroup:
         device_group: dist.ProcessGroup,
         *,
         owns_device_group: bool = True,
+        is_beside_nccl: bool = False,
     ) -> None:
         self.rank = rank
         self.size = size
@@ -62,6 +65,7 @@ class RankGroup:
         self.device = device
         self.timeout = timeout
         self.store = store
+        self.is_beside_nccl = is_beside_nccl
         self._cpu_group: dist.ProcessGroup | None = cpu_group
         self._device_group: dist.ProcessGroup | None = device_group
         self._owns_device_group = owns_device_group
@@ -271,6 +275,7 @@ class RankGroup:
             self.timeout,
             cpu_group,
             cpu_group,
+            is_beside_nccl=self.device.type == "cuda" and has_nccl(self.device_group),
         )
 
     def decide(self, proposal: str, question: str | None = None) -> str:
@@ -413,6 +418,14 @@ def _meet(store: Store, rank: int, size: int, timeout: timedelta) -> None:
             ) from error
 
 
+def has_nccl(group: dist.ProcessGroup) -> bool:
+    """Whether tensors on CUDA travel over a group by NCCL. Collective: none."""
+    try:
+        return str(group._get_backend(torch.device("cuda")).name()) == "nccl"
+    except RuntimeError:
+        return False
+
+
 def _check_gloo(group: dist.ProcessGroup) -> None:
     try:
         name = group._get_backend(torch.device("cpu")).name()
@@ -436,6 +449,8 @@ def _create_gloo(store: Store, rank: int, size: int, timeout: timedelta) -> dist
 def _create_nccl(
     store: Store, rank: int, size: int, device: torch.device, timeout: timedelta
 ) -> dist.ProcessGroup:
+    # Its watchdog would end the process where a deadline passes, instead of leaving it to us.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     backend = dist.ProcessGroupNCCL(PrefixStore("nccl/", store), rank, size, options)

@@ -13,7 +13,8 @@ import torch
 from equipoise.comm.announcement import Announcement, find_mismatch
 from equipoise.comm.base import ExpertWeights
 from equipoise.comm.exchange import PeerFailure, deadline_in
-from equipoise.comm.queued import Inbox, Landing, Outbox, Outgoing, QueuedCommunicator
+from equipoise.comm.parcels import Inbox, Landing, Outbox, Outgoing
+from equipoise.comm.queued import QueuedCommunicator
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ class MemoryEplbCommunicator(QueuedCommunicator):
         """Nothing is held."""
 
 
-def _copy(parts: list[Outgoing], landings: list[Landing]) -> None:
+def _copy(queued: list[Outgoing], landings: list[Landing]) -> None:
+    parts = [part for each in queued for part in each.split()]
     wire = torch.empty(sum(part.num_bytes for part in parts), dtype=torch.uint8)
     for part, piece in zip(parts, wire.split_with_sizes([p.num_bytes for p in parts]), strict=True):
         part.pack(piece)

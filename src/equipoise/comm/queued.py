@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Literal, NoReturn
 
 import numpy as np
@@ -16,98 +17,23 @@ from equipoise.comm.announcement import Announcement, Sizes
 from equipoise.comm.base import EplbCommunicator, ExpertMoves, ExpertWeights
 from equipoise.comm.byte_views import view_bytes, view_rows
 from equipoise.comm.exchange import PeerFailure, explain
+from equipoise.comm.parcels import (
+    ExpertRows,
+    Inbox,
+    Landing,
+    Outbox,
+    Outgoing,
+    WeightTable,
+    WholeTensor,
+    join_sizes,
+)
+from equipoise.comm.span_copies import warm_up
 from equipoise.comm.weights import check_expert_weights
 from equipoise.errors import TransferError
 from equipoise.topology import IntArray
 
 SLOWEST_BYTES_PER_S = 50e6
 """What a wire is trusted to carry at least; a deadline is the timeout and the bytes over this."""
-
-
-@dataclass(frozen=True)
-class WholeTensor:
-    """A tensor to be sent as it is."""
-
-    tensor: Tensor
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes on the wire."""
-        return self.tensor.numel() * self.tensor.element_size()
-
-    @property
-    def sizes(self) -> IntArray:
-        """[1] int64, bytes of each tensor or row."""
-        return np.array([self.num_bytes])
-
-    def find_in_place(self) -> list[Tensor] | None:
-        """The bytes where they are, [bytes] uint8 each; None if they do not stand together."""
-        return [view_bytes(self.tensor)] if self.tensor.is_contiguous() else None
-
-    def pack(self, out: Tensor) -> None:
-        """Enqueue the copy into `out` [num_bytes] uint8."""
-        out.copy_(view_bytes(self.tensor.contiguous()), non_blocking=True)
-
-
-@dataclass(frozen=True)
-class SlotRows:
-    """Rows of one weight tensor to be sent behind each other.
-
-    Attributes:
-        rows: [S, row bytes] uint8, the weights.
-        slots: [n] int64, which of them; on the host, where addresses are counted.
-    """
-
-    rows: Tensor
-    slots: IntArray
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes on the wire."""
-        return len(self.slots) * self.rows.shape[1]
-
-    @property
-    def sizes(self) -> IntArray:
-        """[n] int64, bytes of each tensor or row."""
-        return np.full(len(self.slots), self.rows.shape[1])
-
-    def find_in_place(self) -> list[Tensor] | None:
-        """The bytes where they are, [row bytes] uint8 each."""
-        return [self.rows[slot] for slot in self.slots.tolist()]
-
-    def pack(self, out: Tensor) -> None:
-        """Enqueue the copy into `out` [num_bytes] uint8."""
-        shaped = out.view(len(self.slots), self.rows.shape[1])
-        slots = torch.tensor(self.slots, device=self.rows.device)
-        if out.device == self.rows.device:
-            torch.index_select(self.rows, 0, slots, out=shaped)
-        else:
-            shaped.copy_(self.rows.index_select(0, slots), non_blocking=True)
-
-
-Outgoing = WholeTensor | SlotRows
-
-
-@dataclass(frozen=True)
-class Landing:
-    """Where bytes from one peer go.
-
-    Attributes:
-        data: [bytes] uint8, contiguous.
-        sizes: [n] int64, bytes of each tensor in it, or of each row where experts move; in order.
-    """
-
-    data: Tensor
-    sizes: IntArray
-
-
-def join_sizes(parts: Sequence[Outgoing] | Sequence[Landing]) -> IntArray:
-    """[n] int64, bytes of each tensor or row that goes one way between two ranks, in order."""
-    return np.concatenate([np.zeros(0, dtype=np.int64), *(part.sizes for part in parts)])
-
-
-Outbox = Mapping[int, list[Outgoing]]
-Inbox = Mapping[int, list[Landing]]
 
 
 class QueuedCommunicator(EplbCommunicator):
@@ -129,12 +55,15 @@ class QueuedCommunicator(EplbCommunicator):
         self.size = size
         self.timeout_s = timeout_s
         self._rows = [[view_rows(tensor) for tensor in layer] for layer in expert_weights]
+        self._table = WeightTable(self._rows)
         devices = [tensor.device for layer in self._rows for tensor in layer]
         self._device: torch.device | None = devices[0] if devices else None
         self._outbox: dict[int, list[Outgoing]] = {}
         self._inbox: dict[int, list[Landing]] = {}
         self._state: Literal["open", "failed", "closed"] = "open"
         self._stream: torch.cuda.Stream | None = None
+        if self._is_cuda:
+            warm_up(self._device)
         self._num_exchanges = 0
 
     def add_send(self, tensor: Tensor, dst_rank: int) -> None:  # noqa: D102 - see the base
@@ -166,9 +95,9 @@ class QueuedCommunicator(EplbCommunicator):
         self._check_device(moves.into)
         self._check_moves(moves)
         incoming = list(self._find_landings(moves))
-        for peer, layer, span in _split(moves.send_rank, moves.send_layer):
-            for rows in self._rows[layer]:
-                self._outbox.setdefault(peer, []).append(SlotRows(rows, moves.send_slot[span]))
+        for peer, span in _split(moves.send_rank):
+            rows = ExpertRows(self._table, moves.send_layer[span], moves.send_slot[span])
+            self._outbox.setdefault(peer, []).append(rows)
         for peer, landing in incoming:
             self._inbox.setdefault(peer, []).append(landing)
 
@@ -189,6 +118,7 @@ class QueuedCommunicator(EplbCommunicator):
     def close(self) -> None:  # noqa: D102 - see the base
         self._state = "closed"
         self._outbox, self._inbox, self._rows = {}, {}, []
+        self._table = WeightTable([])
         self._release()
 
     @abstractmethod
@@ -198,6 +128,18 @@ class QueuedCommunicator(EplbCommunicator):
     @abstractmethod
     def _release(self) -> None:
         """Let go of what the wire holds; called once or more."""
+
+    @property
+    def _is_cuda(self) -> bool:
+        return self._device is not None and self._device.type == "cuda"
+
+    def _current_stream(self) -> torch.cuda.Stream:
+        return self._stream or torch.cuda.current_stream(self._device)
+
+    def _on_stream(self) -> contextlib.AbstractContextManager[object]:
+        if not self._is_cuda:
+            return contextlib.nullcontext()
+        return torch.cuda.stream(self._current_stream())
 
     @property
     def _peers(self) -> list[int]:
@@ -226,23 +168,30 @@ class QueuedCommunicator(EplbCommunicator):
         ) from cause
 
     def _find_landings(self, moves: ExpertMoves) -> Iterator[tuple[int, Landing]]:
-        offset = 0
-        sizes: dict[int, list[IntArray]] = {}
-        for peer, layer, span in _split(moves.recv_rank, moves.recv_layer):
-            num_rows = span.stop - span.start
-            rows = [np.full(num_rows, tensor.shape[1]) for tensor in self._rows[layer]]
-            sizes.setdefault(peer, []).extend(rows)
-        by_peer = {peer: np.concatenate(rows) for peer, rows in sizes.items()}
-        needed = sum(int(each.sum()) for each in by_peer.values())
+        slots = moves.recv_slot
+        if slots is not None and not self.lands_in_place:
+            raise ValueError(f"{self.name} brings experts to a buffer, and never to slots")
+        parts = []
+        for peer, span in _split(moves.recv_rank):
+            layers = moves.recv_layer[span]
+            sizes = buffered = self._table.size_up(layers)
+            spans = None
+            if slots is not None:
+                buffered = self._table.size_up(layers[slots[span] < 0])
+                spans = partial(self._table.find_landings, layers, slots[span])
+            parts.append((peer, sizes, int(buffered.sum()), spans))
+        needed = sum(num_bytes for _, _, num_bytes, _ in parts)
         into = moves.into
         if into.dtype != torch.uint8 or not into.is_contiguous() or into.numel() < needed:
             raise ValueError(
                 f"the experts to be received need a contiguous uint8 tensor of {needed} bytes, "
                 f"got {into.numel()} elements of {into.dtype}"
             )
-        for peer, each in by_peer.items():
-            num_bytes = int(each.sum())
-            yield peer, Landing(view_bytes(into)[offset : offset + num_bytes], each)
+        offset = 0
+        for peer, sizes, num_bytes, spans in parts:
+            data = view_bytes(into)[offset : offset + num_bytes]
+            where = None if spans is None else spans(into.data_ptr() + offset)
+            yield peer, Landing(data, sizes, where)
             offset += num_bytes
 
     def _refuse_unless_open(self) -> None:
@@ -273,10 +222,15 @@ class QueuedCommunicator(EplbCommunicator):
                 raise ValueError(f"there are {len(self._rows)} layers, no layer {outside[0]}")
             if (np.diff(ranks * len(self._rows) + layers) < 0).any():
                 raise ValueError("moves must be in order of ranks, and of layers within a rank")
-        num_slots = np.array([layer[0].shape[0] for layer in self._rows])[moves.send_layer]
-        outside = moves.send_slot[(moves.send_slot < 0) | (moves.send_slot >= num_slots)]
+        num_slots = np.array([layer[0].shape[0] for layer in self._rows])
+        last = num_slots[moves.send_layer] - 1
+        outside = moves.send_slot[(moves.send_slot < 0) | (moves.send_slot > last)]
         if outside.size:
             raise ValueError(f"there is no local slot {outside[0]} to send from")
+        if moves.recv_slot is not None:
+            outside = moves.recv_slot[moves.recv_slot >= num_slots[moves.recv_layer]]
+            if outside.size:
+                raise ValueError(f"there is no local slot {outside[0]} to land in")
 
     def _check_device(self, tensor: Tensor) -> None:
         if self._device is None:
@@ -288,11 +242,8 @@ class QueuedCommunicator(EplbCommunicator):
             )
 
 
-def _split(ranks: IntArray, layers: IntArray) -> Iterator[tuple[int, int, slice]]:
-    """Runs of equal rank and layer: rank, layer, where."""
-    if not len(ranks):
-        return
-    changes = np.flatnonzero((np.diff(ranks) != 0) | (np.diff(layers) != 0)) + 1
-    edges = [0, *changes.tolist(), len(ranks)]
-    for start, stop in itertools.pairwise(edges):
-        yield int(ranks[start]), int(layers[start]), slice(start, stop)
+def _split(ranks: IntArray) -> Iterator[tuple[int, slice]]:
+    """Runs of equal rank: rank, where."""
+    edges = np.flatnonzero(np.diff(ranks, prepend=-1, append=-1))
+    for start, stop in itertools.pairwise(edges.tolist()):
+        yield int(ranks[start]), slice(start, stop)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import time
 from collections.abc import Iterator, Sequence
@@ -14,22 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from equipoise.comm.announcement import NUM_WORDS, Announcement, find_mismatch
-from equipoise.comm.base import ExpertWeights
-from equipoise.comm.byte_views import view_bytes
-from equipoise.comm.exchange import Exchange, deadline_in
-from equipoise.comm.queued import (
-    SLOWEST_BYTES_PER_S,
-    Inbox,
-    Landing,
-    Outbox,
-    Outgoing,
-    QueuedCommunicator,
-    join_sizes,
-)
+from equipoise.comm.base import ExpertWeights, GroupCoordinator
+from equipoise.comm.exchange import Exchange
+from equipoise.comm.headers import swap_headers
+from equipoise.comm.parcels import Inbox, Landing, Outbox, Part, join_sizes
+from equipoise.comm.queued import SLOWEST_BYTES_PER_S, QueuedCommunicator
 from equipoise.topology import IntArray
 
-_TAG_HEADER = 2
 _TAG_PAYLOAD = 3
 
 _LARGE_BYTES = 1 << 20
@@ -68,7 +58,7 @@ class TorchDistGlooStagedEplbCommunicator(QueuedCommunicator):
     it does, and the buffers are pinned. Packing and unpacking overlap with other messages.
 
     Args:
-        group: with a gloo backend for CPU tensors.
+        coordinator: its `cpu_group` carries everything.
         expert_weights: as for the base.
         timeout_s: as for the base.
     """
@@ -76,8 +66,9 @@ class TorchDistGlooStagedEplbCommunicator(QueuedCommunicator):
     name: ClassVar[str] = "torch_gloo"
 
     def __init__(
-        self, group: dist.ProcessGroup, expert_weights: ExpertWeights, timeout_s: float
+        self, coordinator: GroupCoordinator, expert_weights: ExpertWeights, timeout_s: float
     ) -> None:
+        group = coordinator.cpu_group
         super().__init__(group.rank(), group.size(), expert_weights, timeout_s)
         self._group: dist.ProcessGroup | None = group
         self._send_pool = torch.empty(0, dtype=torch.uint8)
@@ -86,32 +77,24 @@ class TorchDistGlooStagedEplbCommunicator(QueuedCommunicator):
     def _exchange(self, outbox: Outbox, inbox: Inbox) -> None:
         assert self._group is not None, "closed communicators are refused before"
         mine = self._announce(outbox, inbox)
-        headers = Exchange(self._group, _TAG_HEADER)
-        heard = {peer: torch.zeros(NUM_WORDS, dtype=torch.int64) for peer in self._peers}
-        for peer in self._peers:
-            headers.recv(view_bytes(heard[peer]), peer)
-        for peer in self._peers:
-            headers.send(view_bytes(mine[peer].to_tensor()), peer)
-        failures = dict(headers.wait(deadline_in(self.timeout_s)))
-        if any(failure.late for failure in failures.values()):
-            self._raise({}, failures, self.timeout_s)
-        theirs = {p: Announcement.from_tensor(heard[p]) for p in self._peers if p not in failures}
-        found = {peer: find_mismatch(self.rank, mine[peer], peer, theirs[peer]) for peer in theirs}
-        refusals = {peer: text for peer, text in found.items() if text is not None}
-        # Peers with which all is well get what is theirs, whatever went wrong with others.
-        sound = [peer for peer in theirs if peer not in refusals]
-        most = max((a.total_bytes for a in (*theirs.values(), *mine.values())), default=0)
-        seconds = self.timeout_s + most / SLOWEST_BYTES_PER_S
+        heard = swap_headers(self._group, self.rank, mine, self.timeout_s)
+        if heard.is_late:
+            self._raise({}, heard.failures, self.timeout_s)
+        seconds = self.timeout_s + heard.most_bytes / SLOWEST_BYTES_PER_S
         payload = Exchange(self._group, _TAG_PAYLOAD)
-        self._carry(payload, sound, outbox, inbox, time.monotonic() + seconds)
-        failures.update(payload.failures)
-        if failures or refusals:
-            self._raise(refusals, failures, seconds)
+        self._carry(payload, heard.sound, outbox, inbox, time.monotonic() + seconds)
+        failures = {**heard.failures, **payload.failures}
+        if failures or heard.refusals:
+            self._raise(heard.refusals, failures, seconds)
 
     def _carry(
         self, payload: Exchange, peers: list[int], outbox: Outbox, inbox: Inbox, deadline: float
     ) -> None:
-        parcels = {peer: outbox[peer] for peer in peers if peer in outbox}
+        parcels = {
+            peer: [part for queued in outbox[peer] for part in queued.split()]
+            for peer in peers
+            if peer in outbox
+        }
         num_staged = [sum(map(self._count_staged, parts)) for parts in parcels.values()]
         self._send_pool = self._grow(self._send_pool, sum(num_staged))
         buffers = self._send_pool[: sum(num_staged)].split_with_sizes(num_staged)
@@ -132,16 +115,16 @@ class TorchDistGlooStagedEplbCommunicator(QueuedCommunicator):
         if self._is_cuda:
             self._current_stream().synchronize()
 
-    def _count_staged(self, part: Outgoing) -> int:
+    def _count_staged(self, part: Part) -> int:
         return 0 if self._find_in_place(part) is not None else part.num_bytes
 
-    def _find_in_place(self, part: Outgoing) -> list[Tensor] | None:
+    def _find_in_place(self, part: Part) -> list[Tensor] | None:
         """A part's messages, where it need not be packed."""
         if self._is_cuda or part.sizes[0] < _LARGE_BYTES:
             return None
         return part.find_in_place()
 
-    def _pack(self, parts: Sequence[Outgoing], buffer: Tensor) -> Iterator[Tensor]:
+    def _pack(self, parts: Sequence[Part], buffer: Tensor) -> Iterator[Tensor]:
         """A peer's messages in order, packed into the buffer when they are asked for."""
         cuts = cut_messages(join_sizes(parts))
         num_packed = num_sent = number = 0
@@ -194,18 +177,6 @@ class TorchDistGlooStagedEplbCommunicator(QueuedCommunicator):
     def _release(self) -> None:
         self._group = None
         self._send_pool = self._recv_pool = torch.empty(0, dtype=torch.uint8)
-
-    @property
-    def _is_cuda(self) -> bool:
-        return self._device is not None and self._device.type == "cuda"
-
-    def _current_stream(self) -> torch.cuda.Stream:
-        return self._stream or torch.cuda.current_stream(self._device)
-
-    def _on_stream(self) -> contextlib.AbstractContextManager[object]:
-        if not self._is_cuda:
-            return contextlib.nullcontext()
-        return torch.cuda.stream(self._current_stream())
 
 
 def _find_targets(landings: Sequence[Landing]) -> Iterator[list[Tensor]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from equipoise.comm.base import EplbCommunicator, ExpertWeights
 from equipoise.comm.byte_views import view_rows
 from equipoise.comm.groups import RankGroup
+from equipoise.comm.parcels import WeightTable
 from equipoise.comm.queued import SLOWEST_BYTES_PER_S
 from equipoise.comm.weights import check_expert_weights
 from equipoise.errors import EquipoiseError, MembershipError, PlacementError, TransferError
@@ -20,7 +22,8 @@ from equipoise.placement import Placement
 from equipoise.plan.transfer_plan import TransferPlan, make_plan
 from equipoise.topology import IntArray
 from equipoise.transfer.agreement import agree
-from equipoise.transfer.mover import ChunkMover, Verify, fill_slots
+from equipoise.transfer.budget import choose_chunk_bytes, settle
+from equipoise.transfer.mover import ChunkMover, Verify
 from equipoise.transfer.profile import reserve_buffers
 from equipoise.transfer.staging import ChunkShare, measure_experts, share_plan
 
@@ -68,8 +71,11 @@ def rearrange_expert_weights_inplace(
     first; then all ranks say how they fared, and settle through the group's store whether the
     chunk is committed. So slots and maps agree on every rank at every moment, whatever fails.
 
-    Takes one staging buffer on the weights' device, as large as the largest chunk's experts on
-    this rank: at most `staging_bytes`, or by default what the largest layer brings to any rank.
+    Staging takes memory on the weights' device. On the CPU one buffer, as large as the largest
+    chunk's experts on this rank. On a GPU two halves where two largest layers fit, so that one
+    fills slots while the next chunk travels into the other: at most `staging_bytes` together, or
+    by default a part of what is free. Where the wire can, experts land in empty slots directly.
+    On a GPU slots and maps switch in the order of the current stream, which nobody waits for.
 
     Args:
         old: what the slots hold now.
@@ -79,7 +85,8 @@ def rearrange_expert_weights_inplace(
             leaves empty is not touched.
         communicator: over the ranks of `group`, with nothing queued.
         group: all ranks of the topology.
-        staging_bytes: bound of the staging buffer; None for the least that works.
+        staging_bytes: bound of the staging memory; None for what the largest layer brings to any
+            rank, and on a GPU for more than that where much is free.
         on_commit: called with the layers [l] int64 whose slots have just switched, so that the
             caller switches their maps; each layer that differs is named once.
         plan: of `old` and `new`; made here if None.
@@ -98,8 +105,12 @@ def rearrange_expert_weights_inplace(
     started = time.perf_counter()
     problem: Exception | None = None
     facts = dict.fromkeys(("old placement", "new placement", "plan", "weights", "options"), "")
+    device = group.device
     try:
         check_fit(old, expert_weights, group)
+        device = expert_weights[0][0].device
+        # Peers may READ the weights from here on, and READs follow no stream.
+        settle(device)
         plan = plan or make_plan(old, new)
         facts = _collect_facts(old, new, plan, expert_weights)
     except EquipoiseError as error:
@@ -112,45 +123,76 @@ def rearrange_expert_weights_inplace(
         if is_profile:
             reserve_buffers(rows, communicator, group, staging_bytes)
             return TransferStats(0, 0, 0, 0, 0, 0, time.perf_counter() - started)
-        shares = share_plan(plan, group.rank, measure_experts(rows), staging_bytes)
-        most = max((share.num_bytes for share in shares), default=0)
-        staging = torch.empty(most, dtype=torch.uint8, device=rows[0][0].device)
-        mover = ChunkMover(plan, rows, communicator, group)
-        for share in shares:
-            _move(mover, share, staging, verify, on_commit)
+        sizes = measure_experts(rows)
+        chunk_bytes = choose_chunk_bytes(plan, sizes, staging_bytes, group, device)
+        in_place = communicator.lands_in_place
+        shares = share_plan(plan, group.rank, sizes, chunk_bytes, in_place=in_place)
+        mover = ChunkMover(plan, rows, communicator, group, WeightTable(rows))
+        _move_all(mover, shares, _make_halves(shares, staging_bytes, device), verify, on_commit)
     except MembershipError as error:
         raise TransferError(str(error), rank=error.rank, peer=error.peer) from error
     return _sum_up(plan, rows, group.rank, len(shares), time.perf_counter() - started)
 
 
-def _move(
+def _move_all(
     mover: ChunkMover,
-    share: ChunkShare,
-    staging: Tensor,
+    shares: Sequence[ChunkShare],
+    halves: Sequence[Tensor],
     verify: Verify,
     on_commit: Callable[[IntArray], None] | None,
 ) -> None:
-    """Stage one chunk, settle whether it is committed, and commit it then."""
-    problem: Exception | None = None
-    try:
-        mover.stage(share, staging)
-    except Exception as error:
-        # Raised below, once the others know.
-        problem = error
-    problem = _compare(mover, share, staging, verify, problem)
-    stands = mover.group.decide("abort" if problem else "commit")
-    if stands == "commit":
-        fill_slots(mover.prepare(share, staging))
-        if on_commit is not None:
-            on_commit(share.layers)
-    if problem is not None:
-        raise problem
-    if stands != "commit":
-        raise TransferError(
-            f"rank {mover.group.rank}: another rank gave up, so layers "
-            f"{share.layers.tolist()} stay as they were",
-            rank=mover.group.rank,
-        )
+    """Move chunk after chunk; on a GPU a half is filled while the other fills slots."""
+    freed: list[torch.cuda.Event | None] = [None] * len(halves)
+    with contextlib.ExitStack() as stack:
+        for half in halves:
+            stack.enter_context(mover.communicator.register(half))
+        for number, share in enumerate(shares):
+            index = number % len(halves)
+            half, event = halves[index], freed[index]
+            if event is not None:
+                event.synchronize()
+            problem: Exception | None = None
+            with _beside(half.device):
+                try:
+                    mover.stage(share, half)
+                    copies = mover.prepare(share, half)
+                except Exception as error:
+                    # Raised below, once the others know.
+                    problem = error
+                settle(half.device)
+            problem = _compare(mover, share, half, verify, problem)
+            stands = mover.group.decide("abort" if problem else "commit")
+            if stands == "commit":
+                copies.run()
+                if half.is_cuda:
+                    freed[index] = torch.cuda.current_stream(half.device).record_event()
+                if on_commit is not None:
+                    on_commit(share.layers)
+            if problem is not None:
+                raise problem
+            if stands != "commit":
+                raise TransferError(
+                    f"rank {mover.group.rank}: another rank gave up, so layers "
+                    f"{share.layers.tolist()} stay as they were",
+                    rank=mover.group.rank,
+                )
+
+
+def _make_halves(
+    shares: Sequence[ChunkShare], staging_bytes: int | None, device: torch.device
+) -> list[Tensor]:
+    most = max((share.num_bytes for share in shares), default=0)
+    num_halves = 1
+    if device.type == "cuda" and len(shares) > 1:
+        num_halves = 2 if staging_bytes is None or 2 * most <= staging_bytes else 1
+    return [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(num_halves)]
+
+
+def _beside(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """A stream of its own, so that staging does not wait for slots that are being filled."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
 
 def _compare(

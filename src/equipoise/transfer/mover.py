@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from equipoise.comm.base import EplbCommunicator, ExpertMoves
 from equipoise.comm.groups import RankGroup
+from equipoise.comm.parcels import WeightTable
+from equipoise.comm.span_copies import SpanCopies
 from equipoise.errors import TransferError
 from equipoise.plan.transfer_plan import TransferPlan
 from equipoise.topology import IntArray
@@ -25,40 +27,6 @@ Verify = Literal["off", "sample", "all"]
 SAMPLE_EVERY = 16
 
 
-class SlotCopy(NamedTuple):
-    """One tensor of one block, on its way from staging into slots.
-
-    Attributes:
-        rows: [S, row bytes] uint8, the weights.
-        slots: [w] int64, local slots to be filled.
-        staged: [n, row bytes] uint8.
-        positions: [w] int64, the staged expert that each slot gets; None if they are in order.
-    """
-
-    rows: Tensor
-    slots: Tensor
-    staged: Tensor
-    positions: Tensor | None
-
-
-def fill_slots(copies: Sequence[SlotCopy]) -> None:
-    """Fill slots from staging, on the current stream.
-
-    Args:
-        copies: of a chunk that is committed.
-    Collective: none; every rank at the same step.
-    """
-    for rows, slots, staged, positions in copies:
-        chosen = staged if positions is None else staged.index_select(0, positions)
-        rows.index_copy_(0, slots, chosen)
-        if rows.is_cuda:
-            # Another stream made the indices: they must outlive this one's use of them.
-            stream = torch.cuda.current_stream(rows.device)
-            slots.record_stream(stream)
-            if positions is not None:
-                positions.record_stream(stream)
-
-
 @dataclass(frozen=True)
 class ChunkMover:
     """What the chunks of one plan have in common on this rank.
@@ -68,12 +36,14 @@ class ChunkMover:
         rows: per layer the weights as [S, row bytes] uint8.
         communicator: over the ranks of `group`, with nothing queued.
         group: all ranks.
+        table: of the rows.
     """
 
     plan: TransferPlan
     rows: list[list[Tensor]]
     communicator: EplbCommunicator
     group: RankGroup
+    table: WeightTable
 
     def stage(self, share: ChunkShare, staging: Tensor) -> None:
         """Bring every expert of the chunk that this rank needs into staging, its own included.
@@ -93,14 +63,13 @@ class ChunkMover:
                 recv_rank=plan.src_rank[share.received],
                 recv_layer=plan.layer[share.received],
                 into=staging[: share.remote_bytes],
+                recv_slot=share.received_into if (share.received_into >= 0).any() else None,
             )
         )
-        for block in share.blocks:
-            if block.source == self.group.rank:
-                slots = _to_index(plan.src_slot[block.rows] % slots_per_rank, staging)
-                views = self._views(block, staging)
-                for rows, view in zip(self.rows[block.layer], views, strict=True):
-                    torch.index_select(rows, 0, slots, out=view)
+        own = [block for block in share.blocks if block.source == self.group.rank]
+        slots = [plan.src_slot[block.rows] % slots_per_rank for block in own]
+        places = [np.arange(len(block.rows)) for block in own]
+        self._pair_up(own, slots, places, staging).run()
         self.communicator.execute()
 
     def verify(self, share: ChunkShare, staging: Tensor, verify: Verify) -> TransferError | None:
@@ -140,24 +109,43 @@ class ChunkMover:
                 )
         return None
 
-    def prepare(self, share: ChunkShare, staging: Tensor) -> tuple[SlotCopy, ...]:
-        """What fills the chunk's slots from staging.
+    def prepare(self, share: ChunkShare, staging: Tensor) -> SpanCopies:
+        """What fills the chunk's slots from staging, on the stream that it is run on.
 
         Args:
             share: this rank's.
             staging: what it was staged into.
         Collective: none.
         """
-        copies = []
-        for block in share.blocks:
-            slots = _to_index(block.slots, staging)
-            # Without duplicates every staged expert goes to one slot, as they lie.
-            is_plain = len(block.positions) == len(block.rows)
-            positions = None if is_plain else _to_index(block.positions, staging)
-            views = self._views(block, staging)
-            for rows, view in zip(self.rows[block.layer], views, strict=True):
-                copies.append(SlotCopy(rows, slots, view, positions))
-        return tuple(copies)
+        slots = [block.slots for block in share.blocks]
+        places = [block.positions for block in share.blocks]
+        return self._pair_up(share.blocks, slots, places, staging, fill=True)
+
+    def _pair_up(
+        self,
+        blocks: Sequence[StagedBlock],
+        slots: Sequence[IntArray],
+        places: Sequence[IntArray],
+        staging: Tensor,
+        *,
+        fill: bool = False,
+    ) -> SpanCopies:
+        """Copies between slots and their places in staged blocks."""
+        counts = [len(each) for each in slots]
+
+        def spread(values: list[int]) -> IntArray:
+            return np.repeat(np.array(values, dtype=np.int64), counts)
+
+        none = np.zeros(0, dtype=np.int64)
+        in_slots, staged = self.table.pair_up(
+            spread([block.layer for block in blocks]),
+            np.concatenate([none, *slots]),
+            staging.data_ptr() + spread([block.offset for block in blocks]),
+            spread([len(block.rows) for block in blocks]),
+            np.concatenate([none, *places]),
+        )
+        ends = (staged, in_slots) if fill else (in_slots, staged)
+        return SpanCopies(*ends, staging.device, (staging, self.rows))
 
     def _choose(self, verify: Verify) -> npt.NDArray[np.bool_]:
         """[M], which rows of the plan are verified; the same on every rank."""
@@ -171,14 +159,27 @@ class ChunkMover:
         self, share: ChunkShare, staging: Tensor, sums: Tensor, chosen: npt.NDArray[np.bool_]
     ) -> int:
         """The first row of the plan whose expert is not what its source sent; -1 if none."""
-        for block in share.blocks:
-            here = np.flatnonzero(chosen[block.rows])
-            if block.source != self.group.rank and here.size:
-                views = [view[torch.tensor(here)] for view in self._views(block, staging)]
-                differs = sum_experts(views) != sums[torch.tensor(block.rows[here])]
+        for rows, views in self._list_received(share, staging):
+            here = np.flatnonzero(chosen[rows])
+            if here.size:
+                index = torch.tensor(here, device=staging.device)
+                found = sum_experts(view.index_select(0, index) for view in views)
+                differs = found != sums[torch.tensor(rows[here])]
                 if bool(differs.any()):
-                    return int(block.rows[here[int(differs.nonzero()[0])]])
+                    return int(rows[here[int(differs.nonzero()[0])]])
         return -1
+
+    def _list_received(
+        self, share: ChunkShare, staging: Tensor
+    ) -> Iterator[tuple[IntArray, list[Tensor]]]:
+        """Rows of the plan that came from other ranks, with their tensors [n, row bytes]."""
+        for block in share.blocks:
+            if block.source != self.group.rank:
+                yield block.rows, self._views(block, staging)
+        for row, slot in zip(share.received, share.received_into, strict=True):
+            if slot >= 0:
+                layer = self.rows[int(self.plan.layer[row])]
+                yield np.array([row]), [rows[int(slot)][None] for rows in layer]
 
     def _views(self, block: StagedBlock, staging: Tensor) -> list[Tensor]:
         return block.find_views(staging, [rows.shape[1] for rows in self.rows[block.layer]])

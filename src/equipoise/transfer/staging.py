@@ -57,16 +57,18 @@ class ChunkShare:
         layers: [l] int64, the chunk's, ascending; the same on every rank.
         sent: [s] int64, rows of the plan that this rank sends; by destination, layer, expert.
         received: [m] int64, rows that it receives; by source, layer, expert.
+        received_into: [m] int64, the empty local slot (0..S-1) that each lands in; -1 if staged.
         blocks: what it stages, in the order in which it lies: received experts by source and
             layer, as the wire brings them, then its own by layer.
-        remote_bytes: bytes of the received ones.
-        num_bytes: bytes of all.
+        remote_bytes: bytes of the received ones that are staged.
+        num_bytes: bytes of all that are staged.
         busiest_bytes: most that any rank sends and receives in this chunk; the same everywhere.
     """
 
     layers: IntArray
     sent: IntArray
     received: IntArray
+    received_into: IntArray
     blocks: tuple[StagedBlock, ...]
     remote_bytes: int
     num_bytes: int
@@ -79,7 +81,12 @@ def measure_experts(rows: list[list[Tensor]]) -> IntArray:
 
 
 def share_plan(
-    plan: TransferPlan, rank: int, expert_bytes: IntArray, staging_bytes: int | None
+    plan: TransferPlan,
+    rank: int,
+    expert_bytes: IntArray,
+    staging_bytes: int | None,
+    *,
+    in_place: bool = False,
 ) -> list[ChunkShare]:
     """Cut a plan into chunks, and work out one rank's share of each.
 
@@ -88,6 +95,7 @@ def share_plan(
         rank: whose shares.
         expert_bytes: [L] int64, bytes of one expert of each layer.
         staging_bytes: most that a chunk may bring to any rank; None for the least that works.
+        in_place: whether received experts land in slots that stand empty, and are not staged.
     Returns:
         One share per chunk; every layer that differs is in one of them.
     Collective: none; the same chunks on every rank.
@@ -99,11 +107,16 @@ def share_plan(
     idle = np.setdiff1d(np.flatnonzero(changed), plan.layer)
     if idle.size:
         chunks = [np.union1d(chunks[0], idle), *chunks[1:]] if chunks else [idle]
-    return [share_chunk(plan, rank, layers, expert_bytes) for layers in chunks]
+    return [share_chunk(plan, rank, layers, expert_bytes, in_place=in_place) for layers in chunks]
 
 
 def share_chunk(
-    plan: TransferPlan, rank: int, layers: IntArray, expert_bytes: IntArray
+    plan: TransferPlan,
+    rank: int,
+    layers: IntArray,
+    expert_bytes: IntArray,
+    *,
+    in_place: bool = False,
 ) -> ChunkShare:
     """Work out one rank's share of a chunk.
 
@@ -112,6 +125,7 @@ def share_chunk(
         rank: whose share.
         layers: [l] int64, the chunk's.
         expert_bytes: [L] int64, bytes of one expert of each layer.
+        in_place: as for `share_plan`.
     Collective: none.
     """
     inside = np.isin(plan.layer, layers)
@@ -121,17 +135,31 @@ def share_chunk(
     staged = np.flatnonzero(inside & (goes_to == rank))
     # Own experts last; the sort is stable, so layers and experts keep the plan's order.
     staged = staged[np.lexsort((comes_from[staged], comes_from[staged] == rank))]
+    received = staged[comes_from[staged] != rank]
+    received_into = _find_empty(plan, received) if in_place else np.full(len(received), -1)
+    staged = staged[~np.isin(staged, received[received_into >= 0])]
     is_remote = comes_from[staged] != rank
     sizes = expert_bytes[plan.layer[staged]]
     return ChunkShare(
         layers=layers,
         sent=sent,
-        received=staged[is_remote],
+        received=received,
+        received_into=received_into,
         blocks=_cut_blocks(plan, staged, sizes),
         remote_bytes=int(sizes[is_remote].sum()),
         num_bytes=int(sizes.sum()),
         busiest_bytes=_find_busiest(plan, np.flatnonzero(inside & ~plan.is_local), expert_bytes),
     )
+
+
+def _find_empty(plan: TransferPlan, rows: IntArray) -> IntArray:
+    """[n] int64, the local slot of each row that fills one empty slot and no other; else -1."""
+    num_writes = np.bincount(plan.write_row, minlength=len(plan.layer))
+    slot = np.full(len(plan.layer), -1)
+    slot[plan.write_row] = plan.write_slot
+    is_empty = plan.old.slot_to_expert[plan.layer[rows], slot[rows]] < 0
+    lands = is_empty & (num_writes[rows] == 1)
+    return np.where(lands, slot[rows] % plan.new.topology.slots_per_rank, -1)
 
 
 def _find_busiest(plan: TransferPlan, travelling: IntArray, expert_bytes: IntArray) -> int:

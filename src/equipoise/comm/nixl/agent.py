@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from equipoise.comm.nixl.spans import Spans
+from equipoise.comm.spans import Spans
 from equipoise.errors import CommunicatorUnavailable
 
 logger = logging.getLogger(__name__)

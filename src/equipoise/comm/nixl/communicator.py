@@ -7,21 +7,23 @@ import contextlib
 import json
 import secrets
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from equipoise.comm.base import ExpertWeights
+from equipoise.comm.base import ExpertWeights, GroupCoordinator
 from equipoise.comm.byte_views import view_bytes
 from equipoise.comm.exchange import Exchange, deadline_in
 from equipoise.comm.nixl.agent import Agent, Registration
 from equipoise.comm.nixl.exchange import Mailbox, NixlExchange, Pair, Remote
 from equipoise.comm.nixl.messages import TOKEN_BYTES, Failed
 from equipoise.comm.nixl.pool import SendPool, plan_offers
-from equipoise.comm.nixl.spans import Regions, Spans, span_of
-from equipoise.comm.queued import Inbox, Landing, Outbox, QueuedCommunicator
+from equipoise.comm.parcels import Inbox, Landing, Outbox, find_spans
+from equipoise.comm.queued import QueuedCommunicator
+from equipoise.comm.spans import Regions, Spans, span_of
 from equipoise.errors import TransferError
 
 _TAG_HELLO_SIZE = 4
@@ -54,7 +56,7 @@ class NixlEplbCommunicator(QueuedCommunicator):
     alive, and must not be used.
 
     Args:
-        group: with a gloo backend for CPU tensors; agents introduce themselves over it.
+        coordinator: agents introduce themselves over its `cpu_group`.
         expert_weights: as for the base.
         timeout_s: as for the base.
         pool_bytes: of the pool; what does not fit takes turns.
@@ -65,15 +67,17 @@ class NixlEplbCommunicator(QueuedCommunicator):
 
     name: ClassVar[str] = "nixl"
     needs_profile_buffer_reservation = False
+    lands_in_place = True
 
     def __init__(
         self,
-        group: dist.ProcessGroup,
+        coordinator: GroupCoordinator,
         expert_weights: ExpertWeights,
         timeout_s: float,
         *,
         pool_bytes: int = _POOL_BYTES,
     ) -> None:
+        group = coordinator.cpu_group
         super().__init__(group.rank(), group.size(), expert_weights, timeout_s)
         if self._device is None:
             self._device = torch.device("cpu")
@@ -91,6 +95,24 @@ class NixlEplbCommunicator(QueuedCommunicator):
         self._agent = agent
         mailbox = Mailbox(agent, token, remotes)
         self._wire: _Wire | None = _Wire(pool, Regions(registered), remotes, mailbox)
+        self._buffers: list[Spans] = []
+
+    @contextlib.contextmanager
+    def register(self, buffer: torch.Tensor) -> Iterator[None]:  # noqa: D102 - see the base
+        self._refuse_unless_open()
+        spans = Spans.of([span_of(buffer)])
+        if not buffer.numel():
+            yield
+            return
+        registration = self._agent.register(spans)
+        self._buffers.append(spans)
+        try:
+            yield
+        finally:
+            self._buffers.remove(spans)
+            # Where READs may still write, the agent keeps everything.
+            if self._wire is not None and not self._agent.has_reads:
+                self._agent.deregister(registration)
 
     @property
     def num_open_handles(self) -> int:
@@ -192,7 +214,7 @@ class NixlEplbCommunicator(QueuedCommunicator):
                     peer,
                     announced,
                     deque(offers),
-                    Spans.of(span_of(landing.data) for landing in landings),
+                    find_spans(landings),
                     tuple(landing.data for landing in landings),
                     deadline,
                     self.timeout_s,
@@ -204,9 +226,10 @@ class NixlEplbCommunicator(QueuedCommunicator):
         """Make known what is not registered yet: of each storage what will be written."""
         bounds: dict[int, tuple[int, int]] = {}
         landings: list[Landing] = [landing for each in inbox.values() for landing in each]
+        known = [wire.registered, *map(Regions, self._buffers)]
         for landing in landings:
             address, num_bytes = span_of(landing.data)
-            if not num_bytes or wire.registered.contain(address, num_bytes):
+            if not num_bytes or any(region.contain(address, num_bytes) for region in known):
                 continue
             storage = landing.data.untyped_storage().data_ptr()
             start, stop = bounds.get(storage, (address, address))
@@ -232,15 +255,6 @@ class NixlEplbCommunicator(QueuedCommunicator):
             event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             event.record()
             event.synchronize()
-
-    def _on_stream(self) -> contextlib.AbstractContextManager[object]:
-        if not self._is_cuda:
-            return contextlib.nullcontext()
-        return torch.cuda.stream(self._stream or torch.cuda.current_stream(self._device))
-
-    @property
-    def _is_cuda(self) -> bool:
-        return self._device is not None and self._device.type == "cuda"
 
     def _release(self) -> None:
         self._wire = None

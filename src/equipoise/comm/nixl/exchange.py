@@ -12,8 +12,8 @@ from equipoise.comm.exchange import PeerFailure
 from equipoise.comm.nixl.agent import Agent, Read, WireError
 from equipoise.comm.nixl.messages import Done, Failed, Message, Offer, Ping, decode, encode
 from equipoise.comm.nixl.pool import PlannedOffer, SendPool
-from equipoise.comm.nixl.spans import Spans, align
 from equipoise.comm.queued import SLOWEST_BYTES_PER_S
+from equipoise.comm.spans import Spans, align
 
 _PING_S = 0.1
 # Ranks may share cores: who waits sleeps, from a notification's latency up to a thousandth.

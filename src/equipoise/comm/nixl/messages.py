@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from equipoise.comm.announcement import NUM_WORDS, Announcement
-from equipoise.comm.nixl.spans import Spans
+from equipoise.comm.spans import Spans
 
 TOKEN_BYTES = 8
 

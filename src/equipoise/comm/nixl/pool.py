@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from equipoise.comm.byte_views import view_bytes
-from equipoise.comm.nixl.spans import Regions, Spans, span_of
-from equipoise.comm.queued import Outgoing, SlotRows
+from equipoise.comm.parcels import ExpertRows, Outgoing
+from equipoise.comm.spans import Regions, Spans, span_of
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,8 @@ def plan_offers(
     parts: list[Spans | Tensor] = []
     staged = 0
     for item in outgoing:
-        if isinstance(item, SlotRows):
-            parts.append(_spans_of_rows(item))
+        if isinstance(item, ExpertRows):
+            parts.append(item.find())
             continue
         data = view_bytes(item.tensor.contiguous())
         address, num_bytes = span_of(data)
@@ -61,14 +60,6 @@ def plan_offers(
             parts.append(head)
             staged += head.numel()
     return [*offers, PlannedOffer(tuple(parts), staged)]
-
-
-def _spans_of_rows(item: SlotRows) -> Spans:
-    base, row_bytes = item.rows.data_ptr(), item.rows.shape[1]
-    if not row_bytes:
-        return Spans.of(())
-    address = base + item.slots * row_bytes
-    return Spans(address, np.full_like(address, row_bytes))
 
 
 class SendPool:

@@ -1,4 +1,4 @@
-"""Runs of bytes in memory, as arrays: what a READ is made of."""
+"""Runs of bytes in memory, as arrays: what a READ, and a copy on a GPU, is made of."""
 
 from __future__ import annotations
 

@@ -1,0 +1,79 @@
+"""The kernel that copies many spans of a GPU's memory in one launch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from equipoise.comm.spans import Spans
+
+_ALIGNMENT = 16
+_WORD_BYTES = 8
+_BLOCK = 1024
+# Programs that share a span: enough to fill a GPU when a few experts move.
+_NUM_LANES = 32
+
+
+@triton.jit
+def _copy_words(table, num_spans, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    span = tl.program_id(0)
+    source = tl.load(table + span).to(tl.pointer_type(tl.int64))
+    destination = tl.load(table + num_spans + span).to(tl.pointer_type(tl.int64))
+    # Sixteen bytes at a time, as the host has made sure of.
+    source = tl.multiple_of(source, 16)
+    destination = tl.multiple_of(destination, 16)
+    num_words = tl.multiple_of(tl.load(table + 2 * num_spans + span), 2)
+    first = tl.program_id(1).to(tl.int64) * BLOCK
+    for start in range(first, num_words, tl.num_programs(1) * BLOCK):
+        words = start + tl.arange(0, BLOCK)
+        inside = words < num_words
+        tl.store(destination + words, tl.load(source + words, mask=inside), mask=inside)
+
+
+@triton.jit
+def _copy_bytes(table, num_spans, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    span = tl.program_id(0)
+    source = tl.load(table + span).to(tl.pointer_type(tl.uint8))
+    destination = tl.load(table + num_spans + span).to(tl.pointer_type(tl.uint8))
+    num_bytes = tl.load(table + 2 * num_spans + span)
+    first = tl.program_id(1).to(tl.int64) * BLOCK
+    for start in range(first, num_bytes, tl.num_programs(1) * BLOCK):
+        words = start + tl.arange(0, BLOCK)
+        inside = words < num_bytes
+        tl.store(destination + words, tl.load(source + words, mask=inside), mask=inside)
+
+
+class KernelTable:
+    """Copies as the kernels read them: addresses and lengths, on the device.
+
+    Args:
+        sources: where from.
+        destinations: where to; span by span as long.
+        device: of both.
+    """
+
+    def __init__(self, sources: Spans, destinations: Spans, device: torch.device) -> None:
+        aligned = (sources.address | destinations.address) % _ALIGNMENT == 0
+        in_words = np.where(aligned, sources.num_bytes // _ALIGNMENT * _ALIGNMENT, 0)
+        rest = sources.num_bytes - in_words
+        wide, narrow = in_words > 0, rest > 0
+        words = (sources.address, destinations.address, in_words // _WORD_BYTES)
+        ends = (sources.address + in_words, destinations.address + in_words, rest)
+        table = np.concatenate([*(c[wide] for c in words), *(c[narrow] for c in ends)])
+        self._num_wide, self._num_narrow = int(wide.sum()), int(narrow.sum())
+        self._table: Tensor = torch.from_numpy(table).pin_memory().to(device, non_blocking=True)
+
+    def launch(self) -> None:
+        """Enqueue the copies on the current stream."""
+        stream = torch.cuda.current_stream(self._table.device)
+        # Another stream may have made it: it must outlive this one's use of it.
+        self._table.record_stream(stream)
+        with torch.cuda.device(self._table.device):
+            if self._num_wide:
+                _copy_words[(self._num_wide, _NUM_LANES)](self._table, self._num_wide, BLOCK=_BLOCK)
+            if self._num_narrow:
+                narrow = self._table[3 * self._num_wide :]
+                _copy_bytes[(self._num_narrow, _NUM_LANES)](narrow, self._num_narrow, BLOCK=_BLOCK)

@@ -1,0 +1,285 @@
+"""What both wires over NCCL share: packing, rounds, and a deadline on work that a GPU does."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from equipoise.comm.base import ExpertWeights, GroupCoordinator
+from equipoise.comm.exchange import Exchange, PeerFailure, deadline_in
+from equipoise.comm.headers import swap_headers
+from equipoise.comm.lifeline import Lifeline
+from equipoise.comm.parcels import ExpertRows, Inbox, Landing, Outbox, Outgoing
+from equipoise.comm.queued import SLOWEST_BYTES_PER_S, QueuedCommunicator
+from equipoise.comm.span_copies import SpanCopies, shift
+from equipoise.comm.spans import Spans, span_of
+from equipoise.errors import CommunicatorUnavailable
+
+_TAG_DONE = 8
+_POOL_BYTES = 128 << 20
+_ALIGNMENT = 256
+_PAUSE_S = 20e-6
+
+
+@dataclass(frozen=True)
+class Message:
+    """One piece of what a pair of ranks exchanges in a round.
+
+    Attributes:
+        peer: the other.
+        data: [bytes] uint8, contiguous.
+    """
+
+    peer: int
+    data: Tensor
+
+
+class NcclStagedCommunicator(QueuedCommunicator):
+    """Packs what each peer gets, piece by piece, and sends one piece while it packs the next.
+
+    What comes from a peer lands where it belongs, if a piece belongs to one place; thousands of
+    small tensors go through a pool. Counts and sizes are compared over gloo before the first
+    message, since NCCL would not notice a mismatch. A peer on this host that dies is noticed at
+    once, when NCCL would wait; one that hangs, at the deadline. All memory is taken, and all
+    connections are made, when the communicator is.
+
+    Args:
+        coordinator: its `cpu_group` carries headers.
+        expert_weights: as for the base; on a CUDA device, also where they are none.
+        timeout_s: as for the base.
+        pool_bytes: of the buffers that are packed into, of all peers together.
+    """
+
+    needs_profile_buffer_reservation = False
+
+    def __init__(
+        self,
+        coordinator: GroupCoordinator,
+        expert_weights: ExpertWeights,
+        timeout_s: float,
+        *,
+        pool_bytes: int = _POOL_BYTES,
+    ) -> None:
+        self._group = coordinator.cpu_group
+        super().__init__(self._group.rank(), self._group.size(), expert_weights, timeout_s)
+        if self._device is None:
+            self._device = torch.device("cuda", torch.cuda.current_device())
+        if self._device.type != "cuda":
+            raise CommunicatorUnavailable(f"{self.name} moves weights on CUDA, not on the CPU")
+        self.device = self._device
+        self._packing = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._wire = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        num_peers = max(1, self.size - 1)
+        piece_bytes = pool_bytes // (2 * num_peers) // _ALIGNMENT * _ALIGNMENT
+        self._piece_bytes = max(piece_bytes, _ALIGNMENT)
+        shape = (2, num_peers, self._piece_bytes)
+        self._send_pool = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        self._recv_pool: Tensor | None = None
+        self._lifeline = Lifeline(self._group, timeout_s)
+
+    def _connect(self) -> None:
+        """Send every peer a byte, so that NCCL makes its connections and takes its memory."""
+        peers = self._peers
+        self._num_exchanges += 1
+        with torch.cuda.device(self.device):
+            sent = torch.zeros(1, dtype=torch.uint8, device=self.device)
+            landed = torch.zeros(self.size, dtype=torch.uint8, device=self.device)
+            self._wire.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._wire):
+                self._post(
+                    [Message(peer, sent) for peer in peers],
+                    [Message(peer, landed[peer : peer + 1]) for peer in peers],
+                )
+            failures = self._await(peers, self.timeout_s)
+        if failures:
+            self.close()
+            self._raise({}, failures, self.timeout_s)
+
+    @abstractmethod
+    def _post(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        """Enqueue messages, as one group, on the current stream."""
+
+    @abstractmethod
+    def _abort(self) -> None:
+        """End what was enqueued and will never come to its end."""
+
+    @abstractmethod
+    def _disconnect(self) -> None:
+        """Let NCCL go, without waiting for a peer; once or more."""
+
+    def _exchange(self, outbox: Outbox, inbox: Inbox) -> None:
+        with torch.cuda.device(self.device):
+            mine = self._announce(outbox, inbox)
+            heard = swap_headers(self._group, self.rank, mine, self.timeout_s)
+            if heard.is_late:
+                self._raise({}, heard.failures, self.timeout_s)
+            seconds = self.timeout_s + heard.most_bytes / SLOWEST_BYTES_PER_S
+            caller = self._current_stream()
+            ready = caller.record_event()
+            self._packing.wait_event(ready)
+            self._wire.wait_event(ready)
+            self._carry(heard.sound, outbox, inbox)
+            failures = {**heard.failures, **self._await(heard.sound, seconds)}
+            if failures or heard.refusals:
+                self._raise(heard.refusals, failures, seconds)
+
+    def _carry(self, peers: list[int], outbox: Outbox, inbox: Inbox) -> None:
+        """Enqueue everything; round k carries piece k of each pair, so no round waits for another.
+
+        Nothing here waits for the device.
+        """
+        sends = {peer: _Source(outbox[peer], self._piece_bytes) for peer in peers if peer in outbox}
+        receives = {
+            peer: list(_find_targets(inbox[peer], self._piece_bytes))
+            for peer in peers
+            if peer in inbox
+        }
+        rounds = [source.num_pieces for source in sends.values()]
+        rounds += [len(pieces) for pieces in receives.values()]
+        freed: list[torch.cuda.Event | None] = [None, None]
+        for number in range(max(rounds, default=0)):
+            half = number % 2
+            with torch.cuda.stream(self._packing):
+                event = freed[half]
+                if event is not None:
+                    self._packing.wait_event(event)
+                outgoing = self._pack(sends, number)
+                packed = self._packing.record_event()
+            with torch.cuda.stream(self._wire):
+                self._wire.wait_event(packed)
+                incoming, scatters = self._lay_out(receives, number)
+                self._post(outgoing, incoming)
+                for scatter in scatters:
+                    scatter.run()
+                freed[half] = self._wire.record_event()
+
+    def _pack(self, sends: Mapping[int, _Source], number: int) -> list[Message]:
+        """One launch packs the pieces of all peers."""
+        messages, sources, destinations = [], [], []
+        for index, (peer, source) in enumerate(sends.items()):
+            spans = source.cut(number)
+            if not len(spans.address):
+                continue
+            room = self._send_pool[number % 2, index, : spans.total_bytes]
+            sources.append(spans)
+            destinations.append(shift(spans, room.data_ptr()))
+            messages.append(Message(peer, room))
+        if messages:
+            SpanCopies(Spans.join(sources), Spans.join(destinations), self.device, sends).run()
+        return messages
+
+    def _lay_out(
+        self, receives: Mapping[int, list[list[Tensor]]], number: int
+    ) -> tuple[list[Message], list[SpanCopies]]:
+        """Where a round's pieces are received, and what takes them on from the pool."""
+        messages, scatters = [], []
+        for index, (peer, pieces) in enumerate(receives.items()):
+            if number >= len(pieces):
+                continue
+            parts = pieces[number]
+            if len(parts) == 1:
+                messages.append(Message(peer, parts[0]))
+                continue
+            if self._recv_pool is None:
+                self._recv_pool = torch.empty_like(self._send_pool)
+            targets = Spans.of(map(span_of, parts))
+            room = self._recv_pool[number % 2, index, : targets.total_bytes]
+            messages.append(Message(peer, room))
+            packed = shift(targets, room.data_ptr())
+            scatters.append(SpanCopies(packed, targets, self.device, parts))
+        return messages, scatters
+
+    def _await(self, peers: list[int], seconds: float) -> dict[int, PeerFailure]:
+        """Wait on the host for what was enqueued, and for the peers to have done so too.
+
+        Returns:
+            What went wrong, by peer; then nothing that was enqueued is under way any more.
+        """
+        ended = self._wire.record_event()
+        deadline = deadline_in(seconds)
+        while not ended.query():
+            dead = self._lifeline.find_dead()
+            if dead or time.monotonic() > deadline:
+                self._abort()
+                return _blame(dead, peers)
+            time.sleep(_PAUSE_S)
+        # A peer may still be reading what NCCL holds here.
+        done = Exchange(self._group, _TAG_DONE)
+        word = torch.zeros(1, dtype=torch.uint8)
+        for peer in peers:
+            done.recv(torch.zeros(1, dtype=torch.uint8), peer)
+        for peer in peers:
+            done.send(word, peer)
+        return dict(done.wait(deadline_in(seconds)))
+
+    def _release(self) -> None:
+        self._lifeline.close()
+        self._disconnect()
+        self._recv_pool = None
+        self._send_pool = torch.empty(0, dtype=torch.uint8)
+
+
+def _blame(dead: list[int], peers: list[int]) -> dict[int, PeerFailure]:
+    if dead:
+        gone = RuntimeError("the process has ended")
+        return {peer: PeerFailure(late=False, error=gone) for peer in dead}
+    late = TimeoutError("NCCL has not ended")
+    return {peer: PeerFailure(late=True, error=late) for peer in peers}
+
+
+class _Source:
+    """All that one peer gets, as spans of memory.
+
+    Args:
+        queued: it.
+        piece_bytes: of one round.
+    """
+
+    def __init__(self, queued: Sequence[Outgoing], piece_bytes: int) -> None:
+        self._piece_bytes = piece_bytes
+        # Strided tensors are made contiguous; the copies live as long as this.
+        parts = [
+            queued_part if isinstance(queued_part, ExpertRows) else queued_part.tensor.contiguous()
+            for queued_part in queued
+        ]
+        self._spans = Spans.join(
+            [
+                part.find() if isinstance(part, ExpertRows) else Spans.of([span_of(part)])
+                for part in parts
+            ]
+        )
+        self.keep = parts
+        self._total_bytes = self._spans.total_bytes
+
+    @property
+    def num_pieces(self) -> int:
+        """Rounds that it takes."""
+        return -(-self._total_bytes // self._piece_bytes)
+
+    def cut(self, number: int) -> Spans:
+        """What is sent in a round; it has no bytes behind the last."""
+        start = number * self._piece_bytes
+        stop = min(start + self._piece_bytes, self._total_bytes)
+        return self._spans.between(start, stop) if start < stop else Spans.of(())
+
+
+def _find_targets(landings: Sequence[Landing], piece_bytes: int) -> Iterator[list[Tensor]]:
+    """For each round the pieces of memory that a peer's bytes fill, in order."""
+    pieces: list[Tensor] = []
+    missing = piece_bytes
+    for landing in landings:
+        data = landing.data
+        while data.numel():
+            pieces.append(data[:missing])
+            data = data[missing:]
+            missing -= pieces[-1].numel()
+            if not missing:
+                yield pieces
+                pieces, missing = [], piece_bytes
+    if pieces:
+        yield pieces

@@ -1,0 +1,252 @@
+"""What is queued for the peers, and where what comes from them goes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from equipoise.comm.byte_views import view_bytes
+from equipoise.comm.spans import Spans, span_of
+from equipoise.topology import IntArray
+
+
+class WeightTable:
+    """Where the weights of all layers are, as arrays.
+
+    Args:
+        rows: per layer the tensors as [S, row bytes] uint8.
+
+    Attributes:
+        rows: as given.
+    """
+
+    def __init__(self, rows: list[list[Tensor]]) -> None:
+        self.rows = rows
+        most = max(map(len, rows), default=0)
+        self._num_tensors = np.array([len(layer) for layer in rows], dtype=np.int64)
+        self._address = np.zeros((len(rows), most), dtype=np.int64)
+        self._row_bytes = np.zeros((len(rows), most), dtype=np.int64)
+        for index, layer in enumerate(rows):
+            self._address[index, : len(layer)] = [tensor.data_ptr() for tensor in layer]
+            self._row_bytes[index, : len(layer)] = [tensor.shape[1] for tensor in layer]
+        self._bytes_before = np.cumsum(self._row_bytes, axis=1) - self._row_bytes
+
+    def size_up(self, layers: IntArray) -> IntArray:
+        """[n] int64, bytes of each row on the wire of experts of these layers, in order.
+
+        Args:
+            layers: [m] int64, of each expert; ascending.
+        """
+        _, tensor, layer = self._order(layers)
+        return self._row_bytes[layer, tensor]
+
+    def find(self, layers: IntArray, slots: IntArray) -> Spans:
+        """Where the rows of these slots are, in the order of the wire; those of no bytes left out.
+
+        Args:
+            layers: [m] int64, of each expert; ascending.
+            slots: [m] int64, its local slot.
+        """
+        expert, tensor, layer = self._order(layers)
+        num_bytes = self._row_bytes[layer, tensor]
+        address = self._address[layer, tensor] + slots[expert] * num_bytes
+        return Spans(address[num_bytes > 0], num_bytes[num_bytes > 0])
+
+    def find_landings(self, layers: IntArray, slots: IntArray, address: int) -> Spans:
+        """Where rows land that come in the order of the wire.
+
+        Args:
+            layers: [m] int64, of each expert; ascending.
+            slots: [m] int64, the slot that it lands in; -1 for a buffer that such experts fill one
+                behind the other.
+            address: of the buffer.
+        """
+        expert, tensor, layer = self._order(layers)
+        num_bytes = self._row_bytes[layer, tensor]
+        in_buffer = slots[expert] < 0
+        filled = np.where(in_buffer, num_bytes, 0)
+        buffered = address + np.cumsum(filled) - filled
+        direct = self._address[layer, tensor] + slots[expert] * num_bytes
+        kept = num_bytes > 0
+        return Spans(np.where(in_buffer, buffered, direct)[kept], num_bytes[kept])
+
+    def pair_up(
+        self,
+        layers: IntArray,
+        slots: IntArray,
+        block_address: IntArray,
+        block_rows: IntArray,
+        positions: IntArray,
+    ) -> tuple[Spans, Spans]:
+        """Where experts are in their slots, and where in blocks that lie tensor by tensor.
+
+        Args:
+            layers: [n] int64, of each expert.
+            slots: [n] int64, its local slot.
+            block_address: [n] int64, where its block begins.
+            block_rows: [n] int64, experts of that block.
+            positions: [n] int64, its place among them.
+        Returns:
+            Spans of the slots, and of the blocks; one pair for each expert and tensor.
+        """
+        counts = self._num_tensors[layers]
+        expert, tensor = _count_up(counts)
+        layer = layers[expert]
+        num_bytes = self._row_bytes[layer, tensor]
+        in_slot = self._address[layer, tensor] + slots[expert] * num_bytes
+        first = block_address[expert] + block_rows[expert] * self._bytes_before[layer, tensor]
+        in_block = first + positions[expert] * num_bytes
+        kept = num_bytes > 0
+        return Spans(in_slot[kept], num_bytes[kept]), Spans(in_block[kept], num_bytes[kept])
+
+    def _order(self, layers: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+        """Expert, tensor and layer of each row on the wire: by layer, by tensor, by expert."""
+        expert, tensor = _count_up(self._num_tensors[layers])
+        layer = layers[expert]
+        order = np.lexsort((expert, tensor, layer))
+        return expert[order], tensor[order], layer[order]
+
+
+def _count_up(counts: IntArray) -> tuple[IntArray, IntArray]:
+    """Each index as often as it counts, and how often it came before."""
+    index = np.repeat(np.arange(len(counts)), counts)
+    return index, np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+@dataclass(frozen=True)
+class WholeTensor:
+    """A tensor to be sent as it is."""
+
+    tensor: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on the wire."""
+        return self.tensor.numel() * self.tensor.element_size()
+
+    @property
+    def sizes(self) -> IntArray:
+        """[1] int64, bytes of each tensor or row."""
+        return np.array([self.num_bytes])
+
+    def find_in_place(self) -> list[Tensor] | None:
+        """The bytes where they are, [bytes] uint8 each; None if they do not stand together."""
+        return [view_bytes(self.tensor)] if self.tensor.is_contiguous() else None
+
+    def pack(self, out: Tensor) -> None:
+        """Enqueue the copy into `out` [num_bytes] uint8."""
+        out.copy_(view_bytes(self.tensor.contiguous()), non_blocking=True)
+
+    def split(self) -> Iterator[WholeTensor]:
+        """In parts that each come from one tensor."""
+        yield self
+
+
+@dataclass(frozen=True)
+class SlotRows:
+    """Rows of one weight tensor to be sent behind each other.
+
+    Attributes:
+        rows: [S, row bytes] uint8, the weights.
+        slots: [n] int64, which of them; on the host, where addresses are counted.
+    """
+
+    rows: Tensor
+    slots: IntArray
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on the wire."""
+        return len(self.slots) * self.rows.shape[1]
+
+    @property
+    def sizes(self) -> IntArray:
+        """[n] int64, bytes of each tensor or row."""
+        return np.full(len(self.slots), self.rows.shape[1])
+
+    def find_in_place(self) -> list[Tensor] | None:
+        """The bytes where they are, [row bytes] uint8 each."""
+        return [self.rows[slot] for slot in self.slots.tolist()]
+
+    def pack(self, out: Tensor) -> None:
+        """Enqueue the copy into `out` [num_bytes] uint8."""
+        shaped = out.view(len(self.slots), self.rows.shape[1])
+        slots = torch.tensor(self.slots, device=self.rows.device)
+        if out.device == self.rows.device:
+            torch.index_select(self.rows, 0, slots, out=shaped)
+        else:
+            shaped.copy_(self.rows.index_select(0, slots), non_blocking=True)
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """Experts of any layers to be sent behind each other, as `ExpertMoves` orders them.
+
+    Attributes:
+        table: the weights.
+        layers: [n] int64, of each expert; ascending.
+        slots: [n] int64, its local slot.
+    """
+
+    table: WeightTable
+    layers: IntArray
+    slots: IntArray
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on the wire."""
+        return int(self.sizes.sum())
+
+    @property
+    def sizes(self) -> IntArray:
+        """[rows] int64, bytes of each row."""
+        return self.table.size_up(self.layers)
+
+    def find(self) -> Spans:
+        """Where the bytes are."""
+        return self.table.find(self.layers, self.slots)
+
+    def split(self) -> Iterator[SlotRows]:
+        """In parts that each come from one tensor."""
+        edges = np.flatnonzero(np.diff(self.layers, prepend=-1, append=-1))
+        for start, stop in itertools.pairwise(edges.tolist()):
+            for rows in self.table.rows[int(self.layers[start])]:
+                yield SlotRows(rows, self.slots[start:stop])
+
+
+Outgoing = WholeTensor | ExpertRows
+Part = WholeTensor | SlotRows
+
+
+@dataclass(frozen=True)
+class Landing:
+    """Where bytes from one peer go.
+
+    Attributes:
+        data: [bytes] uint8, contiguous.
+        sizes: [n] int64, bytes of each tensor in it, or of each row where experts move; in order.
+        spans: where the bytes go, if not all of them to `data`.
+    """
+
+    data: Tensor
+    sizes: IntArray
+    spans: Spans | None = None
+
+
+def join_sizes(parts: Sequence[Outgoing | Part] | Sequence[Landing]) -> IntArray:
+    """[n] int64, bytes of each tensor or row that goes one way between two ranks, in order."""
+    return np.concatenate([np.zeros(0, dtype=np.int64), *(part.sizes for part in parts)])
+
+
+def find_spans(landings: Sequence[Landing]) -> Spans:
+    """Where the bytes of a peer go; nothing for landings of no bytes."""
+    return Spans.join([each.spans or Spans.of([span_of(each.data)]) for each in landings])
+
+
+Outbox = Mapping[int, list[Outgoing]]
+Inbox = Mapping[int, list[Landing]]

@@ -1,0 +1,73 @@
+"""Many copies on one device, enqueued together."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from equipoise.comm.spans import Spans
+
+if TYPE_CHECKING:
+    from equipoise.comm.copy_kernel import KernelTable
+
+
+class SpanCopies:
+    """Copies of spans of memory to other spans, all of one device; made ready once, run once.
+
+    On the CPU they are done when `run` returns. On a GPU `run` launches one kernel, or two where
+    some bytes are not aligned to 16; nobody waits for it.
+
+    Args:
+        sources: where from.
+        destinations: where to; as long, span by span; none overlaps another, or a source.
+        device: of both.
+        keep: what owns the memory; kept until this is forgotten.
+    """
+
+    def __init__(
+        self, sources: Spans, destinations: Spans, device: torch.device, keep: object
+    ) -> None:
+        self._keep = keep
+        self._copies: list[tuple[int, int, int]] = []
+        self._table: KernelTable | None = None
+        if device.type == "cuda":
+            # Not at the top: Triton takes seconds to import, and is not there without CUDA.
+            from equipoise.comm.copy_kernel import KernelTable
+
+            self._table = KernelTable(sources, destinations, device)
+            return
+        columns = (destinations.address, sources.address, sources.num_bytes)
+        self._copies = list(zip(*(column.tolist() for column in columns), strict=True))
+
+    def run(self) -> None:
+        """Do the copies, or enqueue them on the current stream. Collective: none."""
+        if self._table is not None:
+            self._table.launch()
+        for destination, source, num_bytes in self._copies:
+            ctypes.memmove(destination, source, num_bytes)
+
+
+def shift(spans: Spans, start: int) -> Spans:
+    """One behind the other from an address on: where a packed copy of them is.
+
+    Args:
+        spans: of which only the bytes count.
+        start: address.
+    """
+    ends = np.cumsum(spans.num_bytes)
+    return Spans(start + ends - spans.num_bytes, spans.num_bytes)
+
+
+def warm_up(device: torch.device | None) -> None:
+    """Have the kernels compiled for a GPU now, rather than beside its first forward pass.
+
+    Collective: none.
+    """
+    memory = torch.zeros(128, dtype=torch.uint8, device=device)
+    start = memory.data_ptr()
+    sources = Spans.of([(start, 32), (start + 35, 3)])
+    destinations = Spans.of([(start + 64, 32), (start + 99, 3)])
+    SpanCopies(sources, destinations, memory.device, memory).run()
