@@ -308,6 +308,29 @@ def test_what_cannot_be_is_one_line_and_exit_2(words: str, complaint: str) -> No
     assert done.err.count("\n") == 1
 
 
+@pytest.mark.gpu
+def test_wires_are_tried_on_the_gpus_that_are_there() -> None:
+    num_gpus = torch.cuda.device_count()
+    named = [w for name in ("nixl", "torch_gloo", "torch_nccl") for w in ("--communicator", name)]
+    done = run_python("-m", "equipoise", "doctor", *named, "--json", "-")
+    found = json.loads(done.stdout)
+    on_gpus = {w["communicator"]: w for w in found["wires"] if w["memory"] == "GPU"}
+    for name in ("nixl", "torch_gloo"):
+        assert on_gpus[name]["status"] == "works", on_gpus[name]
+        assert len(set(on_gpus[name]["devices"])) == min(num_gpus, 2)
+        assert on_gpus[name]["gb_per_s"] > 0.1
+    assert found["needed"]["memory"] == "GPU"
+    assert [gpu["name"] for gpu in found["gpus"]] == [
+        torch.cuda.get_device_name(number) for number in range(num_gpus)
+    ]
+    assert found["torch"]["nccl"]
+    assert found["driver"]["version"]
+    assert "cuda_copy" in found["ucx"]["transports"]
+    # NCCL needs a GPU for each of the two.
+    assert (on_gpus["torch_nccl"]["status"] == "works") is (num_gpus > 1)
+    assert done.returncode == (0 if num_gpus > 1 else 1)
+
+
 FINE = Machine(4, 1 << 34, 1 << 33, 1 << 33, 1 << 33, None, None, "madvise", (0, 0), False, {})
 TWO_GPUS = (Gpu("H200", 2, 1, (1,)), Gpu("H200", 2, 1, (0,)))
 IPC = NixlReport(works=True, ucx=Ucx("1.23.0", "libucp.so", ("cuda_ipc/cuda", "cma/memory")))
