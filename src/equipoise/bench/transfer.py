@@ -28,9 +28,9 @@ _NOTES = (
     "of the rounds, of the slowest rank in each. memcpy: every rank copies as many bytes as it "
     "receives, all at once. raw gloo message: one send and one receive of the same bytes per pair.",
     "Every received expert was compared with the plan, byte by byte, after every round.",
-    "Not measured here, as they need GPUs: nixl between the memories of GPUs, torch_gloo staged "
-    "through pinned memory. Not in this version: torch_nccl, pynccl (both need GPUs too); ranks on "
-    "more than one machine.",
+    "Not measured here, as they need GPUs: torch_nccl, pynccl, nixl between the memories of GPUs, "
+    "torch_gloo staged through pinned memory (on a machine with two GPUs: --device cuda). Nor "
+    "ranks on more than one machine.",
 )
 _PEAK_NOTE = (
     "peak_extra_bytes: most by which any rank's resident memory (VmHWM) exceeded what it was "
