@@ -181,6 +181,9 @@ def check_rest(model: Model, state: State) -> None:
         assert not rank.writing
     whole = [rank for rank in living if not rank.is_cut_off]
     assert len({_decided(rank) for rank in whole}) <= 1, "ranks end with different placements"
+    for rank in living if model.one_per_step else ():
+        counts = [commit.at for commit in rank.committed if commit.at is not None]
+        assert len(set(counts)) == len(counts), "a step commits more than it may"
     if model.raises and any(rank.has_failed for rank in whole):
         assert all(rank.has_raised for rank in living), "a rank has not heard of the failure"
     ended = [rank for rank in whole if not rank.is_hung]

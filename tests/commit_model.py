@@ -145,6 +145,7 @@ class Model:
         last_step: up to which F runs freely.
         faults: how many may happen.
         raises: whether F raises after a failure; otherwise it goes on without balancing.
+        one_per_step: whether a step has no room for a second chunk.
     """
 
     num_ranks: int = 2
@@ -155,6 +156,7 @@ class Model:
     raises: bool = False
     margin: int = 1
     num_halves: int = 2
+    one_per_step: bool = False
     make_worker: Callable[[int], Worker] = Worker
     make_ledger: Callable[[int], Ledger] = Ledger
 
@@ -198,6 +200,12 @@ class Model:
     def sees_cut(self, me: Rank) -> bool:
         """F: whether this rank serves no more; known before W withdraws its offer."""
         return me.is_cut_off
+
+    def find_earliest(self, me: Rank) -> int:
+        """W: the least count at which there is room for the chunk at hand."""
+        queued = [due.at for due in me.ledger.queue]
+        taken = [*queued, *(one.at for one in me.committed if one.at is not None)]
+        return max(taken) + 1 if self.one_per_step and taken else 0
 
     def may_leave(self, me: Rank) -> bool:
         """F: whether nothing is open any more that it would have to commit before it raises."""
@@ -351,7 +359,8 @@ class Model:
             return me
         if me.worker.do is Do.OFFER:
             ledger = me.ledger.make_offer(me.worker.chunk)
-            me = me._replace(ledger=ledger, worker=me.worker.after(ledger.steps))
+            worker = replace(me.worker.after(ledger.steps), earliest=self.find_earliest(me))
+            me = me._replace(ledger=ledger, worker=worker)
         if me.worker.do is Do.STAGE and not me.is_staging:
             half = me.worker.chunk % self.num_halves
             if self.is_free(me, half) and not me.has_raised:

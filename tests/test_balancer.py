@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from torch import Tensor
 
 from equipoise.balancer import EplbState, EplbStats, ModelStats, RebalanceOutcome
+from equipoise.balancer.model_state import OnCommit
 from equipoise.comm.groups import RankGroup
 from equipoise.comm.registry import create_eplb_communicator
 from equipoise.comm.torch_gloo import TorchDistGlooStagedEplbCommunicator
@@ -64,8 +65,15 @@ class Serving:
         self.state = EplbState(config, group, get_policy("deepseek"))
         self.group = group
 
-    def add(self, name: str = "model") -> None:
-        self.state.add_model(name, self.weights, self.maps, self.recorder, self.communicator)
+    def add(self, name: str = "model", on_commit: OnCommit | None = None) -> None:
+        self.state.add_model(
+            name,
+            self.weights,
+            self.maps,
+            self.recorder,
+            self.communicator,
+            on_commit=on_commit,
+        )
 
     def send_tokens(self, load: np.ndarray) -> None:
         """Record, as this rank's own, load[layer, expert] tokens for each expert's first slot."""

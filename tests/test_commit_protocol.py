@@ -19,11 +19,13 @@ QUICK: list[tuple[int, Model]] = [
     (84169, Model(num_ranks=2, chunks=(3, 2), triggers=EVERY, last_step=3)),
     (10430, Model(num_ranks=2, chunks=(3, 2), triggers=EVERY, last_step=3, num_halves=1)),
     (13969, Model(num_ranks=2, chunks=(2,), last_step=3, margin=2)),
+    (51041, Model(num_ranks=2, chunks=(3, 2), triggers=EVERY, last_step=3, one_per_step=True)),
     (38759, Model(num_ranks=3, chunks=(2,), last_step=3)),
     (6421, Model(num_ranks=3, chunks=(1, 1), triggers=EVERY, last_step=3)),
     (153691, Model(num_ranks=2, chunks=(2,), last_step=1, faults=1)),
     (40690, Model(num_ranks=2, chunks=(1, 1), triggers=EVERY, last_step=2, faults=1)),
     (48235, Model(num_ranks=2, chunks=(1, 1), triggers=EVERY, last_step=1, faults=1, raises=True)),
+    (163982, Model(num_ranks=2, chunks=(2,), last_step=1, faults=1, one_per_step=True)),
     (38199, Model(num_ranks=2, chunks=(1,), last_step=1, faults=2)),
     (60970, Model(num_ranks=2, chunks=(1,), last_step=1, faults=2, raises=True)),
 ]
@@ -46,6 +48,7 @@ def show(value: object) -> str:
         f"{chunks} chunks in {value.num_halves} halves",
         f"margin {value.margin}",
         f"{value.faults} faults{behaviour}",
+        *(["one chunk a step"] if value.one_per_step else []),
     ]
     return ", ".join(parts)
 
@@ -182,6 +185,13 @@ class Drops(Model):
         return me._replace(has_raised=True, ledger=replace(me.ledger, queue=()))
 
 
+class Crowds(Model):
+    """Does not mind how much a step commits."""
+
+    def find_earliest(self, me: Rank) -> int:
+        return 0
+
+
 class Leaves(Model):
     """F raises while an offer stands."""
 
@@ -203,6 +213,7 @@ WRONG: list[tuple[Model, str]] = [
     (Guesses(chunks=(1, 1), triggers=EVERY), "began at different counts"),
     (Deaf(faults=1), "served from different placements"),
     (Drops(faults=1, raises=True), "ranks end with different placements"),
+    (Crowds(one_per_step=True), "a step commits more than it may"),
     (Leaves(faults=1, raises=True), "ranks end with different placements"),
 ]
 

@@ -44,6 +44,17 @@ class EPLBConfig(BaseModel):
     """Most bytes of staging on a rank; None: as much as the largest layer's incoming experts need,
     twice that in the background, where there are two buffers."""
 
+    max_bytes_per_s: Annotated[int, Field(ge=1)] | None = None
+    """Most bytes of experts per second that a rank sends and receives in the background, both ways
+    together, so that dispatch keeps its share of the link; None: as many as the wire takes."""
+
+    max_bytes_per_step: Annotated[int, Field(ge=1)] | None = None
+    """Most bytes that a step in the background brings into a rank's slots; a layer that has more
+    is committed alone. None: no bound."""
+
+    max_layers_per_step: Annotated[int, Field(ge=1)] | None = None
+    """Most layers that a step in the background commits; None: no bound."""
+
     balancedness_threshold: Annotated[float, Field(gt=0, le=1)] | None = None
     """Plan only where the window's balancedness is below this; None: always."""
 

@@ -200,6 +200,12 @@ class Handover:
             self._is_stopped = True
             for chunk in (*self._chunks.values(), self._offered):
                 _cancel(chunk)
+            self._changed.notify_all()
+
+    def rest(self, seconds: float) -> bool:
+        """W: let so much time pass, unless it shall give up; whether it shall."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._is_stopped, seconds)
 
     @property
     def is_stopped(self) -> bool:
@@ -216,6 +222,7 @@ class Handover:
     def _give_up(self, why: str) -> None:
         """The worker is not waited for any more; it stops at its next look."""
         self._is_stopped = True
+        self._changed.notify_all()
         self._end = self._end or End(Status.FAILED, TimeoutError(why))
 
     def _ask(self) -> None:

@@ -72,6 +72,8 @@ class Worker:
         num_chunks: of the rebalance, once planned.
         status: of this rank, or, at the end, what it came to.
         word: proposed under the chunk's key, then the one that stands.
+        earliest: count before which the chunk is not committed, as the steps before have enough to
+            do; the same on every rank.
     """
 
     margin: int
@@ -80,6 +82,7 @@ class Worker:
     num_chunks: int = 0
     status: Status = Status.FINE
     word: str = ABORT
+    earliest: int = 0
 
     def after(self, answer: Answer) -> Worker:
         """The worker once what it had to do is done.
@@ -122,7 +125,7 @@ class Worker:
             return replace(self, do=Do.DECIDE, status=Status.FAILED, word=ABORT)
         assert isinstance(counts, Sequence)
         at = max(int(count) for count in counts) + self.margin
-        return replace(self, do=Do.DECIDE, word=say_commit(at))
+        return replace(self, do=Do.DECIDE, word=say_commit(max(at, self.earliest)))
 
     def _take(self, word: Answer) -> Worker:
         if word is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from equipoise.balancer.events import CpuGpuEvent
 from equipoise.balancer.handover import AsyncEplbLayerResult, Chunk, End, Handover
+from equipoise.balancer.limits import NUM_HALVES, ChunkSize, Pace, StepTally, cut_plan
 from equipoise.balancer.model_state import EplbModelState
 from equipoise.balancer.outcome import RebalanceOutcome
 from equipoise.balancer.planning import plan_moves
@@ -30,12 +31,8 @@ from equipoise.topology import IntArray
 from equipoise.transfer.agreement import agree
 from equipoise.transfer.executor import find_busy_s
 from equipoise.transfer.mover import ChunkMover
-from equipoise.transfer.staging import ChunkShare, share_plan
+from equipoise.transfer.staging import ChunkShare
 
-NUM_HALVES = 2
-LEAST_HALF_BYTES = 16 << 20
-"""What half the staging has where nothing bounds it, however small the layers are: so that many
-small ones travel, and are committed, together."""
 _MOST_CHUNKS = 1 << 20
 
 
@@ -101,6 +98,7 @@ class Rebalance:
         config: balancing.
         policy: makes placements.
         handover: to the forward thread.
+        pace: of all exchanges.
     """
 
     def __init__(
@@ -111,6 +109,7 @@ class Rebalance:
         config: EPLBConfig,
         policy: PlacementPolicy,
         handover: Handover,
+        pace: Pace,
     ) -> None:
         self.problem: Exception | None = None
         self._request = request
@@ -119,9 +118,12 @@ class Rebalance:
         self._config = config
         self._policy = policy
         self._handover = handover
+        self._pace = pace
         self._timeout_s = group.timeout.total_seconds()
         self._halves: list[_Half] = []
         self._chunks: list[tuple[_Part, ChunkShare]] = []
+        self._sizes: list[ChunkSize] = []
+        self._tally = StepTally()
         # Models whose outcome was not told yet.
         self._parts: list[_Part] = []
         self._standing: dict[str, Placement] = {}
@@ -145,6 +147,9 @@ class Rebalance:
         worker = Worker(margin)
         while worker.do is not Do.END:
             self._handover.begin(self._find_longest_s(worker))
+            if worker.do is Do.COUNT and self._sizes:
+                earliest = self._tally.find_earliest(self._sizes[worker.chunk], self._config)
+                worker = replace(worker, earliest=earliest)
             worker = worker.after(self._perform(worker))
         self._handover.begin(math.inf)
         return worker
@@ -153,8 +158,12 @@ class Rebalance:
         """Seconds that an operation may take, each of its waits up to its deadline."""
         longest_s = 4 * self._timeout_s
         if worker.do in (Do.STAGE, Do.MEET) and self._chunks:
-            longest_s += find_busy_s(self._chunks[worker.chunk][1], self._group)
+            longest_s += self._find_busy_s(worker.chunk)
         return longest_s
+
+    def _find_busy_s(self, number: int) -> float:
+        """Seconds that a peer may still be at staging a chunk when this rank is done with it."""
+        return find_busy_s(self._chunks[number][1], self._group) + self._pace.span_s
 
     def _perform(self, worker: Worker) -> Answer:
         match worker.do:
@@ -238,12 +247,12 @@ class Rebalance:
         return _Part(model, load, mover, expert_bytes)
 
     def _cut(self, parts: Sequence[_Part]) -> None:
-        bound = self._config.staging_bytes
         for part in parts:
-            largest = int(part.plan.staged_bytes(part.expert_bytes).max(initial=0))
-            budget = max(largest, LEAST_HALF_BYTES) if bound is None else bound // NUM_HALVES
-            shares = share_plan(part.plan, self._group.rank, part.expert_bytes, budget)
-            self._chunks += [(part, share) for share in shares]
+            for share, size in cut_plan(
+                part.plan, self._group.rank, part.expert_bytes, self._config
+            ):
+                self._chunks.append((part, share))
+                self._sizes.append(size)
         most = max((share.num_bytes for _, share in self._chunks), default=0)
         device = self._group.device
         self._halves = [
@@ -270,9 +279,11 @@ class Rebalance:
             if half.is_lent and not half.freed.wait(self._timeout_s):
                 return Status.STOPPED
             half.is_lent = False
-            if self._handover.is_stopped:
+            if self._handover.rest(self._pace.wait_s):
                 return Status.STOPPED
-            # Not counting the wait for the forward thread: that is serving, not moving.
+            self._pace.note(share.busiest_bytes)
+            # Not counting the wait for the forward thread: that is serving, not moving; nor
+            # what the pace asks for.
             started = time.perf_counter()
             part.mover.stage(share, half.staging)
             standing = self._standing[part.model.name]
@@ -294,7 +305,7 @@ class Rebalance:
 
     def _meet(self, worker: Worker) -> Sequence[int] | None:
         share = self._chunks[worker.chunk][1] if self._chunks else None
-        busy_s = 0.0 if share is None else find_busy_s(share, self._group)
+        busy_s = 0.0 if share is None else self._find_busy_s(worker.chunk)
         statuses = self._exchange_statuses(worker.status, busy_s)
         if share is None or statuses is None or any(statuses) or self._config.verify == "off":
             return statuses
@@ -385,6 +396,7 @@ class Rebalance:
     def _settle(self, worker: Worker) -> None:
         if worker.word != ABORT and self._staged is not None:
             self._standing[self._staged.model.name] = self._staged.maps.placement
+            self._tally = self._tally.add(self._sizes[worker.chunk], worker.word)
         self._handover.settle(worker.word)
 
     def _question(self, number: int) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from equipoise.balancer.handover import MARGIN_STEPS, End, Handover
+from equipoise.balancer.limits import Pace
 from equipoise.balancer.model_state import EplbModelState
 from equipoise.balancer.protocol import Status
 from equipoise.balancer.rebalance import Rebalance, Request
@@ -45,6 +46,7 @@ class EplbWorker:
         self._config = config
         self._policy = policy
         self._handover = handover
+        self._pace = Pace(config.max_bytes_per_s)
         # None ends it. The queue orders all that the forward thread wrote before a request.
         self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="equipoise-worker", daemon=True)
@@ -84,7 +86,13 @@ class EplbWorker:
 
     def _rebalance(self, request: Request) -> End | None:
         rebalance = Rebalance(
-            request, self._models, self._group, self._config, self._policy, self._handover
+            request,
+            self._models,
+            self._group,
+            self._config,
+            self._policy,
+            self._handover,
+            self._pace,
         )
         worker = rebalance.run(MARGIN_STEPS)
         if rebalance.received_bytes:
