@@ -6,12 +6,12 @@ S slots per rank.
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import import_module
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,17 @@ from equipoise.dispatch.maps import PlacementMaps
 from equipoise.dispatch.replicas import choose_slots
 from equipoise.errors import ModelError
 from equipoise.load.recorder import LoadRecorder
-from equipoise.models.families import FAMILIES
+from equipoise.models.contract import ExpertLayer, find_expert_layers, group_by_size
 
-_ExpertsFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+
+class ExpertReader(Protocol):
+    """Where the experts of a rank's slots come from."""
+
+    def read_expert(self, layer: ExpertLayer, expert: int) -> list[Tensor]:
+        """One expert's tensors, each without the first dimension, in the order of `layer.tensors`.
+
+        Collective: none.
+        """
 
 
 @dataclass
@@ -42,21 +50,52 @@ class _Routing:
 
 
 @dataclass(frozen=True)
+class ExpertSet:
+    """MoE layers that have as many experts as each other; most models have one such set.
+
+    Attributes:
+        layers: as the model has them; layer l is row l of the placement.
+        weights: per layer the tensors [S, ...] of this rank's slots, contiguous.
+        maps: which slot holds which expert; changed in place by whoever balances.
+        recorder: counts this rank's tokens by the slot they are sent to.
+    """
+
+    layers: tuple[ExpertLayer, ...]
+    weights: list[list[Tensor]]
+    maps: PlacementMaps
+    recorder: LoadRecorder
+
+
+@dataclass(frozen=True)
 class ExpertParallelModel:
     """A model whose experts are spread over ranks. Owner: the forward thread.
 
     Attributes:
         model: the Hugging Face model; a call takes part in an exchange per MoE layer.
-        expert_weights: per MoE layer the tensors [S, ...] of this rank's slots, contiguous.
-        maps: which slot holds which expert; changed in place by whoever balances.
-        recorder: counts this rank's tokens by the slot they are sent to.
+        sets: its MoE layers, by their number of experts.
     """
 
     model: Any
-    expert_weights: list[list[Tensor]]
-    maps: PlacementMaps
-    recorder: LoadRecorder
+    sets: tuple[ExpertSet, ...]
     _routing: _Routing = field(default_factory=_Routing, repr=False)
+
+    @property
+    def expert_weights(self) -> list[list[Tensor]]:
+        """Per MoE layer, set after set, the tensors [S, ...] of this rank's slots, contiguous."""
+        return [weights for one in self.sets for weights in one.weights]
+
+    @property
+    def maps(self) -> PlacementMaps:
+        """Maps of a model whose layers have as many experts.
+
+        Raises: ModelError if they do not; `sets` has the maps of each number of experts then.
+        """
+        return self._only_set().maps
+
+    @property
+    def recorder(self) -> LoadRecorder:
+        """Recorder of a model whose layers have as many experts; raises as `maps`."""
+        return self._only_set().recorder
 
     @property
     def expert_cpu_s(self) -> float:
@@ -79,11 +118,35 @@ class ExpertParallelModel:
         Collective: none; the call of the model is one of every rank.
         """
         routing = self._routing
+        before = routing.valid, routing.first_position
         routing.valid, routing.first_position = valid, first_position
         try:
             yield self.model
         finally:
-            routing.valid, routing.first_position = None, 0
+            routing.valid, routing.first_position = before
+
+    def _only_set(self) -> ExpertSet:
+        if len(self.sets) > 1:
+            counts = " or ".join(str(one.maps.placement.num_experts) for one in self.sets)
+            raise ModelError(f"layers of this model have {counts} experts: ask for one of its sets")
+        return self.sets[0]
+
+
+@dataclass(frozen=True)
+class SetPlan:
+    """How one set of layers is spread.
+
+    Attributes:
+        layers: which.
+        maps: the placement to begin with.
+        dispatcher: sends tokens to its slots.
+        recorder: of as many layers and slots as the placement.
+    """
+
+    layers: Sequence[ExpertLayer]
+    maps: PlacementMaps
+    dispatcher: TokenDispatcher
+    recorder: LoadRecorder
 
 
 def make_expert_parallel(
@@ -93,7 +156,7 @@ def make_expert_parallel(
     dispatcher: TokenDispatcher,
     recorder: LoadRecorder,
 ) -> ExpertParallelModel:
-    """Take over the experts of a model, in place; the rest of it stays as it is.
+    """Take over the experts of a whole model, in place; the rest of it stays as it is.
 
     Args:
         model: as transformers loads it, on any device; it is moved to that of `maps`, experts
@@ -108,62 +171,70 @@ def make_expert_parallel(
     Raises: ModelError if the model has no experts that can be taken over, or other layers or
         experts than the placement.
     """
-    _check_shape(model, maps)
-    layers = _find_experts(model)
-    function = _load_experts_function()
-    routing = _Routing()
-    expert_weights = []
-    for layer, experts in enumerate(layers):
-        expert_weights.append(_keep_slots(experts, layer, maps, rank))
-        experts.forward = _make_forward(
-            experts, layer, maps, dispatcher, recorder, routing, function
-        )
+    layers = find_expert_sets(model)
+    if len(layers) > 1:
+        counts = " or ".join(str(one[0].num_experts) for one in layers)
+        raise ModelError(f"the model's MoE layers have {counts} experts, the placement is of one")
+    plan = SetPlan(layers[0], maps, dispatcher, recorder)
+    spread = take_over(model, [plan], rank, WholeModel())
     model.to(maps.slot_to_expert.device)
-    return ExpertParallelModel(model, expert_weights, maps, recorder, routing)
+    return spread
 
 
-def count_experts(model: nn.Module) -> tuple[int, int]:
-    """L and E: MoE layers of a model, and experts of each.
+def take_over(
+    model: nn.Module, plans: Sequence[SetPlan], rank: int, reader: ExpertReader
+) -> ExpertParallelModel:
+    """Turn all experts of a model into slots; what else it has stays where it is.
 
     Args:
-        model: as transformers loads it.
-    Collective: none.
-    Raises: ModelError if it has no experts that can be taken over, or not as many in all layers.
+        model: on any device, meta included.
+        plans: of all its sets of layers.
+        rank: this rank's number in the placements.
+        reader: gives the experts of the slots; each is asked for once per layer.
+    Collective: none; every rank does it before the first call of the model.
+    Raises: ModelError if a placement is not of a set's layers or experts, or what `reader` raises.
     """
-    counts = [int(module.num_experts) for module in _find_experts(model)]  # type: ignore[arg-type]
-    if not counts:
+    for plan in plans:
+        _check_shape(plan)
+    routing = _Routing()
+    sets = []
+    for plan in plans:
+        weights = []
+        for row, layer in enumerate(plan.layers):
+            weights.append(_keep_slots(layer, row, plan.maps, rank, reader))
+            for module in (layer.module, *layer.copies):
+                forward = _make_forward(module, row, plan, routing)
+                module.forward = forward
+        sets.append(ExpertSet(tuple(plan.layers), weights, plan.maps, plan.recorder))
+    return ExpertParallelModel(model, tuple(sets), routing)
+
+
+def find_expert_sets(model: nn.Module) -> list[list[ExpertLayer]]:
+    """Find a model's MoE layers, by their number of experts.
+
+    Collective: none.
+    Raises: ModelError if it has none, or some that cannot be taken over.
+    """
+    layers = find_expert_layers(model)
+    if not layers:
         raise ModelError(
-            "the model has no experts that can be taken over: tested families are "
-            f"{', '.join(FAMILIES)}"
+            f"{type(model).__name__} has no experts that can be taken over: it must be a "
+            "Mixture-of-Experts model as transformers makes it"
         )
-    if len(set(counts)) > 1:
-        raise ModelError(
-            f"the model's MoE layers have {' or '.join(map(str, sorted(set(counts))))} experts: "
-            "all must have as many"
-        )
-    return len(counts), counts[0]
+    return group_by_size(layers)
 
 
-def _load_experts_function() -> _ExpertsFunction:
-    moe: Any = import_module("transformers.integrations.moe")
-    function: _ExpertsFunction = moe.ALL_EXPERTS_FUNCTIONS["grouped_mm"]
-    return function
+class WholeModel:
+    """Experts out of a model that has all of them."""
+
+    def read_expert(self, layer: ExpertLayer, expert: int) -> list[Tensor]:
+        """As the protocol says."""
+        return [getattr(layer.module, name).detach()[expert] for name in layer.tensors]
 
 
-def _find_experts(model: nn.Module) -> list[nn.Module]:
-    """Experts modules by layer: those whose computation transformers lets others choose."""
-    return [
-        module
-        for module in model.modules()
-        if hasattr(module, "num_experts")
-        and hasattr(module, "is_transposed")
-        and hasattr(type(module).forward, "__wrapped__")
-    ]
-
-
-def _check_shape(model: nn.Module, maps: PlacementMaps) -> None:
-    placement = maps.placement
-    num_layers, num_experts = count_experts(model)
+def _check_shape(plan: SetPlan) -> None:
+    placement = plan.maps.placement
+    num_layers, num_experts = len(plan.layers), plan.layers[0].num_experts
     if (num_layers, num_experts) != (placement.num_layers, placement.num_experts):
         raise ModelError(
             f"the model has {num_layers} MoE layers of {num_experts} experts, the placement "
@@ -171,49 +242,65 @@ def _check_shape(model: nn.Module, maps: PlacementMaps) -> None:
         )
 
 
-def _keep_slots(experts: nn.Module, layer: int, maps: PlacementMaps, rank: int) -> list[Tensor]:
-    """Replace [E, ...] parameters by [S, ...] ones that hold this rank's experts."""
+def _keep_slots(
+    layer: ExpertLayer, row: int, maps: PlacementMaps, rank: int, reader: ExpertReader
+) -> list[Tensor]:
+    """Replace [E, ...] tensors by [S, ...] ones that hold this rank's experts."""
     num_slots = maps.placement.topology.slots_per_rank
-    held = torch.tensor(
-        maps.placement.slot_to_expert[layer, rank * num_slots : (rank + 1) * num_slots]
-    )
-    weights = []
-    for name, parameter in list(experts.named_parameters(recurse=False)):
-        if parameter.ndim == 0 or parameter.shape[0] != experts.num_experts:
-            continue
-        full = parameter.detach()
-        slots = torch.zeros(
-            num_slots, *full.shape[1:], dtype=full.dtype, device=maps.slot_to_expert.device
-        )
-        for slot, expert in enumerate(held.tolist()):
-            if expert >= 0:
-                slots[slot].copy_(full[expert])
-        setattr(experts, name, nn.Parameter(slots, requires_grad=False))
-        weights.append(slots)
-    experts.num_experts = num_slots  # type: ignore[assignment]
+    held = maps.placement.slot_to_expert[row, rank * num_slots : (rank + 1) * num_slots].tolist()
+    device = maps.slot_to_expert.device
+    weights = [
+        _allocate_slots(getattr(layer.module, name), num_slots, device) for name in layer.tensors
+    ]
+    for expert in sorted({expert for expert in held if expert >= 0}):
+        tensors = reader.read_expert(layer, expert)
+        for slot in (slot for slot, other in enumerate(held) if other == expert):
+            for slots, tensor in zip(weights, tensors, strict=True):
+                slots[slot].copy_(tensor)
+    for name, slots in zip(layer.tensors, weights, strict=True):
+        is_buffer = name in layer.module._buffers
+        held_by_model: Any = slots if is_buffer else nn.Parameter(slots, requires_grad=False)
+        # transformers makes values up for what it did not load itself, unless told so.
+        held_by_model._is_hf_initialized = True
+        for module in (layer.module, *layer.copies):
+            setattr(module, name, held_by_model)
+    for module in (layer.module, *layer.copies):
+        module.num_experts = num_slots
     return weights
 
 
+def _allocate_slots(like: Tensor, num_slots: int, device: torch.device) -> Tensor:
+    """[S, ...] of zero bytes: not every dtype that weights come in can be filled."""
+    slots = torch.empty(num_slots, *like.shape[1:], dtype=like.dtype, device=device)
+    slots.view(torch.uint8).zero_()
+    return slots
+
+
 def _make_forward(
-    experts: nn.Module,
-    layer: int,
-    maps: PlacementMaps,
-    dispatcher: TokenDispatcher,
-    recorder: LoadRecorder,
-    routing: _Routing,
-    function: _ExpertsFunction,
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    experts: nn.Module, row: int, plan: SetPlan, routing: _Routing
+) -> Callable[..., Tensor]:
+    maps, dispatcher, recorder = plan.maps, plan.dispatcher, plan.recorder
     on_cpu = maps.slot_to_expert.device.type == "cpu"
+    # The class's own forward: it looks up the implementation that the model is configured for.
+    computation: Callable[..., Tensor] = type(experts).forward
+    _, *names = inspect.signature(computation).parameters
 
     def compute(hidden_ND: Tensor, slot_N: Tensor) -> Tensor:
         if hidden_ND.shape[0] == 0:
             return hidden_ND
         one_N1 = hidden_ND.new_ones(hidden_ND.shape[0], 1)
-        return function(experts, hidden_ND, slot_N[:, None], one_N1)
+        return computation(experts, hidden_ND, slot_N[:, None], one_N1)
 
-    def forward(hidden_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        slot_TK = choose_slots(maps, layer, expert_TK, routing.first_position, routing.valid)
-        recorder.record(layer, slot_TK)
+    def forward(*given: Tensor, **named: Tensor) -> Tensor:
+        hidden_TD, expert_TK, weight_TK = *given, *(named[name] for name in names[len(given) :])
+        valid_T = routing.valid
+        if valid_T is not None and valid_T.shape[0] != hidden_TD.shape[0]:
+            raise ModelError(
+                f"{plan.layers[row].name} is given {hidden_TD.shape[0]} tokens, but `valid` speaks "
+                f"of {valid_T.shape[0]}: it must say of each token of the batch whether it is one"
+            )
+        slot_TK = choose_slots(maps, row, expert_TK.long(), routing.first_position, valid_T)
+        recorder.record(row, slot_TK)
         dispatched = dispatcher.dispatch(hidden_TD, slot_TK)
         started_s = time.thread_time()
         output_ND = compute(dispatched.hidden_ND, dispatched.slot_N)

@@ -1,4 +1,4 @@
-"""One call makes a loaded model expert-parallel, and keeps it balanced."""
+"""One call makes a model expert-parallel, and keeps it balanced."""
 
 from __future__ import annotations
 
@@ -17,8 +17,16 @@ from equipoise.config import EPLBConfig
 from equipoise.dispatch import create_dispatcher
 from equipoise.dispatch.base import TokenDispatcher
 from equipoise.dispatch.maps import PlacementMaps
+from equipoise.errors import ModelError
 from equipoise.load.recorder import LoadRecorder
-from equipoise.models.experts import ExpertParallelModel, count_experts, make_expert_parallel
+from equipoise.models.contract import ExpertLayer
+from equipoise.models.experts import (
+    ExpertParallelModel,
+    SetPlan,
+    WholeModel,
+    find_expert_sets,
+    take_over,
+)
 from equipoise.placement import Placement, place_in_order
 from equipoise.policy import get_policy
 from equipoise.topology import Topology, choose_num_redundant
@@ -31,14 +39,14 @@ class ParallelModel:
     Attributes:
         spread: the model with this rank's slots, its maps and its recorder.
         state: its balancer.
-        dispatcher: what its tokens travel by.
-        communicator: what its experts travel by.
+        dispatchers: what its tokens travel by, one for each set of layers.
+        communicators: what its experts travel by, one for each set of layers.
     """
 
     spread: ExpertParallelModel
     state: EplbState
-    dispatcher: TokenDispatcher
-    communicator: EplbCommunicator
+    dispatchers: tuple[TokenDispatcher, ...]
+    communicators: tuple[EplbCommunicator, ...]
 
     @property
     def model(self) -> Any:
@@ -73,8 +81,10 @@ class ParallelModel:
         Collective: every rank of the group, at the same step.
         """
         if self.state.close():
-            self.communicator.close()
-        self.dispatcher.close()
+            for communicator in self.communicators:
+                communicator.close()
+        for dispatcher in self.dispatchers:
+            dispatcher.close()
 
 
 def parallelize(
@@ -94,7 +104,7 @@ def parallelize(
         config: the same on every rank; None for the defaults.
         placement: to begin with, also of several nodes; None for experts in order on one node,
             with as many redundant ones as the configuration says.
-        on_commit: as for `EplbState.add_model`.
+        on_commit: as for `EplbState.add_model`; layers are numbered as the model has them.
     Collective: every rank of the group.
     Raises: ModelError if the model has no experts that can be taken over; ConfigError,
         PlacementError or CommunicatorUnavailable if the configuration cannot be followed;
@@ -102,32 +112,76 @@ def parallelize(
     """
     config = config or EPLBConfig()
     policy = get_policy(config.policy)
-    if placement is None:
-        placement = _place(model, group, config)
-    dispatcher = create_dispatcher("torch", group, placement.topology)
-    recorder = LoadRecorder(placement.num_layers, placement.num_slots, group.device)
-    maps = PlacementMaps(placement, group.device)
-    spread = make_expert_parallel(model, maps, group.rank, dispatcher, recorder)
+    plans = [_plan(layers, group, config, placement) for layers in _settle_sets(model, placement)]
+    spread = take_over(model, plans, group.rank, WholeModel())
+    model.to(group.device)
     state = EplbState(config, group, policy)
-    communicator = create_eplb_communicator(
-        state.transfer_group, config.communicator, spread.expert_weights
-    )
-    parallel = ParallelModel(spread, state, dispatcher, communicator)
+    communicators = [
+        create_eplb_communicator(state.transfer_group, config.communicator, one.weights)
+        for one in spread.sets
+    ]
+    dispatchers = [plan.dispatcher for plan in plans]
+    parallel = ParallelModel(spread, state, tuple(dispatchers), tuple(communicators))
     try:
-        state.add_model(
-            "model", spread.expert_weights, maps, recorder, communicator, on_commit=on_commit
-        )
+        _add_models(parallel, on_commit)
     except BaseException:
         parallel.close()
         raise
     return parallel
 
 
-def _place(model: nn.Module, group: RankGroup, config: EPLBConfig) -> Placement:
-    num_layers, num_experts = count_experts(model)
-    requested = config.num_redundant_experts
-    num_redundant = choose_num_redundant(
-        num_experts, group.size, None if requested == "auto" else requested
+def _settle_sets(model: nn.Module, placement: Placement | None) -> list[list[ExpertLayer]]:
+    sets = find_expert_sets(model)
+    if placement is not None and len(sets) > 1:
+        counts = " or ".join(str(layers[0].num_experts) for layers in sets)
+        raise ModelError(
+            f"the model's MoE layers have {counts} experts, so that one placement cannot speak of "
+            "all: leave it out"
+        )
+    return sets
+
+
+def _plan(
+    layers: list[ExpertLayer], group: RankGroup, config: EPLBConfig, placement: Placement | None
+) -> SetPlan:
+    if placement is None:
+        requested = config.num_redundant_experts
+        num_experts = layers[0].num_experts
+        num_redundant = choose_num_redundant(
+            num_experts, group.size, None if requested == "auto" else requested
+        )
+        topology = Topology(group.size, (num_experts + num_redundant) // group.size)
+        placement = place_in_order(len(layers), num_experts, topology)
+    return SetPlan(
+        layers=layers,
+        maps=PlacementMaps(placement, group.device),
+        dispatcher=create_dispatcher("torch", group, placement.topology),
+        recorder=LoadRecorder(placement.num_layers, placement.num_slots, group.device),
     )
-    topology = Topology(group.size, (num_experts + num_redundant) // group.size)
-    return place_in_order(num_layers, num_experts, topology)
+
+
+def _add_models(parallel: ParallelModel, on_commit: OnCommit | None) -> None:
+    """Each set of layers is a model to the balancer."""
+    sets = parallel.spread.sets
+    order = [layer.name for one in sets for layer in one.layers]
+    positions = {
+        name: position
+        for position, name in enumerate(
+            name for name, _ in parallel.model.named_modules() if name in set(order)
+        )
+    }
+    for one, communicator in zip(sets, parallel.communicators, strict=True):
+        name = "model" if len(sets) == 1 else f"model/{one.maps.placement.num_experts}"
+        numbers = [positions[layer.name] for layer in one.layers]
+        parallel.state.add_model(
+            name,
+            one.weights,
+            one.maps,
+            one.recorder,
+            communicator,
+            on_commit=None if on_commit is None else _number(on_commit, numbers),
+        )
+
+
+def _number(on_commit: OnCommit, numbers: list[int]) -> OnCommit:
+    return lambda layer, slots: on_commit(numbers[layer], slots)
