@@ -112,6 +112,14 @@ class Breaker:
 
         return come_first
 
+    def behind(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def come_last(*arguments: Any, **options: Any) -> Any:
+            answer = call(*arguments, **options)
+            self.come()
+            return answer
+
+        return come_last
+
 
 class Trial:
     """One case on one rank, in a generation of its own.
@@ -153,6 +161,9 @@ class Trial:
                 self.break_into(patch)
             self.serving.add()
             ending = self.serve()
+            if isinstance(ending, InjectedError):
+                with pytest.raises(MembershipError, match="broken on purpose"):
+                    self.serving.state.step()
             self.serving.state.close(wait_s=TIMEOUT_S)
             self.released.set()
         self.serving.assert_slots_hold_what_maps_say()
@@ -201,7 +212,7 @@ class Trial:
     def compare_placements(self, ending: Exception | None) -> None:
         """All that are left stand at one placement, but for one that does not know."""
         stands = self.serving.maps.placement.fingerprint()
-        knows = not isinstance(ending, MembershipError)
+        knows = not isinstance(ending, MembershipError | InjectedError)
         self.tell("stands", stands if knows else "unknown")
         told = {self.hear_from(peer, "stands") for peer in self.survivors}
         assert len(told - {"unknown"}) == 1, f"different placements: {told}"
@@ -214,6 +225,15 @@ class Trial:
         if stage == "commit":
             until = lambda: [self.hear_from(peer, "stands") for peer in others]  # noqa: E731
         breaker = Breaker(kind, lambda: self.tell("broken at", str(time.monotonic())), until)
+        if kind == "lose the store":
+            group = self.serving.state.transfer_group
+            ask = (
+                breaker.before(group.decide)
+                if BY_WORKER[stage][1]
+                else breaker.behind(group.decide)
+            )
+            patch.setattr(group, "decide", ask)
+            return
         if stage in BY_WORKER:
             patch.setattr(Rebalance, "_perform", break_worker(breaker, *BY_WORKER[stage]))
             return

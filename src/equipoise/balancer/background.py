@@ -83,8 +83,11 @@ class Background:
             rank's worker is overdue.
         Raises: TransferError if rebalancing has failed and that is to be raised: all that was
             decided is committed before. MembershipError if the store does not answer, so that
-            nobody knows here what was decided.
+            nobody knows here what was decided, or if this rank could not commit before. What an
+            `on_commit` raises.
         """
+        if self._end is not None and self._end.cut_off:
+            raise MembershipError(_explain(self._end), rank=self.group.rank) from self._end.problem
         outcomes: list[RebalanceOutcome] = []
         for chunk in self._handover.close_step():
             outcomes += self._commit(chunk, step)
@@ -143,7 +146,14 @@ class Background:
         started = time.perf_counter()
         result = chunk.result
         if result is not None:
-            result.commit()
+            try:
+                result.commit()
+            except BaseException as error:
+                # The others have committed it, so this rank serves no more with them.
+                problem = error if isinstance(error, Exception) else RuntimeError(repr(error))
+                self._end = End(Status.FAILED, problem, cut_off=True)
+                self._handover.fail(self._end)
+                raise
             num_layers = len(result.maps.index)
             self._layer_s = (time.perf_counter() - started) / max(1, num_layers)
         self._forward_s += time.perf_counter() - started

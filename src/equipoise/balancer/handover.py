@@ -108,7 +108,8 @@ class Handover:
         self._end: End | None = None
         self._arbiter = arbiter
         self._timeout_s = timeout_s
-        self._is_stopped = False
+        # What W is to end with, if not of itself.
+        self._wanted = Status.FINE
         self._byte_s = 0.0
         # When the worker's operation at hand is overdue; no worker, no time.
         self._overdue_at = math.inf
@@ -140,7 +141,7 @@ class Handover:
         Raises: MembershipError if the store does not say whether a chunk on offer stands.
         """
         with self._changed:
-            self._is_stopped = True
+            self._wanted = max(self._wanted, Status.STOPPED)
         self._ask()
         with self._changed:
             left = tuple(self._chunks.pop(one.chunk) for one in self._ledger.queue)
@@ -164,7 +165,7 @@ class Handover:
         with self._changed:
             self._ledger = self._ledger.make_offer(number)
             self._offered = chunk
-            if self._is_stopped:
+            if self._wanted is not Status.FINE:
                 _cancel(chunk)
             return self._ledger.steps
 
@@ -197,21 +198,25 @@ class Handover:
     def stop(self) -> None:
         """F: nothing is committed any more; the worker shall give up what it is doing."""
         with self._changed:
-            self._is_stopped = True
-            for chunk in (*self._chunks.values(), self._offered):
-                _cancel(chunk)
-            self._changed.notify_all()
+            self._call_off(Status.STOPPED)
 
-    def rest(self, seconds: float) -> bool:
-        """W: let so much time pass, unless it shall give up; whether it shall."""
+    def fail(self, end: End) -> None:
+        """F: as `stop`, since it could not commit what the others commit."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._is_stopped, seconds)
+            self._call_off(Status.FAILED)
+        self.end(end)
+
+    def rest(self, seconds: float) -> Status:
+        """W: let so much time pass, unless it shall give up; as `wanted`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._wanted is not Status.FINE, seconds)
+            return self._wanted
 
     @property
-    def is_stopped(self) -> bool:
-        """Whether the worker shall give up."""
+    def wanted(self) -> Status:
+        """W: what it is to end with; fine, while it may go on."""
         with self._changed:
-            return self._is_stopped
+            return self._wanted
 
     @property
     def ended(self) -> End | None:
@@ -221,9 +226,15 @@ class Handover:
 
     def _give_up(self, why: str) -> None:
         """The worker is not waited for any more; it stops at its next look."""
-        self._is_stopped = True
+        self._wanted = Status.FAILED
         self._changed.notify_all()
         self._end = self._end or End(Status.FAILED, TimeoutError(why))
+
+    def _call_off(self, status: Status) -> None:
+        self._wanted = max(self._wanted, status)
+        for chunk in (*self._chunks.values(), self._offered):
+            _cancel(chunk)
+        self._changed.notify_all()
 
     def _ask(self) -> None:
         """Settle a standing offer in the worker's place, by the word that stands for it."""

@@ -188,8 +188,8 @@ class Rebalance:
                 raise AssertionError("nothing is left to do")
 
     def _start(self) -> Status:
-        if self._handover.is_stopped:
-            return Status.STOPPED
+        if (wanted := self._handover.wanted) is not Status.FINE:
+            return wanted
         try:
             self._request.ready.wait(self._timeout_s)
         except Exception as error:
@@ -272,15 +272,15 @@ class Rebalance:
     def _stage(self, number: int) -> Status:
         self._staged = None
         if not self._chunks:
-            return Status.STOPPED if self._handover.is_stopped else Status.FINE
+            return self._handover.wanted
         part, share = self._chunks[number]
         half = self._halves[number % NUM_HALVES]
         try:
             if half.is_lent and not half.freed.wait(self._timeout_s):
-                return Status.STOPPED
+                return self._handover.wanted
             half.is_lent = False
-            if self._handover.rest(self._pace.wait_s):
-                return Status.STOPPED
+            if (wanted := self._handover.rest(self._pace.wait_s)) is not Status.FINE:
+                return wanted
             self._pace.note(share.busiest_bytes)
             # Not counting the wait for the forward thread: that is serving, not moving; nor
             # what the pace asks for.

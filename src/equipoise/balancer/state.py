@@ -108,7 +108,8 @@ class EplbState:
             on_commit: called on the forward thread with a layer and its local slots [n] int64
                 that hold another expert now, after slots and maps have switched and before the
                 next forward pass, so that the engine makes anew what it derived from the weights.
-                What it raises ends `step`, on this rank alone.
+                What it raises ends `step`, on this rank alone; in the background, this rank
+                balances no more, and raises at each step.
         Collective: every rank of the group, models in the same order.
         Raises: ConfigError if the name is taken; PlacementError, naming the layer and the tensor,
             if weights, recorder or maps do not fit each other; TransferError, on every other
