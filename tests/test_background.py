@@ -183,14 +183,14 @@ def test_a_damaged_expert_is_named_and_not_committed(rank: Rank) -> None:
 
     def damage(moves: ExpertMoves) -> None:
         add_moves(moves)
-        execute = serving.communicator.execute
+        finish = serving.communicator.finish
 
-        def execute_and_damage() -> None:
-            execute()
+        def finish_and_damage() -> None:
+            finish()
             if len(moves.into):
                 moves.into[0] ^= 1
 
-        serving.communicator.execute = execute_and_damage  # type: ignore[method-assign]
+        serving.communicator.finish = finish_and_damage  # type: ignore[method-assign]
 
     if rank.rank == 1:
         serving.communicator.add_moves = damage  # type: ignore[method-assign]

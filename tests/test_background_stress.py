@@ -66,7 +66,7 @@ class Dawdling:
         self.worker_pace = random.Random(seed * 100 + 50 + group.rank)
         for owner, names in (
             (self.state.transfer_group, ("all_gather", "decide")),
-            (self.communicator, ("execute",)),
+            (self.communicator, ("start", "finish")),
         ):
             for name in names:
                 setattr(owner, name, self._slow_down(getattr(owner, name)))

@@ -19,6 +19,7 @@ from equipoise.bench.transfer_case import RankShare, TransferSpec, make_case
 from equipoise.bench.transfer_rank import LeftOut, Measured, Said, measure_transfers
 from equipoise.cli.bench_transfer import bench_transfer
 from equipoise.errors import CommunicatorUnavailable, ConfigError, EquipoiseError, TransferError
+from equipoise.launch.failure import JobFailed
 from tests.contracts.test_communicator_choice import hide_nixl
 from tests.ranks import Rank, processes
 
@@ -114,8 +115,11 @@ def test_a_wire_that_does_not_work_here_is_named_and_the_others_are_measured(ran
     group = rank.make_group()
     measure_transfers(small, group, said.append)
     if rank.rank == 0:
-        left_out, measured = said
+        left_out, on_gpus, measured, by_group = said
         assert isinstance(left_out, LeftOut)
+        assert isinstance(on_gpus, LeftOut)
+        assert isinstance(by_group, LeftOut)
+        assert [on_gpus.backend, by_group.backend] == ["pynccl", "torch_nccl"]
         assert left_out.backend == "nixl"
         assert "ranks 0, 1 cannot import: pip install 'equipoise[nixl]'" in left_out.reason
         assert isinstance(measured, Measured)
@@ -125,6 +129,11 @@ def test_a_wire_that_does_not_work_here_is_named_and_the_others_are_measured(ran
     asked = TransferSpec(2, 2, 3, expert_bytes=5_000, backends=("nixl",))
     with pytest.raises(CommunicatorUnavailable, match="cannot import"):
         measure_transfers(asked, group, said.append)
+
+
+def test_a_wire_between_gpus_is_refused_on_the_cpu() -> None:
+    with pytest.raises(JobFailed, match="pynccl moves weights between GPUs"):
+        run_command("--backend", "pynccl", "--ranks", "2", "--device", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +149,6 @@ def test_a_wire_that_does_not_work_here_is_named_and_the_others_are_measured(ran
         ("--timeout nan", ConfigError, "--timeout must be a number of seconds above 0, got nan"),
         ("--backend nixel", ConfigError, "unknown communicator 'nixel': did you mean 'nixl'?"),
         ("--backend auto", ConfigError, "--backend auto is no wire of its own"),
-        ("--backend pynccl", CommunicatorUnavailable, "'pynccl' is not in this version"),
         ("--expert-bytes 90000000000", ConfigError, "ranks of 7200.0 GB of experts may take"),
         ("--json /nowhere/at/all.json", ConfigError, "--json"),
     ],

@@ -44,7 +44,8 @@ class Base(EplbCommunicator):
     def add_send(self, tensor, dst_rank): ...
     def add_recv(self, tensor, src_rank): ...
     def add_moves(self, moves): ...
-    def execute(self): ...
+    def start(self): ...
+    def finish(self): ...
     def set_stream(self, stream): ...
     def close(self): ...
 
@@ -54,7 +55,7 @@ class Raises(Base):
         raise RuntimeError("no link on adapter 7")
 
 class Hangs(Base):
-    def execute(self):
+    def finish(self):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         threading.Event().wait()
 
@@ -63,7 +64,7 @@ class Refuses(Base):
         raise CommunicatorUnavailable("refuses needs an adapter: buy one")
 
 class Dies(Base):
-    def execute(self):
+    def finish(self):
         os.kill(os.getpid(), signal.SIGKILL)
 
 class Lies(Base):

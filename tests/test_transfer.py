@@ -171,9 +171,9 @@ def test_a_profile_pass_changes_nothing_and_takes_the_buffers(rank: Rank, num_ra
 class Damaging(TorchDistGlooStagedEplbCommunicator):
     """Flips a bit of what rank 1 receives from rank 2."""
 
-    def execute(self) -> None:
-        landings = self._inbox.get(2, []) if self.rank == 1 else []
-        super().execute()
+    def finish(self) -> None:
+        landings = self._under_way[0].inbox.get(2, []) if self.rank == 1 else []
+        super().finish()
         for landing in landings:
             landing.data[-1] ^= 1
 

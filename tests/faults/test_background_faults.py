@@ -239,7 +239,7 @@ class Trial:
             return
         owner, name = {
             "policy": (self.serving.state.policy, "place"),
-            "exchange": (self.serving.communicator, "execute"),
+            "exchange": (self.serving.communicator, "finish"),
             "verify": (ChunkMover, "verify"),
             "commit": (AsyncEplbLayerResult, "commit"),
         }[stage]

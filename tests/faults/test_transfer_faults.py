@@ -17,6 +17,7 @@ from equipoise.comm import create_eplb_communicator
 from equipoise.comm.byte_views import view_bytes
 from equipoise.comm.exchange import Exchange, deadline_in
 from equipoise.comm.groups import _TAG_CONTROL, RankGroup, create_rank_group
+from equipoise.comm.queued import Queued
 from equipoise.comm.torch_gloo import TorchDistGlooStagedEplbCommunicator
 from equipoise.errors import TransferError
 from equipoise.placement import Placement, place_in_order
@@ -39,9 +40,9 @@ class Failing(TorchDistGlooStagedEplbCommunicator):
     stage: str
     store: dist.Store
 
-    def _exchange(self, outbox: object, inbox: object) -> None:
+    def _end(self, flight: Queued) -> None:
         self._fail_at("header")
-        super()._exchange(outbox, inbox)  # type: ignore[arg-type]
+        super()._end(flight)
 
     def _carry(self, *parts: object) -> None:
         self._fail_at("payload")
@@ -151,7 +152,7 @@ def fail_in_the_second_chunk(rank: Rank, fault: str, stage: str) -> None:
     timeout_s = 1.0 if fault == "hangs" else 20.0
     group = rank.make_group(timeout_s=timeout_s)
     weights = SHAPES.weights(OLD, rank.rank)
-    communicator = Failing(group.cpu_group, weights, timeout_s)
+    communicator = Failing(group, weights, timeout_s)
     communicator.fault, communicator.stage, communicator.store = fault, stage, rank.store
     committed: list[int] = []
 

@@ -13,7 +13,7 @@ from equipoise.balancer.protocol import read_commit
 from equipoise.config import EPLBConfig
 from equipoise.plan.transfer_plan import TransferPlan
 from equipoise.topology import IntArray
-from equipoise.transfer.staging import ChunkShare, share_chunk, share_plan
+from equipoise.transfer.staging import ChunkShare, share_chunks, share_plan
 
 NUM_HALVES = 2
 LEAST_HALF_BYTES = 16 << 20
@@ -89,8 +89,9 @@ def cut_plan(
             budget = min(budget, max(largest, bound))
     for share in share_plan(plan, rank, expert_bytes, budget):
         for part in _split(share.layers, config.max_layers_per_step):
-            is_whole = len(part) == len(share.layers)
-            cut = share if is_whole else share_chunk(plan, rank, part, expert_bytes)
+            cut = share
+            if len(part) < len(share.layers):
+                (cut,) = share_chunks(plan, rank, [part], expert_bytes)
             yield cut, ChunkSize(int(staged[part].sum(axis=0).max()), len(part))
 
 

@@ -15,7 +15,7 @@ from equipoise.errors import ConfigError, TransferError
 from equipoise.placement import Placement, place_in_order
 from equipoise.plan.transfer_plan import TransferPlan, make_plan
 from equipoise.topology import Topology
-from equipoise.transfer.staging import ChunkShare, share_chunk
+from equipoise.transfer.staging import ChunkShare, share_chunks
 
 QWEN3_30B_EXPERT_BYTES = 4_718_592
 """One expert of Qwen3-30B-A3B in FP8: three matrices of 2048 x 768."""
@@ -133,7 +133,7 @@ class RankShare:
         self._rank = rank
         spec, plan = case.spec, case.plan
         expert_bytes = np.full(spec.num_layers, spec.expert_bytes)
-        self._share = share_chunk(plan, rank, np.arange(spec.num_layers), expert_bytes)
+        (self._share,) = share_chunks(plan, rank, [np.arange(spec.num_layers)], expert_bytes)
         self.into = torch.zeros(self._share.remote_bytes, dtype=torch.uint8)
         self.sent_to = self._count_bytes(plan.dst_rank[self._share.sent])
         self.received_from = self._count_bytes(plan.src_rank[self._share.received])
@@ -192,7 +192,7 @@ class RankShare:
     def _list_landings(self) -> Iterator[tuple[int, int, int, list[Tensor]]]:
         """Layer, expert, source and tensors of each expert that has come."""
         share: ChunkShare = self._share
-        for block in share.blocks:
+        for block in share.staged.list_blocks():
             if block.source == self._rank:
                 continue
             views = block.find_views(self.into, self._case.row_bytes)

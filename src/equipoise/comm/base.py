@@ -63,9 +63,9 @@ class ExpertMoves:
 class EplbCommunicator(ABC):
     """Moves tensors between the ranks of one group.
 
-    Queue with `add_send`, `add_recv` and `add_moves`, then `execute`. The k-th send from A to B
-    meets the k-th receive on B from A. Any dtype and shape travels, by bytes. After an error a
-    communicator can only be closed; a new one can be built in the same process.
+    Queue with `add_send`, `add_recv` and `add_moves`, then `execute`, or `start` and `finish`. The
+    k-th send from A to B meets the k-th receive on B from A. Any dtype and shape travels, by bytes.
+    After an error a communicator can only be closed; a new one can be built in the same process.
     """
 
     name: ClassVar[str]
@@ -126,7 +126,6 @@ class EplbCommunicator(ABC):
             closed.
         """
 
-    @abstractmethod
     def execute(self) -> None:
         """Do all that was queued, and forget it.
 
@@ -134,6 +133,27 @@ class EplbCommunicator(ABC):
         Collective: every rank of the group, each the same number of times, also with nothing
             queued.
         Raises: TransferError that names the peer, within the deadline, on every rank concerned.
+        """
+        self.start()
+        self.finish()
+
+    @abstractmethod
+    def start(self) -> None:
+        """Begin what was queued, and forget it; `finish` ends it.
+
+        Meanwhile more may be queued and started, so that one exchange travels while another is
+        dealt with. Sent tensors must not change, and received ones not be touched, before their
+        `finish` has returned.
+        Collective: as `execute`, in the same order on every rank.
+        Raises: as `execute`.
+        """
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Return when the oldest exchange that was started, and not finished, has ended.
+
+        Collective: as `execute`.
+        Raises: as `execute`; TransferError if none was started.
         """
 
     @abstractmethod

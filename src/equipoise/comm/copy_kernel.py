@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import triton
@@ -17,9 +19,9 @@ _BLOCK = 1024
 _NUM_LANES = 32
 
 
-@triton.jit
-def _copy_words(table, num_spans, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
-    span = tl.program_id(0)
+@triton.jit(do_not_specialize=["num_spans", "first_span"])
+def _copy_words(table, num_spans, first_span, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    span = first_span + tl.program_id(0)
     source = tl.load(table + span).to(tl.pointer_type(tl.int64))
     destination = tl.load(table + num_spans + span).to(tl.pointer_type(tl.int64))
     # Sixteen bytes at a time, as the host has made sure of.
@@ -33,9 +35,9 @@ def _copy_words(table, num_spans, BLOCK: tl.constexpr):  # type: ignore[no-untyp
         tl.store(destination + words, tl.load(source + words, mask=inside), mask=inside)
 
 
-@triton.jit
-def _copy_bytes(table, num_spans, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
-    span = tl.program_id(0)
+@triton.jit(do_not_specialize=["num_spans", "first_span"])
+def _copy_bytes(table, num_spans, first_span, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    span = first_span + tl.program_id(0)
     source = tl.load(table + span).to(tl.pointer_type(tl.uint8))
     destination = tl.load(table + num_spans + span).to(tl.pointer_type(tl.uint8))
     num_bytes = tl.load(table + 2 * num_spans + span)
@@ -53,27 +55,37 @@ class KernelTable:
         sources: where from.
         destinations: where to; span by span as long.
         device: of both.
+        edges: where the spans of each part begin, and the last ends.
     """
 
-    def __init__(self, sources: Spans, destinations: Spans, device: torch.device) -> None:
+    def __init__(
+        self, sources: Spans, destinations: Spans, device: torch.device, edges: Sequence[int]
+    ) -> None:
         aligned = (sources.address | destinations.address) % _ALIGNMENT == 0
         in_words = np.where(aligned, sources.num_bytes // _ALIGNMENT * _ALIGNMENT, 0)
         rest = sources.num_bytes - in_words
-        wide, narrow = in_words > 0, rest > 0
         words = (sources.address, destinations.address, in_words // _WORD_BYTES)
         ends = (sources.address + in_words, destinations.address + in_words, rest)
-        table = np.concatenate([*(c[wide] for c in words), *(c[narrow] for c in ends)])
-        self._num_wide, self._num_narrow = int(wide.sum()), int(narrow.sum())
+        tables, self._starts = [], []
+        for columns in (words, ends):
+            kept = columns[2] > 0
+            tables.append(np.stack([column[kept] for column in columns]))
+            self._starts.append(np.concatenate(([0], np.cumsum(kept)))[list(edges)].tolist())
+        self._num_wide = tables[0].shape[1]
+        table = np.concatenate([each.ravel() for each in tables])
         self._table: Tensor = torch.from_numpy(table).pin_memory().to(device, non_blocking=True)
 
-    def launch(self) -> None:
-        """Enqueue the copies on the current stream."""
-        stream = torch.cuda.current_stream(self._table.device)
+    def launch(self, part: int) -> None:
+        """Enqueue the copies of a part on the current stream."""
+        device = self._table.device
         # Another stream may have made it: it must outlive this one's use of it.
-        self._table.record_stream(stream)
-        with torch.cuda.device(self._table.device):
-            if self._num_wide:
-                _copy_words[(self._num_wide, _NUM_LANES)](self._table, self._num_wide, BLOCK=_BLOCK)
-            if self._num_narrow:
-                narrow = self._table[3 * self._num_wide :]
-                _copy_bytes[(self._num_narrow, _NUM_LANES)](narrow, self._num_narrow, BLOCK=_BLOCK)
+        self._table.record_stream(torch.cuda.current_stream(device))
+        rows = self._table[: 3 * self._num_wide], self._table[3 * self._num_wide :]
+        with torch.cuda.device(device):
+            for kernel, columns, starts in zip(
+                (_copy_words, _copy_bytes), rows, self._starts, strict=True
+            ):
+                if part + 1 < len(starts) and (count := starts[part + 1] - starts[part]):
+                    kernel[(count, _NUM_LANES)](
+                        columns, len(columns) // 3, starts[part], BLOCK=_BLOCK
+                    )

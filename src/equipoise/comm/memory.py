@@ -14,7 +14,7 @@ from equipoise.comm.announcement import Announcement, find_mismatch
 from equipoise.comm.base import ExpertWeights
 from equipoise.comm.exchange import PeerFailure, deadline_in
 from equipoise.comm.parcels import Inbox, Landing, Outbox, Outgoing
-from equipoise.comm.queued import QueuedCommunicator
+from equipoise.comm.queued import Queued, QueuedCommunicator
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class MemoryFabric:
         return PeerFailure(late=late, error=RuntimeError("timed out" if late else "left"))
 
 
-class MemoryEplbCommunicator(QueuedCommunicator):
+class MemoryEplbCommunicator(QueuedCommunicator[Queued]):
     """Copies straight from the sender's tensors to the receiver's.
 
     Args:
@@ -98,9 +98,12 @@ class MemoryEplbCommunicator(QueuedCommunicator):
         super().__init__(rank, fabric.size, expert_weights, timeout_s)
         self._fabric = fabric
 
-    def _exchange(self, outbox: Outbox, inbox: Inbox) -> None:
-        number = self._num_exchanges
-        mine = self._announce(outbox, inbox)
+    def _begin(self, number: int, outbox: Outbox, inbox: Inbox) -> Queued:
+        return Queued(number, outbox, inbox)
+
+    def _end(self, flight: Queued) -> None:
+        number, outbox, inbox = flight
+        mine = self._announce(number, outbox, inbox)
         self._fabric.post(self.rank, number, _Post(mine, outbox))
         deadline = deadline_in(self.timeout_s)
         failures: dict[int, PeerFailure] = {}

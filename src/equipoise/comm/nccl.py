@@ -7,21 +7,22 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from equipoise.comm.base import ExpertWeights, GroupCoordinator
 from equipoise.comm.exchange import Exchange, PeerFailure, deadline_in
-from equipoise.comm.headers import swap_headers
+from equipoise.comm.headers import Heard, swap_headers
 from equipoise.comm.lifeline import Lifeline
 from equipoise.comm.parcels import ExpertRows, Inbox, Landing, Outbox, Outgoing
 from equipoise.comm.queued import SLOWEST_BYTES_PER_S, QueuedCommunicator
 from equipoise.comm.span_copies import SpanCopies, shift
-from equipoise.comm.spans import Spans, span_of
+from equipoise.comm.spans import Spans, align, span_of
 from equipoise.errors import CommunicatorUnavailable
 
 _TAG_DONE = 8
-_POOL_BYTES = 128 << 20
+_POOL_BYTES = 256 << 20
 _ALIGNMENT = 256
 _PAUSE_S = 20e-6
 
@@ -39,7 +40,22 @@ class Message:
     data: Tensor
 
 
-class NcclStagedCommunicator(QueuedCommunicator):
+@dataclass(frozen=True)
+class _Flight:
+    """An exchange that was enqueued.
+
+    Attributes:
+        heard: what peers said of it.
+        ended: recorded behind it.
+        kept: what it uses.
+    """
+
+    heard: Heard
+    ended: torch.cuda.Event
+    kept: object
+
+
+class NcclStagedCommunicator(QueuedCommunicator[_Flight]):
     """Packs what each peer gets, piece by piece, and sends one piece while it packs the next.
 
     What comes from a peer lands where it belongs, if a piece belongs to one place; thousands of
@@ -80,6 +96,9 @@ class NcclStagedCommunicator(QueuedCommunicator):
         shape = (2, num_peers, self._piece_bytes)
         self._send_pool = torch.empty(shape, dtype=torch.uint8, device=self.device)
         self._recv_pool: Tensor | None = None
+        # Rounds of all exchanges take turns in the halves of the pools.
+        self._num_rounds = 0
+        self._freed: list[torch.cuda.Event | None] = [None, None]
         self._lifeline = Lifeline(self._group, timeout_s)
 
     def _connect(self) -> None:
@@ -95,7 +114,8 @@ class NcclStagedCommunicator(QueuedCommunicator):
                     [Message(peer, sent) for peer in peers],
                     [Message(peer, landed[peer : peer + 1]) for peer in peers],
                 )
-            failures = self._await(peers, self.timeout_s)
+                ended = self._wire.record_event()
+        failures = self._await(ended, peers, self.timeout_s)
         if failures:
             self.close()
             self._raise({}, failures, self.timeout_s)
@@ -112,69 +132,69 @@ class NcclStagedCommunicator(QueuedCommunicator):
     def _disconnect(self) -> None:
         """Let NCCL go, without waiting for a peer; once or more."""
 
-    def _exchange(self, outbox: Outbox, inbox: Inbox) -> None:
+    def _begin(self, number: int, outbox: Outbox, inbox: Inbox) -> _Flight:
         with torch.cuda.device(self.device):
-            mine = self._announce(outbox, inbox)
+            mine = self._announce(number, outbox, inbox)
             heard = swap_headers(self._group, self.rank, mine, self.timeout_s)
             if heard.is_late:
                 self._raise({}, heard.failures, self.timeout_s)
-            seconds = self.timeout_s + heard.most_bytes / SLOWEST_BYTES_PER_S
-            caller = self._current_stream()
-            ready = caller.record_event()
+            ready = self._current_stream().record_event()
             self._packing.wait_event(ready)
             self._wire.wait_event(ready)
-            self._carry(heard.sound, outbox, inbox)
-            failures = {**heard.failures, **self._await(heard.sound, seconds)}
-            if failures or heard.refusals:
-                self._raise(heard.refusals, failures, seconds)
+            kept = self._carry(heard.sound, outbox, inbox)
+            return _Flight(heard, self._wire.record_event(), kept)
 
-    def _carry(self, peers: list[int], outbox: Outbox, inbox: Inbox) -> None:
+    def _end(self, flight: _Flight) -> None:
+        heard = flight.heard
+        seconds = self.timeout_s + heard.most_bytes / SLOWEST_BYTES_PER_S
+        failures = {**heard.failures, **self._await(flight.ended, heard.sound, seconds)}
+        if failures or heard.refusals:
+            self._raise(heard.refusals, failures, seconds)
+
+    def _carry(self, peers: list[int], outbox: Outbox, inbox: Inbox) -> object:
         """Enqueue everything; round k carries piece k of each pair, so no round waits for another.
 
         Nothing here waits for the device.
+
+        Returns:
+            What must live until all of it is over.
         """
-        sends = {peer: _Source(outbox[peer], self._piece_bytes) for peer in peers if peer in outbox}
+        sends = _Parcels.of(
+            {p: outbox[p] for p in peers if p in outbox}, self._piece_bytes, self.device
+        )
         receives = {
             peer: list(_find_targets(inbox[peer], self._piece_bytes))
             for peer in peers
             if peer in inbox
         }
-        rounds = [source.num_pieces for source in sends.values()]
-        rounds += [len(pieces) for pieces in receives.values()]
-        freed: list[torch.cuda.Event | None] = [None, None]
-        for number in range(max(rounds, default=0)):
-            half = number % 2
+        with torch.cuda.stream(self._packing):
+            packs = sends.prepare(self._send_pool, self._num_rounds)
+        rounds = [sends.num_rounds, *map(len, receives.values())]
+        for number in range(max(rounds)):
+            half = self._num_rounds % 2
+            self._num_rounds += 1
             with torch.cuda.stream(self._packing):
-                event = freed[half]
+                event = self._freed[half]
                 if event is not None:
                     self._packing.wait_event(event)
-                outgoing = self._pack(sends, number)
+                packs.run(number)
                 packed = self._packing.record_event()
             with torch.cuda.stream(self._wire):
                 self._wire.wait_event(packed)
-                incoming, scatters = self._lay_out(receives, number)
+                outgoing = [
+                    Message(peer, self._send_pool[half, index, :num_bytes])
+                    for index, (peer, num_bytes) in enumerate(sends.measure(number))
+                    if num_bytes
+                ]
+                incoming, scatters = self._lay_out(receives, number, half)
                 self._post(outgoing, incoming)
                 for scatter in scatters:
                     scatter.run()
-                freed[half] = self._wire.record_event()
-
-    def _pack(self, sends: Mapping[int, _Source], number: int) -> list[Message]:
-        """One launch packs the pieces of all peers."""
-        messages, sources, destinations = [], [], []
-        for index, (peer, source) in enumerate(sends.items()):
-            spans = source.cut(number)
-            if not len(spans.address):
-                continue
-            room = self._send_pool[number % 2, index, : spans.total_bytes]
-            sources.append(spans)
-            destinations.append(shift(spans, room.data_ptr()))
-            messages.append(Message(peer, room))
-        if messages:
-            SpanCopies(Spans.join(sources), Spans.join(destinations), self.device, sends).run()
-        return messages
+                self._freed[half] = self._wire.record_event()
+        return sends, packs
 
     def _lay_out(
-        self, receives: Mapping[int, list[list[Tensor]]], number: int
+        self, receives: Mapping[int, list[list[Tensor]]], number: int, half: int
     ) -> tuple[list[Message], list[SpanCopies]]:
         """Where a round's pieces are received, and what takes them on from the pool."""
         messages, scatters = [], []
@@ -188,21 +208,22 @@ class NcclStagedCommunicator(QueuedCommunicator):
             if self._recv_pool is None:
                 self._recv_pool = torch.empty_like(self._send_pool)
             targets = Spans.of(map(span_of, parts))
-            room = self._recv_pool[number % 2, index, : targets.total_bytes]
+            room = self._recv_pool[half, index, : targets.total_bytes]
             messages.append(Message(peer, room))
             packed = shift(targets, room.data_ptr())
             scatters.append(SpanCopies(packed, targets, self.device, parts))
         return messages, scatters
 
-    def _await(self, peers: list[int], seconds: float) -> dict[int, PeerFailure]:
-        """Wait on the host for what was enqueued, and for the peers to have done so too.
+    def _await(
+        self, ended: torch.cuda.Event, peers: list[int], seconds: float
+    ) -> dict[int, PeerFailure]:
+        """Wait on the host for what was enqueued by then, and for the peers to have done so too.
 
         Returns:
             What went wrong, by peer; then nothing that was enqueued is under way any more.
         """
-        ended = self._wire.record_event()
         deadline = deadline_in(seconds)
-        while not ended.query():
+        while not ended.query():  # type: ignore[no-untyped-call]
             dead = self._lifeline.find_dead()
             if dead or time.monotonic() > deadline:
                 self._abort()
@@ -232,40 +253,75 @@ def _blame(dead: list[int], peers: list[int]) -> dict[int, PeerFailure]:
     return {peer: PeerFailure(late=True, error=late) for peer in peers}
 
 
-class _Source:
-    """All that one peer gets, as spans of memory.
+@dataclass(frozen=True)
+class _Parcels:
+    """All that goes out in an exchange.
 
-    Args:
-        queued: it.
-        piece_bytes: of one round.
+    Attributes:
+        spans: what each peer gets, by rank; cut where rounds end.
+        piece_bytes: what a peer gets in a round.
+        device: of all of it.
+        keep: what owns the memory.
     """
 
-    def __init__(self, queued: Sequence[Outgoing], piece_bytes: int) -> None:
-        self._piece_bytes = piece_bytes
+    spans: Mapping[int, Spans]
+    piece_bytes: int
+    device: torch.device
+    keep: object
+
+    @classmethod
+    def of(
+        cls, outbox: Mapping[int, list[Outgoing]], piece_bytes: int, device: torch.device
+    ) -> _Parcels:
         # Strided tensors are made contiguous; the copies live as long as this.
-        parts = [
-            queued_part if isinstance(queued_part, ExpertRows) else queued_part.tensor.contiguous()
-            for queued_part in queued
-        ]
-        self._spans = Spans.join(
-            [
-                part.find() if isinstance(part, ExpertRows) else Spans.of([span_of(part)])
-                for part in parts
-            ]
-        )
-        self.keep = parts
-        self._total_bytes = self._spans.total_bytes
+        kept: list[Tensor] = []
+        spans = {}
+        for peer, queued in outbox.items():
+            parts = []
+            for item in queued:
+                if isinstance(item, ExpertRows):
+                    parts.append(item.find())
+                else:
+                    kept.append(item.tensor.contiguous())
+                    parts.append(Spans.of([span_of(kept[-1])]))
+            whole = Spans.join(parts)
+            edges = np.arange(0, whole.total_bytes, piece_bytes, dtype=np.int64)
+            rounds = Spans(edges, np.diff(edges, append=whole.total_bytes))
+            spans[peer] = align(whole, rounds)[0] if len(edges) else whole
+        return cls(spans, piece_bytes, device, kept)
 
     @property
-    def num_pieces(self) -> int:
-        """Rounds that it takes."""
-        return -(-self._total_bytes // self._piece_bytes)
+    def num_rounds(self) -> int:
+        """How many it takes."""
+        totals = [spans.total_bytes for spans in self.spans.values()]
+        return -(-max(totals, default=0) // self.piece_bytes)
 
-    def cut(self, number: int) -> Spans:
-        """What is sent in a round; it has no bytes behind the last."""
-        start = number * self._piece_bytes
-        stop = min(start + self._piece_bytes, self._total_bytes)
-        return self._spans.between(start, stop) if start < stop else Spans.of(())
+    def measure(self, number: int) -> list[tuple[int, int]]:
+        """Each peer, and the bytes that it gets in a round."""
+        start = number * self.piece_bytes
+        return [
+            (peer, max(0, min(self.piece_bytes, spans.total_bytes - start)))
+            for peer, spans in self.spans.items()
+        ]
+
+    def prepare(self, pool: Tensor, first_round: int) -> SpanCopies:
+        """What packs it, each round as a part of its own.
+
+        Args:
+            pool: [2, peers, piece bytes] uint8; rounds take turns in its halves.
+            first_round: number of the first, among all rounds.
+        """
+        sources, targets, rounds = [], [], [np.zeros(0, dtype=np.int64)]
+        for index, spans in enumerate(self.spans.values()):
+            start = np.cumsum(spans.num_bytes) - spans.num_bytes
+            number, offset = np.divmod(start, self.piece_bytes)
+            half = (number + first_round) % 2
+            room = (half * pool.shape[1] + index) * self.piece_bytes
+            sources.append(spans)
+            targets.append(Spans(pool.data_ptr() + room + offset, spans.num_bytes))
+            rounds.append(number)
+        part = np.concatenate(rounds)
+        return SpanCopies(Spans.join(sources), Spans.join(targets), self.device, self.keep, part)
 
 
 def _find_targets(landings: Sequence[Landing], piece_bytes: int) -> Iterator[list[Tensor]]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Literal, NoReturn
+from typing import Generic, Literal, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -36,7 +37,25 @@ SLOWEST_BYTES_PER_S = 50e6
 """What a wire is trusted to carry at least; a deadline is the timeout and the bytes over this."""
 
 
-class QueuedCommunicator(EplbCommunicator):
+class Queued(NamedTuple):
+    """An exchange of a wire that does nothing before its end.
+
+    Attributes:
+        number: of the exchange, from 1.
+        outbox: what each peer gets.
+        inbox: where what comes from each goes.
+    """
+
+    number: int
+    outbox: Outbox
+    inbox: Inbox
+
+
+FlightT = TypeVar("FlightT")
+"""What a wire keeps of an exchange between its start and its end."""
+
+
+class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
     """A communicator that checks and queues, and leaves the exchange itself to its wire.
 
     Args:
@@ -65,6 +84,7 @@ class QueuedCommunicator(EplbCommunicator):
         if self._is_cuda:
             warm_up(self._device)
         self._num_exchanges = 0
+        self._under_way: deque[FlightT] = deque()
 
     def add_send(self, tensor: Tensor, dst_rank: int) -> None:  # noqa: D102 - see the base
         self._refuse_unless_open()
@@ -101,13 +121,23 @@ class QueuedCommunicator(EplbCommunicator):
         for peer, landing in incoming:
             self._inbox.setdefault(peer, []).append(landing)
 
-    def execute(self) -> None:  # noqa: D102 - see the base
+    def start(self) -> None:  # noqa: D102 - see the base
         self._refuse_unless_open()
         outbox, inbox = self._outbox, self._inbox
         self._outbox, self._inbox = {}, {}
         self._num_exchanges += 1
         try:
-            self._exchange(outbox, inbox)
+            self._under_way.append(self._begin(self._num_exchanges, outbox, inbox))
+        except BaseException:
+            self._state = "failed"
+            raise
+
+    def finish(self) -> None:  # noqa: D102 - see the base
+        self._refuse_unless_open()
+        if not self._under_way:
+            raise TransferError(f"rank {self.rank}: no exchange was started", rank=self.rank)
+        try:
+            self._end(self._under_way.popleft())
         except BaseException:
             self._state = "failed"
             raise
@@ -118,12 +148,17 @@ class QueuedCommunicator(EplbCommunicator):
     def close(self) -> None:  # noqa: D102 - see the base
         self._state = "closed"
         self._outbox, self._inbox, self._rows = {}, {}, []
+        self._under_way.clear()
         self._table = WeightTable([])
         self._release()
 
     @abstractmethod
-    def _exchange(self, outbox: Outbox, inbox: Inbox) -> None:
-        """Do what `execute` promises with what was queued."""
+    def _begin(self, number: int, outbox: Outbox, inbox: Inbox) -> FlightT:
+        """Do what `start` promises with what was queued, and return what `_end` needs."""
+
+    @abstractmethod
+    def _end(self, flight: FlightT) -> None:
+        """Do what `finish` promises."""
 
     @abstractmethod
     def _release(self) -> None:
@@ -145,14 +180,12 @@ class QueuedCommunicator(EplbCommunicator):
     def _peers(self) -> list[int]:
         return [peer for peer in range(self.size) if peer != self.rank]
 
-    def _announce(self, outbox: Outbox, inbox: Inbox) -> dict[int, Announcement]:
-        """What to tell each peer about the exchange that begins."""
+    def _announce(self, number: int, outbox: Outbox, inbox: Inbox) -> dict[int, Announcement]:
+        """What to tell each peer about an exchange."""
         sends = {p: Sizes.of(join_sizes(outbox.get(p, []))) for p in self._peers}
         expects = {p: Sizes.of(join_sizes(inbox.get(p, []))) for p in self._peers}
         total = sum(sizes.num_bytes for sizes in (*sends.values(), *expects.values()))
-        return {
-            p: Announcement(self._num_exchanges, sends[p], expects[p], total) for p in self._peers
-        }
+        return {p: Announcement(number, sends[p], expects[p], total) for p in self._peers}
 
     def _raise(
         self, refusals: Mapping[int, str], failures: Mapping[int, PeerFailure], seconds: float

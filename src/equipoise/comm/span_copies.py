@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from equipoise.comm.spans import Spans
+from equipoise.topology import IntArray
 
 if TYPE_CHECKING:
     from equipoise.comm.copy_kernel import KernelTable
@@ -25,29 +26,47 @@ class SpanCopies:
         destinations: where to; as long, span by span; none overlaps another, or a source.
         device: of both.
         keep: what owns the memory; kept until this is forgotten.
+        part: [n] int64, from 0, which part each span belongs to; None for a single one. Parts are
+            run on their own.
     """
 
     def __init__(
-        self, sources: Spans, destinations: Spans, device: torch.device, keep: object
+        self,
+        sources: Spans,
+        destinations: Spans,
+        device: torch.device,
+        keep: object,
+        part: IntArray | None = None,
     ) -> None:
         self._keep = keep
         self._copies: list[tuple[int, int, int]] = []
         self._table: KernelTable | None = None
+        if part is None:
+            part = np.zeros(len(sources.address), dtype=np.int64)
+        order = np.argsort(part, kind="stable")
+        self._edges = np.searchsorted(part[order], np.arange(part.max(initial=0) + 2)).tolist()
+        sources, destinations = (
+            Spans(spans.address[order], spans.num_bytes[order]) for spans in (sources, destinations)
+        )
         if device.type == "cuda":
             # Not at the top: Triton takes seconds to import, and is not there without CUDA.
             from equipoise.comm.copy_kernel import KernelTable
 
-            self._table = KernelTable(sources, destinations, device)
+            self._table = KernelTable(sources, destinations, device, self._edges)
             return
         columns = (destinations.address, sources.address, sources.num_bytes)
         self._copies = list(zip(*(column.tolist() for column in columns), strict=True))
 
-    def run(self) -> None:
-        """Do the copies, or enqueue them on the current stream. Collective: none."""
+    def run(self, part: int = 0) -> None:
+        """Do the copies of a part, or enqueue them on the current stream; none behind the last.
+
+        Collective: none.
+        """
         if self._table is not None:
-            self._table.launch()
-        for destination, source, num_bytes in self._copies:
-            ctypes.memmove(destination, source, num_bytes)
+            self._table.launch(part)
+        elif part + 1 < len(self._edges):
+            for copy in self._copies[self._edges[part] : self._edges[part + 1]]:
+                ctypes.memmove(*copy)
 
 
 def shift(spans: Spans, start: int) -> Spans:

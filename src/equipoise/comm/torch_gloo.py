@@ -17,7 +17,7 @@ from equipoise.comm.base import ExpertWeights, GroupCoordinator
 from equipoise.comm.exchange import Exchange
 from equipoise.comm.headers import swap_headers
 from equipoise.comm.parcels import Inbox, Landing, Outbox, Part, join_sizes
-from equipoise.comm.queued import SLOWEST_BYTES_PER_S, QueuedCommunicator
+from equipoise.comm.queued import SLOWEST_BYTES_PER_S, Queued, QueuedCommunicator
 from equipoise.topology import IntArray
 
 _TAG_PAYLOAD = 3
@@ -48,7 +48,7 @@ def cut_messages(sizes: IntArray) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges.tolist()))
 
 
-class TorchDistGlooStagedEplbCommunicator(QueuedCommunicator):
+class TorchDistGlooStagedEplbCommunicator(QueuedCommunicator[Queued]):
     """One small header to each peer, then few messages.
 
     All messages are under way together. Headers carry counts and sizes, so that a mismatch is an
@@ -74,9 +74,13 @@ class TorchDistGlooStagedEplbCommunicator(QueuedCommunicator):
         self._send_pool = torch.empty(0, dtype=torch.uint8)
         self._recv_pool = torch.empty(0, dtype=torch.uint8)
 
-    def _exchange(self, outbox: Outbox, inbox: Inbox) -> None:
+    def _begin(self, number: int, outbox: Outbox, inbox: Inbox) -> Queued:
+        return Queued(number, outbox, inbox)
+
+    def _end(self, flight: Queued) -> None:
+        number, outbox, inbox = flight
         assert self._group is not None, "closed communicators are refused before"
-        mine = self._announce(outbox, inbox)
+        mine = self._announce(number, outbox, inbox)
         heard = swap_headers(self._group, self.rank, mine, self.timeout_s)
         if heard.is_late:
             self._raise({}, heard.failures, self.timeout_s)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from equipoise.topology import IntArray
 from equipoise.transfer.agreement import agree
 from equipoise.transfer.budget import choose_chunk_bytes, settle
 from equipoise.transfer.mover import ChunkMover, Verify
+from equipoise.transfer.pipeline import Pipeline
 from equipoise.transfer.profile import reserve_buffers
 from equipoise.transfer.staging import ChunkShare, measure_experts, share_plan
 
@@ -141,31 +141,15 @@ def _move_all(
     verify: Verify,
     on_commit: Callable[[IntArray], None] | None,
 ) -> None:
-    """Move chunk after chunk; on a GPU a half is filled while the other fills slots."""
-    freed: list[torch.cuda.Event | None] = [None] * len(halves)
-    with contextlib.ExitStack() as stack:
-        for half in halves:
-            stack.enter_context(mover.communicator.register(half))
+    """Move chunk after chunk; with two halves one travels while the one before is committed."""
+    pipeline = Pipeline(mover, shares, halves)
+    with pipeline.open():
         for number, share in enumerate(shares):
-            index = number % len(halves)
-            half, event = halves[index], freed[index]
-            if event is not None:
-                event.synchronize()
-            problem: Exception | None = None
-            with _beside(half.device):
-                try:
-                    mover.stage(share, half)
-                    copies = mover.prepare(share, half)
-                except Exception as error:
-                    # Raised below, once the others know.
-                    problem = error
-                settle(half.device)
-            problem = _compare(mover, share, half, verify, problem)
+            problem = pipeline.receive(number)
+            problem = _compare(mover, share, pipeline.find_half(number), verify, problem)
             stands = mover.group.decide("abort" if problem else "commit")
             if stands == "commit":
-                copies.run()
-                if half.is_cuda:
-                    freed[index] = torch.cuda.current_stream(half.device).record_event()
+                pipeline.fill(number)
                 if on_commit is not None:
                     on_commit(share.layers)
             if problem is not None:
@@ -186,13 +170,6 @@ def _make_halves(
     if device.type == "cuda" and len(shares) > 1:
         num_halves = 2 if staging_bytes is None or 2 * most <= staging_bytes else 1
     return [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(num_halves)]
-
-
-def _beside(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """A stream of its own, so that staging does not wait for slots that are being filled."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
 
 def _compare(

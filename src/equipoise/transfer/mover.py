@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,6 +54,18 @@ class ChunkMover:
         Collective: every rank of the group.
         Raises: as `EplbCommunicator.execute`.
         """
+        self.start(share, staging)
+        self.communicator.finish()
+
+    def start(self, share: ChunkShare, staging: Tensor) -> None:
+        """Begin to `stage`; that is done when the communicator has finished, and the stream too.
+
+        Args:
+            share: this rank's.
+            staging: as for `stage`.
+        Collective: as `EplbCommunicator.start`.
+        Raises: as `EplbCommunicator.start`.
+        """
         plan, slots_per_rank = self.plan, self.plan.old.topology.slots_per_rank
         self.communicator.add_moves(
             ExpertMoves(
@@ -66,11 +78,11 @@ class ChunkMover:
                 recv_slot=share.received_into if (share.received_into >= 0).any() else None,
             )
         )
-        own = [block for block in share.blocks if block.source == self.group.rank]
-        slots = [plan.src_slot[block.rows] % slots_per_rank for block in own]
-        places = [np.arange(len(block.rows)) for block in own]
-        self._pair_up(own, slots, places, staging).run()
-        self.communicator.execute()
+        self.communicator.start()
+        # Behind the start, which waits for what stands on the stream.
+        own = np.flatnonzero(share.staged.source == self.group.rank)
+        slots = plan.src_slot[share.staged.row[own]] % slots_per_rank
+        self._pair_up(share, own, slots, staging).run()
 
     def verify(self, share: ChunkShare, staging: Tensor, verify: Verify) -> TransferError | None:
         """Compare checksums of received experts with their sources'.
@@ -117,34 +129,27 @@ class ChunkMover:
             staging: what it was staged into.
         Collective: none.
         """
-        slots = [block.slots for block in share.blocks]
-        places = [block.positions for block in share.blocks]
-        return self._pair_up(share.blocks, slots, places, staging, fill=True)
+        return self._pair_up(share, share.write_staged, share.write_slot, staging, fill=True)
 
     def _pair_up(
         self,
-        blocks: Sequence[StagedBlock],
-        slots: Sequence[IntArray],
-        places: Sequence[IntArray],
+        share: ChunkShare,
+        chosen: IntArray,
+        slots: IntArray,
         staging: Tensor,
         *,
         fill: bool = False,
     ) -> SpanCopies:
-        """Copies between slots and their places in staged blocks."""
-        counts = [len(each) for each in slots]
-
-        def spread(values: list[int]) -> IntArray:
-            return np.repeat(np.array(values, dtype=np.int64), counts)
-
-        none = np.zeros(0, dtype=np.int64)
-        in_slots, staged = self.table.pair_up(
-            spread([block.layer for block in blocks]),
-            np.concatenate([none, *slots]),
-            staging.data_ptr() + spread([block.offset for block in blocks]),
-            spread([len(block.rows) for block in blocks]),
-            np.concatenate([none, *places]),
+        """Copies between slots and their places in staging: into it, or out of it to fill them."""
+        staged = share.staged
+        in_slots, in_staging = self.table.pair_up(
+            staged.layer[chosen],
+            slots,
+            staging.data_ptr() + staged.offset[chosen],
+            staged.block_rows[chosen],
+            staged.place[chosen],
         )
-        ends = (staged, in_slots) if fill else (in_slots, staged)
+        ends = (in_staging, in_slots) if fill else (in_slots, in_staging)
         return SpanCopies(*ends, staging.device, (staging, self.rows))
 
     def _choose(self, verify: Verify) -> npt.NDArray[np.bool_]:
@@ -173,7 +178,7 @@ class ChunkMover:
         self, share: ChunkShare, staging: Tensor
     ) -> Iterator[tuple[IntArray, list[Tensor]]]:
         """Rows of the plan that came from other ranks, with their tensors [n, row bytes]."""
-        for block in share.blocks:
+        for block in share.staged.list_blocks():
             if block.source != self.group.rank:
                 yield block.rows, self._views(block, staging)
         for row, slot in zip(share.received, share.received_into, strict=True):

@@ -1,8 +1,9 @@
-"""Where staged experts lie, and which slots get them: offsets of one rank's share of a chunk."""
+"""Where staged experts lie, and which slots get them: offsets of one rank's share of each chunk."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,16 +22,12 @@ class StagedBlock:
         layer: theirs.
         rows: [n] int64, rows of the plan, ascending.
         offset: bytes from the start of the staging buffer.
-        positions: [w] int64, which of the n each write takes; more than one may take the same.
-        slots: [w] int64, local slot (0..S-1) that it fills.
     """
 
     source: int
     layer: int
     rows: IntArray
     offset: int
-    positions: IntArray
-    slots: IntArray
 
     def find_views(self, staging: Tensor, row_bytes: list[int]) -> list[Tensor]:
         """The block's part of the staging buffer.
@@ -50,6 +47,41 @@ class StagedBlock:
 
 
 @dataclass(frozen=True)
+class StagedRows:
+    """What a rank stages in a chunk, in the order in which it lies.
+
+    Received experts come first, by source, layer and expert, as the wire brings them; then its own
+    by layer and expert. Those of one source and layer are a block, which lies tensor by tensor.
+
+    Attributes:
+        row: [n] int64, rows of the plan.
+        source: [n] int64, rank that each comes from.
+        layer: [n] int64.
+        offset: [n] int64, where the block that it is in begins, in bytes.
+        block_rows: [n] int64, experts of that block.
+        place: [n] int64, which of them it is.
+    """
+
+    row: IntArray
+    source: IntArray
+    layer: IntArray
+    offset: IntArray
+    block_rows: IntArray
+    place: IntArray
+
+    def list_blocks(self) -> Iterator[StagedBlock]:
+        """The blocks in order."""
+        starts = np.flatnonzero(self.place == 0).tolist()
+        for start, stop in itertools.pairwise([*starts, len(self.row)]):
+            yield StagedBlock(
+                int(self.source[start]),
+                int(self.layer[start]),
+                self.row[start:stop],
+                int(self.offset[start]),
+            )
+
+
+@dataclass(frozen=True)
 class ChunkShare:
     """What one rank does in one chunk.
 
@@ -58,8 +90,9 @@ class ChunkShare:
         sent: [s] int64, rows of the plan that this rank sends; by destination, layer, expert.
         received: [m] int64, rows that it receives; by source, layer, expert.
         received_into: [m] int64, the empty local slot (0..S-1) that each lands in; -1 if staged.
-        blocks: what it stages, in the order in which it lies: received experts by source and
-            layer, as the wire brings them, then its own by layer.
+        staged: what it stages.
+        write_staged: [w] int64, which of the staged rows each write takes; several may take one.
+        write_slot: [w] int64, local slot (0..S-1) that it fills.
         remote_bytes: bytes of the received ones that are staged.
         num_bytes: bytes of all that are staged.
         busiest_bytes: most that any rank sends and receives in this chunk; the same everywhere.
@@ -69,7 +102,9 @@ class ChunkShare:
     sent: IntArray
     received: IntArray
     received_into: IntArray
-    blocks: tuple[StagedBlock, ...]
+    staged: StagedRows
+    write_staged: IntArray
+    write_slot: IntArray
     remote_bytes: int
     num_bytes: int
     busiest_bytes: int
@@ -107,49 +142,73 @@ def share_plan(
     idle = np.setdiff1d(np.flatnonzero(changed), plan.layer)
     if idle.size:
         chunks = [np.union1d(chunks[0], idle), *chunks[1:]] if chunks else [idle]
-    return [share_chunk(plan, rank, layers, expert_bytes, in_place=in_place) for layers in chunks]
+    return share_chunks(plan, rank, chunks, expert_bytes, in_place=in_place)
 
 
-def share_chunk(
+def share_chunks(
     plan: TransferPlan,
     rank: int,
-    layers: IntArray,
+    chunks: Sequence[IntArray],
     expert_bytes: IntArray,
     *,
     in_place: bool = False,
-) -> ChunkShare:
-    """Work out one rank's share of a chunk.
+) -> list[ChunkShare]:
+    """Work out one rank's share of each chunk, of all of them at once.
 
     Args:
         plan: what moves.
         rank: whose share.
-        layers: [l] int64, the chunk's.
+        chunks: the layers [l] int64 of each, ascending.
         expert_bytes: [L] int64, bytes of one expert of each layer.
         in_place: as for `share_plan`.
     Collective: none.
     """
-    inside = np.isin(plan.layer, layers)
-    comes_from, goes_to = plan.src_rank, plan.dst_rank
-    sent = np.flatnonzero(inside & (comes_from == rank) & (goes_to != rank))
-    sent = sent[np.argsort(goes_to[sent], kind="stable")]
-    staged = np.flatnonzero(inside & (goes_to == rank))
+    num_chunks = len(chunks)
+    chunk_of_layer = np.full(plan.old.num_layers, num_chunks)
+    for number, layers in enumerate(chunks):
+        chunk_of_layer[layers] = number
+    chunk, source = chunk_of_layer[plan.layer], plan.src_rank
+    inside = chunk < num_chunks
+    sent = np.flatnonzero(inside & (source == rank) & (plan.dst_rank != rank))
+    sent = sent[np.lexsort((plan.dst_rank[sent], chunk[sent]))]
+    ours = np.flatnonzero(inside & (plan.dst_rank == rank))
     # Own experts last; the sort is stable, so layers and experts keep the plan's order.
-    staged = staged[np.lexsort((comes_from[staged], comes_from[staged] == rank))]
-    received = staged[comes_from[staged] != rank]
-    received_into = _find_empty(plan, received) if in_place else np.full(len(received), -1)
-    staged = staged[~np.isin(staged, received[received_into >= 0])]
-    is_remote = comes_from[staged] != rank
-    sizes = expert_bytes[plan.layer[staged]]
-    return ChunkShare(
-        layers=layers,
-        sent=sent,
-        received=received,
-        received_into=received_into,
-        blocks=_cut_blocks(plan, staged, sizes),
-        remote_bytes=int(sizes[is_remote].sum()),
-        num_bytes=int(sizes.sum()),
-        busiest_bytes=_find_busiest(plan, np.flatnonzero(inside & ~plan.is_local), expert_bytes),
-    )
+    ours = ours[np.lexsort((source[ours], source[ours] == rank, chunk[ours]))]
+    received = ours[source[ours] != rank]
+    into = _find_empty(plan, received) if in_place else np.full(len(received), -1)
+    staged = ours[~np.isin(ours, received[into >= 0])] if in_place else ours
+    writes, write_staged = _find_writes(plan, staged)
+    busiest = _find_busiest(plan, chunk, num_chunks, expert_bytes)
+    cuts = [_cut(chunk[rows], num_chunks) for rows in (sent, received, staged)]
+    write_cut = np.searchsorted(write_staged, cuts[2])
+    slots = plan.write_slot[writes] % plan.new.topology.slots_per_rank
+    shares = []
+    for number, layers in enumerate(chunks):
+        sends, receives, stages = (slice(*cut[number : number + 2]) for cut in cuts)
+        filled = slice(*write_cut[number : number + 2])
+        rows = staged[stages]
+        sizes = expert_bytes[plan.layer[rows]]
+        shares.append(
+            ChunkShare(
+                layers=layers,
+                sent=sent[sends],
+                received=received[receives],
+                received_into=into[receives],
+                staged=_lay_out(rows, source[rows], plan.layer[rows], sizes),
+                write_staged=write_staged[filled] - stages.start,
+                write_slot=slots[filled],
+                remote_bytes=int(sizes[source[rows] != rank].sum()),
+                num_bytes=int(sizes.sum()),
+                busiest_bytes=int(busiest[number]),
+            )
+        )
+    return shares
+
+
+def _cut(chunk: IntArray, num_chunks: int) -> IntArray:
+    """[chunks + 1], where each chunk begins in rows that are sorted by it."""
+    edges: IntArray = np.searchsorted(chunk, np.arange(num_chunks + 1))
+    return edges
 
 
 def _find_empty(plan: TransferPlan, rows: IntArray) -> IntArray:
@@ -162,36 +221,41 @@ def _find_empty(plan: TransferPlan, rows: IntArray) -> IntArray:
     return np.where(lands, slot[rows] % plan.new.topology.slots_per_rank, -1)
 
 
-def _find_busiest(plan: TransferPlan, travelling: IntArray, expert_bytes: IntArray) -> int:
+def _find_busiest(
+    plan: TransferPlan, chunk: IntArray, num_chunks: int, expert_bytes: IntArray
+) -> IntArray:
+    """[chunks] int64, most bytes that any rank sends and receives."""
+    size = plan.old.topology.num_ranks
+    travelling = np.flatnonzero((chunk < num_chunks) & ~plan.is_local)
     ends = np.concatenate((plan.src_rank[travelling], plan.dst_rank[travelling]))
     sizes = np.tile(expert_bytes[plan.layer[travelling]], 2)
-    return int(np.bincount(ends, sizes, minlength=1).max())
+    index = np.tile(chunk[travelling], 2) * size + ends
+    total = np.bincount(index, sizes, minlength=num_chunks * size)
+    busiest: IntArray = total.reshape(num_chunks, size).max(axis=1).astype(np.int64)
+    return busiest
 
 
-def _cut_blocks(plan: TransferPlan, staged: IntArray, sizes: IntArray) -> tuple[StagedBlock, ...]:
-    if not staged.size:
-        return ()
-    source, layer = plan.src_rank[staged], plan.layer[staged]
-    starts = np.flatnonzero((np.diff(source) != 0) | (np.diff(layer) != 0)) + 1
-    edges = [0, *starts.tolist(), len(staged)]
-    offsets = np.concatenate(([0], np.cumsum(sizes)))
-    # Writes in the order of where their row lies, so that a block's are a slice of them.
-    place_of_row = np.full(len(plan.layer), -1)
-    place_of_row[staged] = np.arange(len(staged))
-    place = place_of_row[plan.write_row]
-    writes = np.argsort(place, kind="stable")
-    place = place[writes]
-    blocks = []
-    for start, stop in itertools.pairwise(edges):
-        ours = slice(*np.searchsorted(place, (start, stop)))
-        blocks.append(
-            StagedBlock(
-                source=int(source[start]),
-                layer=int(layer[start]),
-                rows=staged[start:stop],
-                offset=int(offsets[start]),
-                positions=place[ours] - start,
-                slots=plan.write_slot[writes[ours]] % plan.new.topology.slots_per_rank,
-            )
-        )
-    return tuple(blocks)
+def _find_writes(plan: TransferPlan, staged: IntArray) -> tuple[IntArray, IntArray]:
+    """Writes that take a staged row, and which of them each takes; in the order of those."""
+    place = np.full(len(plan.layer), -1)
+    place[staged] = np.arange(len(staged))
+    taken = place[plan.write_row]
+    writes = np.flatnonzero(taken >= 0)
+    writes = writes[np.argsort(taken[writes], kind="stable")]
+    return writes, taken[writes]
+
+
+def _lay_out(rows: IntArray, source: IntArray, layer: IntArray, sizes: IntArray) -> StagedRows:
+    is_first = np.ones(len(rows), dtype=bool)
+    is_first[1:] = (np.diff(source) != 0) | (np.diff(layer) != 0)
+    first = np.flatnonzero(is_first)
+    block = np.cumsum(is_first) - 1
+    counts = np.bincount(block, minlength=len(first))
+    return StagedRows(
+        row=rows,
+        source=source,
+        layer=layer,
+        offset=(np.cumsum(sizes) - sizes)[first][block],
+        block_rows=counts[block],
+        place=np.arange(len(rows)) - first[block],
+    )

@@ -6,8 +6,9 @@ import base64
 import contextlib
 import json
 import secrets
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NoReturn
 
@@ -31,6 +32,10 @@ _TAG_HELLO = 5
 _FORMAT = 1
 _POOL_BYTES = 32 << 20
 _FEWEST_PIECES = 8
+# Ranks may share cores: who waits sleeps, from a notification's latency up to a thousandth. With
+# weights on GPUs they do not, and a READ of many experts is over in some thousandths.
+_SHORTEST_PAUSE_S = 50e-6
+_LONGEST_PAUSE_S = 1e-3
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,20 @@ class _Wire:
     mailbox: Mailbox
 
 
-class NixlEplbCommunicator(QueuedCommunicator):
+@dataclass(frozen=True)
+class _Flight:
+    """An exchange that was started.
+
+    Attributes:
+        exchange: how far it has come.
+        landing: what was registered for it alone, if anything.
+    """
+
+    exchange: NixlExchange
+    landing: Registration | None
+
+
+class NixlEplbCommunicator(QueuedCommunicator[_Flight]):
     """The sender offers, the receiver READs straight into its tensors, and NIXL confirms.
 
     Weights and the pool are registered once; nothing of them is copied on the sender's side. Other
@@ -174,39 +192,70 @@ class NixlEplbCommunicator(QueuedCommunicator):
         if failures:
             self._raise({}, failures, self.timeout_s)
 
-    def _exchange(self, outbox: Outbox, inbox: Inbox) -> None:
+    def _begin(self, number: int, outbox: Outbox, inbox: Inbox) -> _Flight:
         wire = self._wire
         assert wire is not None, "closed communicators are refused before"
+        with self._on_stream():
+            # READs follow no stream: all that writes or reads these tensors must be over.
+            self._settle()
+            pairs = self._pair_up(wire, number, outbox, inbox)
+            landing = self._register_landings(wire, inbox)
         exchange = NixlExchange(
             self.rank,
-            self._num_exchanges,
+            number,
             self.timeout_s,
             self._agent,
             wire.mailbox,
             wire.pool,
             wire.remotes,
             self._settle,
+            pairs,
         )
-        with self._on_stream():
-            # READs follow no stream: all that writes or reads these tensors must be over.
-            self._settle()
-            pairs = self._pair_up(wire, outbox, inbox)
-            landing = self._register_landings(wire, inbox)
-            try:
-                exchange.run(pairs)
-            finally:
-                self._agent.release_ended()
-                if self._agent.has_reads:
-                    self._agent.quarantine()
-                elif landing is not None:
-                    self._agent.deregister(landing)
-        if any(pair.has_failed for pair in pairs):
-            self._give_up(exchange, pairs)
+        flight = _Flight(exchange, landing)
+        self._advance([*self._under_way, flight])
+        return flight
 
-    def _pair_up(self, wire: _Wire, outbox: Outbox, inbox: Inbox) -> list[Pair]:
+    def _end(self, flight: _Flight) -> None:
+        flights = [flight, *self._under_way]
+        pause = _SHORTEST_PAUSE_S
+        try:
+            while not flight.exchange.is_over:
+                if self._advance(flights):
+                    pause = _SHORTEST_PAUSE_S
+                    continue
+                time.sleep(pause)
+                pause = min(2 * pause, _SHORTEST_PAUSE_S if self._is_cuda else _LONGEST_PAUSE_S)
+        except BaseException:
+            self._set_apart(flights)
+            raise
+        if any(pair.has_failed for pair in flight.exchange.pairs):
+            self._set_apart(flights)
+            self._give_up(flight.exchange)
+        if flight.landing is not None:
+            self._agent.deregister(flight.landing)
+
+    def _advance(self, flights: Sequence[_Flight]) -> bool:
+        """Bring every exchange that is under way as far as it goes; whether that was anywhere."""
+        assert self._wire is not None
+        with self._on_stream():
+            self._wire.mailbox.collect()
+            moved = [each.exchange.advance() for each in flights if not each.exchange.is_over]
+        return any(moved)
+
+    def _set_apart(self, flights: Sequence[_Flight]) -> None:
+        """After a failure: let go of what no READ writes to any more, and keep the rest."""
+        self._agent.release_ended()
+        if self._agent.has_reads:
+            self._agent.quarantine()
+            return
+        for flight in flights:
+            if flight.landing is not None:
+                self._agent.deregister(flight.landing)
+
+    def _pair_up(self, wire: _Wire, number: int, outbox: Outbox, inbox: Inbox) -> list[Pair]:
         pairs = []
         deadline = deadline_in(self.timeout_s)
-        for peer, announced in self._announce(outbox, inbox).items():
+        for peer, announced in self._announce(number, outbox, inbox).items():
             landings = inbox.get(peer, [])
             offers = plan_offers(outbox.get(peer, []), wire.registered, wire.pool.piece_bytes)
             pairs.append(
@@ -238,15 +287,15 @@ class NixlEplbCommunicator(QueuedCommunicator):
             return None
         return self._agent.register(Spans.of((a, b - a) for a, b in bounds.values()))
 
-    def _give_up(self, exchange: NixlExchange, pairs: list[Pair]) -> NoReturn:
+    def _give_up(self, exchange: NixlExchange) -> NoReturn:
         """Raise, and tell peers with which all went well that the next exchange will not."""
-        refusals = {pair.peer: pair.refusal for pair in pairs if pair.refusal is not None}
-        failures = {pair.peer: pair.failure for pair in pairs if pair.failure is not None}
-        allowed_s = max(pair.allowed_s for pair in pairs if pair.has_failed)
-        for pair in pairs:
+        refusals = {p.peer: p.refusal for p in exchange.pairs if p.refusal is not None}
+        failures = {p.peer: p.failure for p in exchange.pairs if p.failure is not None}
+        allowed_s = max(pair.allowed_s for pair in exchange.pairs if pair.has_failed)
+        for pair in exchange.pairs:
             if not pair.has_failed:
-                reason = f"rank {self.rank} has failed in exchange {self._num_exchanges}"
-                exchange.tell(pair, Failed(self._num_exchanges + 1, reason))
+                reason = f"rank {self.rank} has failed in exchange {exchange.number}"
+                exchange.tell(pair, Failed(exchange.number + 1, reason))
         self._raise(refusals, failures, allowed_s)
 
     def _settle(self) -> None:

@@ -16,9 +16,6 @@ from equipoise.comm.queued import SLOWEST_BYTES_PER_S
 from equipoise.comm.spans import Spans, align
 
 _PING_S = 0.1
-# Ranks may share cores: who waits sleeps, from a notification's latency up to a thousandth.
-_SHORTEST_PAUSE_S = 50e-6
-_LONGEST_PAUSE_S = 1e-3
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,7 @@ class Pair:
 
 
 class NixlExchange:
-    """Offers, reads and confirms until every pair is over, well or not.
+    """Offers, reads and confirms until every pair is over, well or not; no wait in here.
 
     Args:
         rank: this rank.
@@ -137,6 +134,7 @@ class NixlExchange:
         pool: its.
         remotes: by rank.
         settle: waits on the host for what was enqueued on the stream.
+        pairs: with each peer.
     """
 
     def __init__(
@@ -149,33 +147,33 @@ class NixlExchange:
         pool: SendPool,
         remotes: Mapping[int, Remote],
         settle: Callable[[], None],
+        pairs: Sequence[Pair],
     ) -> None:
         self._rank = rank
-        self._number = number
         self._timeout_s = timeout_s
         self._agent = agent
         self._mailbox = mailbox
         self._pool = pool
         self._remotes = remotes
         self._settle = settle
-        self._num_staging = 1
-
-    def run(self, pairs: Sequence[Pair]) -> None:
-        """Return when every pair is over; what went wrong stands in the pairs.
-
-        Collective: every peer runs its side; no wait is longer than a pair's deadline.
-        """
+        self.number = number
+        self.pairs = pairs
         staging = sum(any(offer.staged_bytes for offer in pair.offers) for pair in pairs)
         self._num_staging = max(1, staging)
-        pause = _SHORTEST_PAUSE_S
-        while unfinished := [pair for pair in pairs if not pair.is_over]:
-            self._mailbox.collect()
-            moved = [self._advance(pair) for pair in unfinished]
-            if any(moved):
-                pause = _SHORTEST_PAUSE_S
-                continue
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every pair is over; what went wrong stands in the pairs."""
+        return all(pair.is_over for pair in self.pairs)
+
+    def advance(self) -> bool:
+        """Do what can be done without waiting; whether that was anything.
+
+        What has come must have been collected. Exchanges of one communicator are advanced in the
+        order of their numbers, since the mailbox drops what is older.
+        """
+        moved = [self._advance(pair) for pair in self.pairs if not pair.is_over]
+        return any(moved)
 
     def tell(self, pair: Pair, message: Message) -> None:
         """Notify the peer; that it is gone is a failure of the pair, and no error here."""
@@ -189,12 +187,12 @@ class NixlExchange:
     def refuse(self, pair: Pair, reason: str) -> None:
         """End a pair for a reason that both sides raise."""
         pair.refusal = reason
-        self.tell(pair, Failed(self._number, reason))
+        self.tell(pair, Failed(self.number, reason))
 
     def _advance(self, pair: Pair) -> bool:
         """Do what can be done with a peer without waiting; whether that was anything."""
         moved = False
-        for message in self._mailbox.take(pair.peer, self._number):
+        for message in self._mailbox.take(pair.peer, self.number):
             moved = True
             self._hear(pair, message)
         while not pair.has_failed and self._offer_next(pair):
@@ -211,10 +209,10 @@ class NixlExchange:
             late = TimeoutError(f"nothing from rank {pair.peer}")
             pair.failure = PeerFailure(late=True, error=late)
             reason = f"rank {self._rank} gave up after {pair.allowed_s:.1f} s"
-            self.tell(pair, Failed(self._number, reason))
+            self.tell(pair, Failed(self.number, reason))
         elif now >= pair.pinged + _PING_S:
             # A dead peer shows when it is told something, however long it has been silent.
-            self.tell(pair, Ping(self._number))
+            self.tell(pair, Ping(self.number))
         return False
 
     def _hear(self, pair: Pair, message: Message) -> None:
@@ -258,7 +256,7 @@ class NixlExchange:
         if piece is not None:
             self._settle()
         pair.offers.popleft()
-        offer = Offer(self._number, pair.num_offered, not pair.offers, pair.announced, spans)
+        offer = Offer(self.number, pair.num_offered, not pair.offers, pair.announced, spans)
         if len(spans.address):
             pair.unread[offer.sequence] = piece
         pair.num_offered += 1
@@ -279,7 +277,7 @@ class NixlExchange:
         pair.num_landing = stop
         local, remote = align(pair.landing.between(start, stop), offer.spans)
         peer = self._remotes[pair.peer]
-        message = encode(peer.token, Done(self._number, offer.sequence))
+        message = encode(peer.token, Done(self.number, offer.sequence))
         try:
             read = self._agent.post_read(
                 peer.name, local, remote, peer.device_id, message, pair.buffers
