@@ -147,7 +147,7 @@ class GpuWeights:
     def _make_words(self, layer: int, index: int, experts: IntArray, like: Tensor) -> Tensor:
         """[n, words] int64 of these experts."""
         num_words = like.shape[1] // _WORD_BYTES
-        number = torch.from_numpy(np.asarray(experts, dtype=np.int64)).to(like.device)
+        number = torch.from_numpy(np.array(experts, dtype=np.int64)).to(like.device)
         number = (number * self._case.num_layers + layer) * len(self._case.tensor_bytes) + index
         return number[:, None] * _STEP + torch.arange(num_words, device=like.device)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -44,11 +45,15 @@ class Exchange:
     Args:
         group: with a gloo backend for CPU tensors.
         tag: keeps this exchange's messages apart from others of the same pair.
+        num_lanes: tags from `tag` on that the messages of a pair, each way, take in turns; a group
+            that has as many connections to a peer carries them side by side.
     """
 
-    def __init__(self, group: dist.ProcessGroup, tag: int) -> None:
+    def __init__(self, group: dist.ProcessGroup, tag: int, *, num_lanes: int = 1) -> None:
         self._group = group
         self._tag = tag
+        self._num_lanes = num_lanes
+        self._num_posted: Counter[tuple[int, bool]] = Counter()
         self._messages: list[_Message] = []
         self.failures: dict[int, PeerFailure] = {}
 
@@ -77,8 +82,10 @@ class Exchange:
         incoming: bool,
     ) -> None:
         post = self._group.recv if incoming else self._group.send
+        tag = self._tag + self._num_posted[peer, incoming] % self._num_lanes
+        self._num_posted[peer, incoming] += 1
         try:
-            work = post([tensor], peer, self._tag)
+            work = post([tensor], peer, tag)
         except RuntimeError as error:
             self.failures.setdefault(peer, _blame(error, late=False))
             return

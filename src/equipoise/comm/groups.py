@@ -22,6 +22,10 @@ from equipoise.errors import ConfigError, MembershipError
 
 ReduceOp = Literal["sum", "max", "min"]
 
+NUM_LANES = 4
+"""Connections to each peer, with a thread each, where weights on GPUs leave the cores to them: one
+carries 2 GB/s at best."""
+
 _TAG_MESSAGE = 0
 _TAG_CONTROL = 1
 
@@ -158,7 +162,7 @@ class RankGroup:
         number = store.add(f"equipoise/mesh/{rank}", 1)
         prefixed = PrefixStore(f"equipoise/mesh{number}/", store)
         _meet(prefixed, rank, size, timeout)
-        cpu_group = _create_gloo(prefixed, rank, size, timeout)
+        cpu_group = _create_gloo(prefixed, rank, size, device, timeout)
         return cls(
             prefixed,
             rank,
@@ -265,7 +269,7 @@ class RankGroup:
         """
         store = PrefixStore(f"{name}/", self.store.clone())  # type: ignore[attr-defined]
         _meet(store, self.rank, self.size, self.timeout)
-        cpu_group = _create_gloo(store, self.rank, self.size, self.timeout)
+        cpu_group = _create_gloo(store, self.rank, self.size, self.device, self.timeout)
         return RankGroup(
             store,
             self.rank,
@@ -387,7 +391,7 @@ def create_rank_group(
     prefixed = PrefixStore(f"gen{generation}/", store)
     _meet(prefixed, rank, size, timeout)
     try:
-        cpu_group = _create_gloo(prefixed, rank, size, timeout)
+        cpu_group = _create_gloo(prefixed, rank, size, device, timeout)
         device_side = (
             _create_nccl(prefixed, rank, size, device, timeout)
             if device_group == "nccl"
@@ -438,8 +442,15 @@ def _check_gloo(group: dist.ProcessGroup) -> None:
         )
 
 
-def _create_gloo(store: Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
-    backend = dist.ProcessGroupGloo(PrefixStore("gloo/", store), rank, size, timeout)
+def _create_gloo(
+    store: Store, rank: int, size: int, device: torch.device, timeout: timedelta
+) -> dist.ProcessGroup:
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._timeout = timeout
+    num_lanes = NUM_LANES if device.type == "cuda" else 1
+    options._devices = [dist.ProcessGroupGloo.create_default_device() for _ in range(num_lanes)]
+    options._threads = 2 * num_lanes
+    backend = dist.ProcessGroupGloo(PrefixStore("gloo/", store), rank, size, options)
     group = dist.ProcessGroup(store, rank, size)
     group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
     group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)

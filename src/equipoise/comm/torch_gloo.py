@@ -15,12 +15,13 @@ from torch import Tensor
 
 from equipoise.comm.base import ExpertWeights, GroupCoordinator
 from equipoise.comm.exchange import Exchange
+from equipoise.comm.groups import NUM_LANES
 from equipoise.comm.headers import swap_headers
 from equipoise.comm.parcels import Inbox, Landing, Outbox, Part, join_sizes
 from equipoise.comm.queued import SLOWEST_BYTES_PER_S, Queued, QueuedCommunicator
 from equipoise.topology import IntArray
 
-_TAG_PAYLOAD = 3
+_TAG_PAYLOAD = 32
 
 _LARGE_BYTES = 1 << 20
 """From here on a tensor, or an expert's row of one, is a message of its own: what a message costs
@@ -85,7 +86,7 @@ class TorchDistGlooStagedEplbCommunicator(QueuedCommunicator[Queued]):
         if heard.is_late:
             self._raise({}, heard.failures, self.timeout_s)
         seconds = self.timeout_s + heard.most_bytes / SLOWEST_BYTES_PER_S
-        payload = Exchange(self._group, _TAG_PAYLOAD)
+        payload = Exchange(self._group, _TAG_PAYLOAD, num_lanes=NUM_LANES)
         self._carry(payload, heard.sound, outbox, inbox, time.monotonic() + seconds)
         failures = {**heard.failures, **payload.failures}
         if failures or heard.refusals:

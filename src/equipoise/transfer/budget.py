@@ -12,7 +12,7 @@ NUM_HALVES = 2
 """Of staging memory on a GPU: one fills slots while the next chunk travels into the other."""
 
 _SHARE_OF_FREE = 16
-_MOST_HALF_BYTES = 2 << 30
+_MOST_HALF_BYTES = 4 << 30
 
 
 def choose_chunk_bytes(
