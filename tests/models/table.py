@@ -31,8 +31,9 @@ def main() -> None:
     text = PATH.read_text(encoding="utf-8")
     before, rest = text.split(START)
     _, after = rest.split(END)
+    torch_version = torch.__version__.split("+")[0]
     said = (
-        f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, on a CPU: "
+        f"transformers {transformers.__version__}, torch {torch_version}, on a CPU: "
         f"{sum('| yes |' in row for row in rows)} classes run, "
         f"{sum('| no |' in row for row in rows)} refused."
     )

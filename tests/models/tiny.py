@@ -25,8 +25,8 @@ LARGEST = 10_000_000
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _MULTI_ROPE = _ROPE | {"mrope_section": [1, 1, 2]}
 
-# Experts are a multiple of 32 wide: an activation over other sizes ends in a scalar remainder, where
-# the last bits depend on the place of a token in the batch.
+# Experts are a multiple of 32 wide: an activation over other sizes ends in a scalar remainder, and
+# there the last bits depend on the place of a token in the batch.
 SIZES: dict[str, Any] = {
     "adapter_in_dim": 32,
     "adapter_input_size": 32,

@@ -23,6 +23,7 @@ from equipoise.engine.records import (
     CheckRecord,
     Emit,
     JobRecord,
+    LoadRecord,
     LossRecord,
     Pass,
     PhaseRecord,
@@ -35,9 +36,10 @@ from equipoise.engine.spec import JobSpec
 from equipoise.engine.texts import encode_all, list_kinds
 from equipoise.errors import ConfigError
 from equipoise.load.recorder import LoadRecorder
-from equipoise.models.experts import ExpertParallelModel, make_expert_parallel
+from equipoise.models.checkpoint import Checkpoint
+from equipoise.models.experts import ExpertParallelModel, SetPlan
 from equipoise.models.families import read_model_shape
-from equipoise.models.loading import load_model, load_tokenizer
+from equipoise.models.loading import load_model, load_spread, load_tokenizer
 from equipoise.placement import place_in_order
 from equipoise.policy import get_policy
 from equipoise.topology import Topology, choose_num_redundant
@@ -45,6 +47,9 @@ from equipoise.topology import Topology, choose_num_redundant
 MERGE_STEPS = 16
 """Steps between two meetings of the ranks beyond the model's own: there figures are merged, and
 whether anybody has requests left is found out. So a pass ends with up to 15 dummy steps."""
+
+PROGRESS_S = 2.0
+"""Between two words on how far reading is."""
 
 
 @dataclass(frozen=True)
@@ -139,22 +144,23 @@ def _prepare(spec: JobSpec, group: RankGroup, emit: Emit) -> _Job:
     policy = get_policy(spec.config.policy)
 
     tokenizer = load_tokenizer(spec.model)
-    # Experts leave the CPU slot by slot: a GPU need hold those of its rank alone.
-    model: Any = load_model(spec.model, _dtype(spec), torch.device("cpu"))
-    longest = getattr(model.config, "max_position_embeddings", None)
+    checkpoint = Checkpoint(spec.model, _dtype(spec), group.device, attention="sdpa")
+    longest = getattr(checkpoint.model.config, "max_position_embeddings", None)
     prompts = encode_all(tokenizer, spec.prompts, "prompt", spec.max_new_tokens, longest)
     held_out = encode_all(tokenizer, spec.held_out, "held-out text", 0, longest)
     kinds = list_kinds(spec.prompts, spec.held_out)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_parameters = checkpoint.num_parameters
 
     dispatcher = create_dispatcher("torch", group, topology)
-    spread = make_expert_parallel(
-        model,
-        PlacementMaps(placement, group.device),
-        group.rank,
-        dispatcher,
-        LoadRecorder(shape.num_layers, topology.num_slots, group.device),
+    plan = SetPlan(
+        layers=checkpoint.layers,
+        maps=PlacementMaps(placement, group.device),
+        dispatcher=dispatcher,
+        recorder=LoadRecorder(shape.num_layers, topology.num_slots, group.device),
     )
+    # Ranks read alike: rank 0 speaks for all.
+    progress = _Progress(emit) if group.rank == 0 else None
+    spread = load_spread(checkpoint, [plan], group, progress)
     balancer = EplbState(spec.config, group, policy)
     return _Job(
         spec=spec,
@@ -177,10 +183,23 @@ def _prepare(spec: JobSpec, group: RankGroup, emit: Emit) -> _Job:
             max_batch_size=spec.max_batch_size,
             max_new_tokens=spec.max_new_tokens,
             max_len=max(map(len, prompts)) + spec.max_new_tokens,
-            end_tokens=_find_end_tokens(model),
+            end_tokens=_find_end_tokens(spread.model),
         ),
         num_parameters=num_parameters,
     )
+
+
+class _Progress:
+    """Says every other second how far reading is: a small model says nothing."""
+
+    def __init__(self, emit: Emit) -> None:
+        self._emit = emit
+        self._said_s = time.monotonic()
+
+    def __call__(self, bytes_read: int, bytes_due: int) -> None:
+        if time.monotonic() - self._said_s >= PROGRESS_S:
+            self._said_s = time.monotonic()
+            self._emit(LoadRecord(bytes_read, bytes_due))
 
 
 def _compare_with_group(spec: JobSpec, group: RankGroup) -> None:

@@ -1,6 +1,7 @@
 """What a job says of itself while it runs; display, report and JSON are made of these alone.
 
-Rank 0 emits them in order: one `JobRecord`; then a `PhaseRecord` for each of "off", "loss" (on the
+Rank 0 emits them in order: while weights are read, if that takes long, a `LoadRecord` now and then;
+one `JobRecord`; then a `PhaseRecord` for each of "off", "loss" (on the
 initial placement), "on", "loss" (on the placement arrived at) and, if asked for, "check"; at last
 one `ResultRecord`. Behind "off" and "on" stand their `StepRecord`s, and behind "on" its
 `RebalanceRecord`s, each behind the step after which experts moved; they come in bursts of 16 steps.
@@ -47,6 +48,19 @@ class JobRecord:
     placement: Placement
     num_parameters: int
     expert_bytes: int
+
+
+@dataclass(frozen=True)
+class LoadRecord:
+    """How far rank 0 is with reading its weights.
+
+    Attributes:
+        bytes_read: so far.
+        bytes_due: all that it reads: what every rank has, and its own experts.
+    """
+
+    bytes_read: int
+    bytes_due: int
 
 
 @dataclass(frozen=True)
@@ -193,5 +207,5 @@ class ResultRecord:
     samples: tuple[tuple[str, str, str], ...]
 
 
-Record = JobRecord | PhaseRecord | StepRecord | RebalanceRecord | ResultRecord
+Record = LoadRecord | JobRecord | PhaseRecord | StepRecord | RebalanceRecord | ResultRecord
 Emit = Callable[[Record], None]

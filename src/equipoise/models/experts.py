@@ -265,7 +265,7 @@ def _keep_slots(
         for module in (layer.module, *layer.copies):
             setattr(module, name, held_by_model)
     for module in (layer.module, *layer.copies):
-        module.num_experts = num_slots
+        module.num_experts = num_slots  # type: ignore[assignment]
     return weights
 
 

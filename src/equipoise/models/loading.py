@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from equipoise.comm.groups import RankGroup
 from equipoise.errors import ModelError
+from equipoise.models.checkpoint import Checkpoint, Progress
+from equipoise.models.experts import ExpertParallelModel, SetPlan, take_over
 from equipoise.models.families import check_weights, read_model_shape
+from equipoise.models.quiet import first_line, quiet
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
@@ -33,7 +36,7 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> nn.
     read_model_shape(directory)
     check_weights(directory)
     transformers: Any = import_module("transformers")
-    with _quiet():
+    with quiet():
         try:
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
                 directory,
@@ -45,12 +48,63 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> nn.
                 output_loading_info=True,
             )
         except Exception as error:  # transformers raises whatever its readers raise
-            raise ModelError(f"{directory}: cannot be loaded: {_first_line(error)}") from error
+            raise ModelError(f"{directory}: cannot be loaded: {first_line(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(f"{directory}: the weights lack {len(missing)} tensors, like {missing[0]}")
     loaded: nn.Module = model.to(device).eval().requires_grad_(False)
     return loaded
+
+
+def load_spread(
+    checkpoint: Checkpoint,
+    plans: Sequence[SetPlan],
+    group: RankGroup,
+    progress: Progress | None = None,
+) -> ExpertParallelModel:
+    """Read what this rank needs of a checkpoint: the experts of its slots, and what all ranks have.
+
+    Args:
+        checkpoint: open, for the group's device.
+        plans: of all its sets of layers.
+        group: the ranks.
+        progress: told of every read.
+    Returns:
+        The model with this rank's slots, on the group's device.
+    Collective: every rank of the group; the slowest must be ready within the deadline of the first.
+    Raises: ModelError on every rank if a rank cannot read its weights; MembershipError if one does
+        not come.
+    """
+    failure: ModelError | None = None
+    spread: ExpertParallelModel | None = None
+    try:
+        checkpoint.watch(progress, _count_bytes(checkpoint, plans, group.rank))
+        spread = take_over(checkpoint.model, plans, group.rank, checkpoint)
+        checkpoint.load_shared()
+    except ModelError as error:
+        failure = error
+    finally:
+        checkpoint.watch(None, 0)
+        checkpoint.close()
+    failed = torch.full((1,), -1 if failure is None else group.rank)
+    group.all_reduce(failed, "max")
+    if failure is not None:
+        raise failure
+    if spread is None or failed.item() >= 0:
+        raise ModelError(f"rank {failed.item()} could not load {checkpoint.directory}")
+    return spread
+
+
+def _count_bytes(checkpoint: Checkpoint, plans: Sequence[SetPlan], rank: int) -> int:
+    """Stored bytes that a rank reads."""
+    total = checkpoint.shared_bytes
+    for plan in plans:
+        placement = plan.maps.placement
+        num_slots = placement.topology.slots_per_rank
+        mine = placement.slot_to_expert[:, rank * num_slots : (rank + 1) * num_slots]
+        for layer, held in zip(plan.layers, mine, strict=True):
+            total += checkpoint.count_bytes(layer) * len({e for e in held.tolist() if e >= 0})
+    return total
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -63,31 +117,12 @@ def load_tokenizer(directory: Path) -> Any:
     if not any((directory / name).exists() for name in _TOKENIZER_FILES):
         raise ModelError(f"{directory}: has no tokenizer ({' or '.join(_TOKENIZER_FILES)})")
     transformers: Any = import_module("transformers")
-    with _quiet():
+    with quiet():
         try:
             return transformers.AutoTokenizer.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # as above
             raise ModelError(
-                f"{directory}: its tokenizer cannot be loaded: {_first_line(error)}"
+                f"{directory}: its tokenizer cannot be loaded: {first_line(error)}"
             ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' bars and notices off the terminal, which belongs to the caller."""
-    logging: Any = import_module("transformers.utils.logging")
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from equipoise.balancer import EplbState, RebalanceOutcome
@@ -17,8 +19,9 @@ from equipoise.config import EPLBConfig
 from equipoise.dispatch import create_dispatcher
 from equipoise.dispatch.base import TokenDispatcher
 from equipoise.dispatch.maps import PlacementMaps
-from equipoise.errors import ModelError
+from equipoise.errors import ConfigError, ModelError
 from equipoise.load.recorder import LoadRecorder
+from equipoise.models.checkpoint import Checkpoint, Progress
 from equipoise.models.contract import ExpertLayer
 from equipoise.models.experts import (
     ExpertParallelModel,
@@ -27,6 +30,7 @@ from equipoise.models.experts import (
     find_expert_sets,
     take_over,
 )
+from equipoise.models.loading import load_spread
 from equipoise.placement import Placement, place_in_order
 from equipoise.policy import get_policy
 from equipoise.topology import Topology, choose_num_redundant
@@ -41,12 +45,15 @@ class ParallelModel:
         state: its balancer.
         dispatchers: what its tokens travel by, one for each set of layers.
         communicators: what its experts travel by, one for each set of layers.
+        checkpoint: where the model was read from, to read single experts again; None if it was
+            given whole.
     """
 
     spread: ExpertParallelModel
     state: EplbState
     dispatchers: tuple[TokenDispatcher, ...]
     communicators: tuple[EplbCommunicator, ...]
+    checkpoint: Checkpoint | None = None
 
     @property
     def model(self) -> Any:
@@ -88,40 +95,57 @@ class ParallelModel:
 
 
 def parallelize(
-    model: nn.Module,
+    model: nn.Module | str | Path,
     group: RankGroup,
     config: EPLBConfig | None = None,
     *,
     placement: Placement | None = None,
     on_commit: OnCommit | None = None,
+    dtype: torch.dtype | None = None,
+    attention: str | None = None,
+    progress: Progress | None = None,
 ) -> ParallelModel:
-    """Spread the experts of a loaded Hugging Face model over a group, in place.
+    """Spread the experts of a Hugging Face model over a group.
 
     Args:
-        model: as transformers loads it, whole on every rank, on any device; it is moved to that of
-            the group, experts slot by slot. After an error it is of no use.
+        model: the directory of a checkpoint, of which each rank reads its own experts and what all
+            have; or a model as transformers loads it, whole on every rank, on any device, which
+            is taken over in place and moved to the group's device, experts slot by slot. After an
+            error it is of no use.
         group: the ranks that serve it, each with its own requests.
         config: the same on every rank; None for the defaults.
         placement: to begin with, also of several nodes; None for experts in order on one node,
             with as many redundant ones as the configuration says.
         on_commit: as for `EplbState.add_model`; layers are numbered as the model has them.
+        dtype: of the weights of a checkpoint; None for that of its configuration.
+        attention: transformers' attention implementation for a checkpoint; None lets it choose.
+        progress: told of the bytes read of a checkpoint, and of those due; from any thread.
     Collective: every rank of the group.
-    Raises: ModelError if the model has no experts that can be taken over; ConfigError,
+    Raises: ModelError if the model has no experts that can be taken over, or the checkpoint is not
+        whole, in one line that says what and where; ConfigError,
         PlacementError or CommunicatorUnavailable if the configuration cannot be followed;
         TransferError or MembershipError if ranks differ or one does not come.
     """
     config = config or EPLBConfig()
     policy = get_policy(config.policy)
-    plans = [_plan(layers, group, config, placement) for layers in _settle_sets(model, placement)]
-    spread = take_over(model, plans, group.rank, WholeModel())
-    model.to(group.device)
+    checkpoint: Checkpoint | None = None
+    if isinstance(model, nn.Module):
+        if dtype is not None or attention is not None or progress is not None:
+            raise ConfigError("dtype, attention and progress are of a checkpoint, not of a model")
+        plans = _plan_sets(find_expert_sets(model), group, config, placement)
+        spread = take_over(model, plans, group.rank, WholeModel())
+        model.to(group.device)
+    else:
+        checkpoint = Checkpoint(Path(model), dtype, group.device, attention)
+        plans = _plan_sets(find_expert_sets(checkpoint.model), group, config, placement)
+        spread = load_spread(checkpoint, plans, group, progress)
     state = EplbState(config, group, policy)
     communicators = [
         create_eplb_communicator(state.transfer_group, config.communicator, one.weights)
         for one in spread.sets
     ]
     dispatchers = [plan.dispatcher for plan in plans]
-    parallel = ParallelModel(spread, state, tuple(dispatchers), tuple(communicators))
+    parallel = ParallelModel(spread, state, tuple(dispatchers), tuple(communicators), checkpoint)
     try:
         _add_models(parallel, on_commit)
     except BaseException:
@@ -130,15 +154,19 @@ def parallelize(
     return parallel
 
 
-def _settle_sets(model: nn.Module, placement: Placement | None) -> list[list[ExpertLayer]]:
-    sets = find_expert_sets(model)
+def _plan_sets(
+    sets: list[list[ExpertLayer]],
+    group: RankGroup,
+    config: EPLBConfig,
+    placement: Placement | None,
+) -> list[SetPlan]:
     if placement is not None and len(sets) > 1:
         counts = " or ".join(str(layers[0].num_experts) for layers in sets)
         raise ModelError(
             f"the model's MoE layers have {counts} experts, so that one placement cannot speak of "
             "all: leave it out"
         )
-    return sets
+    return [_plan(layers, group, config, placement) for layers in sets]
 
 
 def _plan(

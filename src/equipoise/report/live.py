@@ -15,7 +15,7 @@ from equipoise.placement import measure_balancedness
 from equipoise.report.closing import render_closing
 from equipoise.report.plain import describe_job
 from equipoise.report.summary import JobSummary
-from equipoise.report.wording import PHASES, say_bytes, say_count, say_seconds
+from equipoise.report.wording import PHASES, say_bytes, say_count, say_loading, say_seconds
 from equipoise.topology import FloatArray
 
 BAR_CELLS = 24
@@ -85,6 +85,8 @@ def _render_title(text: str) -> Text:
 
 def _render_heading(summary: JobSummary) -> Text:
     start = "starting ranks and loading the model" if summary.job is None else "getting ready"
+    if summary.job is None and summary.loading is not None:
+        start = say_loading(summary.loading)
     heading = Text(
         PHASES.get(summary.phase or "", start), "bold", no_wrap=True, overflow="ellipsis"
     )

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from equipoise.engine.records import JobRecord, PhaseRecord, RebalanceRecord, Record, StepRecord
+from equipoise.engine.records import (
+    JobRecord,
+    LoadRecord,
+    PhaseRecord,
+    RebalanceRecord,
+    Record,
+    StepRecord,
+)
 from equipoise.report.closing import render_closing
 from equipoise.report.summary import JobSummary
-from equipoise.report.wording import PHASES, name_model, say_rebalance
+from equipoise.report.wording import PHASES, name_model, say_loading, say_rebalance
 
 
 def describe_job(record: JobRecord) -> str:
@@ -34,6 +41,8 @@ class PlainDisplay:
     def show(self, record: Record) -> None:
         """Take a record that the summary has taken already."""
         match record:
+            case LoadRecord():
+                self._say(say_loading(record))
             case JobRecord():
                 self._say(describe_job(record))
             case PhaseRecord():

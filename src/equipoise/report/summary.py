@@ -10,6 +10,7 @@ import numpy as np
 from equipoise.engine.records import (
     CheckRecord,
     JobRecord,
+    LoadRecord,
     Pass,
     PhaseRecord,
     RebalanceRecord,
@@ -56,7 +57,8 @@ class JobSummary:
     placements in force.
 
     Attributes:
-        job: what was announced, None before the first record.
+        loading: how far weights have been read, None if nobody said.
+        job: what was announced, None before it is.
         phase: the phase that runs.
         points: per pass its steps, in order.
         rebalances: as told, in order.
@@ -69,6 +71,7 @@ class JobSummary:
     """
 
     def __init__(self) -> None:
+        self.loading: LoadRecord | None = None
         self.job: JobRecord | None = None
         self.phase: str | None = None
         self.points: dict[Pass, list[StepPoint]] = {"off": [], "on": []}
@@ -81,6 +84,8 @@ class JobSummary:
     def add(self, record: Record) -> None:
         """Take the next record, in the order in which the job emits them."""
         match record:
+            case LoadRecord():
+                self.loading = record
             case JobRecord():
                 self.job = record
                 self._cover_from(1)

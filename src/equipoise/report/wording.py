@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from equipoise.bundled import model_directory
-from equipoise.engine.records import RebalanceRecord
+from equipoise.engine.records import LoadRecord, RebalanceRecord
 
 PHASES = {
     "off": "serving, balancing off",
@@ -37,6 +37,12 @@ def say_count(number: int, what: str) -> str:
 def say_seconds(seconds: float) -> str:
     """A duration, like `12 ms` and `1.3 s`."""
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def say_loading(record: LoadRecord) -> str:
+    """How far rank 0 is with reading its weights."""
+    read, due = say_bytes(record.bytes_read), say_bytes(record.bytes_due)
+    return f"reading weights: {read} of {due} on rank 0"
 
 
 def say_rebalance(record: RebalanceRecord) -> str:
