@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from equipoise.balancer.protocol import Do, Status
-from tests.commit_model import Action, Chunk, Model, Rank, State, Store
+from tests.commit_model import Action, Chunk, Model, Rank, State, Store, find_chunk
 
 
 class ViolationError(AssertionError):
@@ -168,7 +168,7 @@ def _check_reads(reader: Rank, writer: Rank) -> None:
         is_late = reader.is_staging and chunk.rebalance < reader.rebalance
         assert not is_late, "a slot is read that is still being written"
     if writer.is_waiting and writer.ledger.offer is not None:
-        chunk = Chunk(writer.rebalance, writer.ledger.offer.chunk)
+        chunk = find_chunk(writer.ledger.offer.chunk)
         assert reader.has_staged(chunk), "F is bound before all have staged"
 
 
@@ -201,7 +201,7 @@ def check_rest(model: Model, state: State) -> None:
 
 
 def _decided(rank: Rank) -> frozenset[Chunk]:
-    queued = {Chunk(rank.rebalance, due.chunk) for due in rank.ledger.queue}
+    queued = {find_chunk(due.chunk) for due in rank.ledger.queue}
     return frozenset({commit.chunk for commit in rank.committed} | queued)
 
 

@@ -14,6 +14,9 @@ What the model leaves out, and why nothing is lost by it:
 - F runs freely up to `last_step`, and beyond as long as something is offered or queued. All that
   is compared are differences of counts, so that later steps would be more of the same.
 - Several models share a worker, which numbers their chunks in a row: they are more chunks.
+- A poll that finds no order is an exchange from which nothing follows; one that finds some is a
+  rebalance of one chunk that nobody stages and nothing is written for, during which F may begin
+  another.
 
 Time does not pass. A deadline is an action: one of `faults`, or free where something has broken.
 Every action leaves its mark for good, so there are no cycles: if all states without a next action
@@ -28,10 +31,21 @@ from typing import Any, NamedTuple
 
 from equipoise.balancer.protocol import ABORT, Answer, Do, Due, Ledger, Status, Worker
 
+MOST_CHUNKS = 100
+
 
 class Chunk(NamedTuple):
     rebalance: int
     number: int
+
+
+def number(chunk: Chunk) -> int:
+    """What the ledger calls it."""
+    return chunk.rebalance * MOST_CHUNKS + chunk.number
+
+
+def find_chunk(number: int) -> Chunk:
+    return Chunk(*divmod(number, MOST_CHUNKS))
 
 
 class Commit(NamedTuple):
@@ -53,8 +67,10 @@ class Rank(NamedTuple):
     worker: Worker
     ledger: Ledger
     halves: tuple[Chunk | None, ...]
-    # Counts at which rebalances began.
+    # Counts at which F asked for rebalances, and the one that W is at.
     started: tuple[int, ...] = (0,)
+    rebalance: int = 0
+    orders: frozenset[int] = frozenset()
     # What W brought to its last two exchanges; nobody can be further behind.
     brought: tuple[tuple[Meeting, int], ...] = ()
     is_staging: bool = False
@@ -69,10 +85,6 @@ class Rank(NamedTuple):
     is_cut_off: bool = False
     is_hung: bool = False
     is_dead: bool = False
-
-    @property
-    def rebalance(self) -> int:
-        return len(self.started) - 1
 
     @property
     def chunk(self) -> Chunk:
@@ -104,6 +116,8 @@ class Rank(NamedTuple):
 
     def has_staged(self, chunk: Chunk) -> bool:
         """Completely, so that this rank reads nothing of it from others any more."""
+        if chunk.rebalance in self.orders:
+            return True
         is_filling = self.is_staging and self.chunk == chunk
         return self.has_committed(chunk) or (chunk in self.halves and not is_filling)
 
@@ -141,6 +155,7 @@ class Model:
 
     Attributes:
         chunks: of each rebalance.
+        orders: rebalances that are polls which find an order; their one chunk moves nothing.
         triggers: counts at which another rebalance is to begin.
         last_step: up to which F runs freely.
         faults: how many may happen.
@@ -150,6 +165,7 @@ class Model:
 
     num_ranks: int = 2
     chunks: tuple[int, ...] = (2,)
+    orders: frozenset[int] = frozenset()
     triggers: frozenset[int] = frozenset()
     last_step: int = 4
     faults: int = 0
@@ -162,7 +178,8 @@ class Model:
 
     def start(self) -> State:
         halves = (None,) * self.num_halves
-        rank = Rank(self.make_worker(self.margin), self.make_ledger(self.margin), halves)
+        worker, ledger = self.make_worker(self.margin), self.make_ledger(self.margin)
+        rank = self._go_on(Rank(worker, ledger, halves, orders=self.orders))
         return State((rank,) * self.num_ranks, faults=self.faults)
 
     def enabled(self, state: State) -> Iterator[Action]:
@@ -191,11 +208,12 @@ class Model:
 
     def may_begin(self, me: Rank) -> bool:
         """W: whether all that F committed is in the slots, for others to read."""
-        return not me.writing
+        return not me.writing or me.rebalance in self.orders
 
     def is_over(self, me: Rank) -> bool:
-        """F: whether the last rebalance is, by counts alone."""
-        return me.has_committed(Chunk(me.rebalance, self.chunks[me.rebalance] - 1))
+        """F: whether the last rebalance is, by counts alone; it does not mind orders."""
+        asked = [one for one in range(len(me.started)) if one not in self.orders]
+        return not asked or me.has_committed(Chunk(asked[-1], self.chunks[asked[-1]] - 1))
 
     def sees_cut(self, me: Rank) -> bool:
         """F: whether this rank serves no more; known before W withdraws its offer."""
@@ -238,7 +256,7 @@ class Model:
 
     def _ask_store(self, state: State, index: int, me: Rank, cost: int) -> Iterator[Action]:
         assert me.ledger.offer is not None
-        chunk = Chunk(me.rebalance, me.ledger.offer.chunk)
+        chunk = find_chunk(me.ledger.offer.chunk)
         if cost <= state.faults:
             store, word = put(state.store, chunk, ABORT)
             yield Action(index, "F asks the store", self._ask, (chunk, word), cost, False, store)
@@ -258,12 +276,12 @@ class Model:
 
     def _take_due(self, me: Rank) -> Rank:
         ledger, due = me.ledger.take_due()
-        me = _commit(me._replace(ledger=ledger), due)
+        me = self._commit(me._replace(ledger=ledger), due)
         is_next = len(me.started) < len(self.chunks) and ledger.steps in self.triggers
         if is_next and self.is_over(me) and not me.has_failed:
-            assert me.worker.do is Do.END, "a worker is woken that has not ended"
-            worker = self.make_worker(self.margin)
-            me = me._replace(worker=worker, started=(*me.started, ledger.steps))
+            is_queued = len(me.started) - 1 in self.orders
+            assert is_queued or me.worker.do is Do.END, "a worker is woken that has not ended"
+            me = self._go_on(me._replace(started=(*me.started, ledger.steps)))
         return me
 
     def _ask(self, me: Rank, answer: tuple[Chunk, str] | None) -> Rank:
@@ -273,12 +291,27 @@ class Model:
     def _act(self, me: Rank, _: None) -> Rank:
         assert me.answer is not None
         chunk, word = me.answer
-        return me._replace(ledger=me.ledger.settle(chunk.number, word), answer=None)
+        return me._replace(ledger=me.ledger.settle(number(chunk), word), answer=None)
 
     def _raise(self, me: Rank, _: None) -> Rank:
         ledger = replace(me.ledger, queue=())
-        me = _commit(me._replace(ledger=ledger), me.ledger.queue, is_late=True)
+        me = self._commit(me._replace(ledger=ledger), me.ledger.queue, is_late=True)
         return me._replace(has_raised=True, answer=None)
+
+    def _commit(self, me: Rank, due: Sequence[Due], is_late: bool = False) -> Rank:
+        for one in due:
+            chunk = find_chunk(one.chunk)
+            last = me.committed[-1].chunk if me.committed else Chunk(0, -1)
+            follows = last._replace(number=last.number + 1)
+            assert chunk in (follows, Chunk(last.rebalance + 1, 0)), "a chunk out of order"
+            commit = Commit(chunk, None if is_late else one.at)
+            me = me._replace(committed=(*me.committed, commit))
+            if chunk.rebalance not in self.orders:
+                assert chunk in me.halves, "a half was filled again"
+                is_filling = me.is_staging and me.chunk == chunk
+                assert not is_filling, "a half is still being filled"
+                me = me._replace(writing=(*me.writing, chunk))
+        return me
 
     # The worker.
 
@@ -350,18 +383,24 @@ class Model:
 
     def _settle(self, me: Rank, _: None) -> Rank:
         return self._take(
-            me._replace(ledger=me.ledger.settle(me.worker.chunk, me.worker.word)), None
+            me._replace(ledger=me.ledger.settle(number(me.chunk), me.worker.word)), None
         )
 
     def _go_on(self, me: Rank) -> Rank:
         """What W does by itself, as far as it gets."""
         if me.is_hung:
             return me
+        is_asked = len(me.started) > me.rebalance + 1
+        if is_asked and me.worker.do is Do.END and me.worker.status is Status.FINE:
+            worker = self.make_worker(self.margin)
+            me = me._replace(worker=worker, rebalance=me.rebalance + 1)
         if me.worker.do is Do.OFFER:
-            ledger = me.ledger.make_offer(me.worker.chunk)
+            ledger = me.ledger.make_offer(number(me.chunk))
             worker = replace(me.worker.after(ledger.steps), earliest=self.find_earliest(me))
             me = me._replace(ledger=ledger, worker=worker)
-        if me.worker.do is Do.STAGE and not me.is_staging:
+        if me.worker.do is Do.STAGE and me.rebalance in self.orders:
+            me = me._replace(worker=me.worker.after(Status.FINE))
+        elif me.worker.do is Do.STAGE and not me.is_staging:
             half = me.worker.chunk % self.num_halves
             if self.is_free(me, half) and not me.has_raised:
                 halves = (*me.halves[:half], me.chunk, *me.halves[half + 1 :])
@@ -393,6 +432,8 @@ class Model:
             ledger=replace(self.make_ledger(self.margin), steps=me.served),
             halves=(),
             started=me.started,
+            rebalance=me.rebalance,
+            orders=me.orders,
             brought=me.brought,
             committed=me.committed,
             is_dead=True,
@@ -408,20 +449,6 @@ def put(store: Store, chunk: Chunk, word: str) -> tuple[Store, str]:
     return (store, standing) if standing is not None else ((*store, (chunk, word)), word)
 
 
-def _commit(me: Rank, due: Sequence[Due], is_late: bool = False) -> Rank:
-    for one in due:
-        # What stands in the queue is of the last rebalance: another begins after its end.
-        chunk = Chunk(me.rebalance, one.chunk)
-        last = me.committed[-1].chunk if me.committed else Chunk(0, -1)
-        follows = last._replace(number=last.number + 1)
-        assert chunk in (follows, Chunk(last.rebalance + 1, 0)), "a chunk out of order"
-        assert chunk in me.halves, "a half was filled again"
-        assert me.has_staged(chunk), "a half is still being filled"
-        commit = Commit(chunk, None if is_late else one.at)
-        me = me._replace(committed=(*me.committed, commit), writing=(*me.writing, chunk))
-    return me
-
-
 def _is_gone(rank: Rank) -> bool:
     return rank.is_dead or rank.has_raised
 
@@ -431,7 +458,9 @@ def _comes_no_more(me: Rank, rank: Rank) -> bool:
     if rank.is_dead or rank.is_hung:
         return True
     if rank.rebalance < me.rebalance:
-        # At that count it would have begun.
+        if len(rank.started) > me.rebalance:
+            return rank.worker.do is Do.END
+        # At that count it would have been asked.
         return rank.has_raised or rank.served >= me.started[me.rebalance]
     is_past = rank.meeting > me.meeting or rank.worker.do is Do.END
     return rank.rebalance > me.rebalance or is_past

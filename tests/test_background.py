@@ -154,6 +154,8 @@ def test_the_forward_thread_exchanges_nothing(rank: Rank) -> None:
     for group in (serving.group, serving.state.transfer_group):
         for name in ("all_gather", "all_reduce", "decide", "send", "recv"):
             watch(group, name, calls)
+    if rank.rank == 1:
+        serving.state.request("resume")
     num_outcomes = 0
     while num_outcomes < 3:
         serving.send_tokens(skew(serving.state.steps % NUM_EXPERTS))

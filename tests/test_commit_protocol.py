@@ -13,6 +13,7 @@ from tests.commit_explorer import ViolationError, explore, walk
 from tests.commit_model import Model, Rank
 
 EVERY = frozenset(range(1, 100))
+FIRST = frozenset([0])
 
 # What is explored, and how many states there are: another number, and something else can happen.
 QUICK: list[tuple[int, Model]] = [
@@ -20,12 +21,14 @@ QUICK: list[tuple[int, Model]] = [
     (10430, Model(num_ranks=2, chunks=(3, 2), triggers=EVERY, last_step=3, num_halves=1)),
     (13969, Model(num_ranks=2, chunks=(2,), last_step=3, margin=2)),
     (51041, Model(num_ranks=2, chunks=(3, 2), triggers=EVERY, last_step=3, one_per_step=True)),
+    (14215, Model(num_ranks=2, chunks=(1, 2), orders=FIRST, triggers=EVERY, last_step=3)),
     (38759, Model(num_ranks=3, chunks=(2,), last_step=3)),
     (6421, Model(num_ranks=3, chunks=(1, 1), triggers=EVERY, last_step=3)),
     (153691, Model(num_ranks=2, chunks=(2,), last_step=1, faults=1)),
     (40690, Model(num_ranks=2, chunks=(1, 1), triggers=EVERY, last_step=2, faults=1)),
     (48235, Model(num_ranks=2, chunks=(1, 1), triggers=EVERY, last_step=1, faults=1, raises=True)),
     (163982, Model(num_ranks=2, chunks=(2,), last_step=1, faults=1, one_per_step=True)),
+    (56194, Model(num_ranks=2, chunks=(1, 1), orders=FIRST, triggers=EVERY, last_step=1, faults=1)),
     (38199, Model(num_ranks=2, chunks=(1,), last_step=1, faults=2)),
     (60970, Model(num_ranks=2, chunks=(1,), last_step=1, faults=2, raises=True)),
 ]
@@ -49,6 +52,7 @@ def show(value: object) -> str:
         f"margin {value.margin}",
         f"{value.faults} faults{behaviour}",
         *(["one chunk a step"] if value.one_per_step else []),
+        *(["an order first"] if value.orders else []),
     ]
     return ", ".join(parts)
 
@@ -75,7 +79,8 @@ def test_every_order_ends_well_further_out(num_states: int, model: Model) -> Non
 def test_random_orders_of_four_ranks_end_well(num_halves: int, margin: int, raises: bool) -> None:
     model = Model(
         num_ranks=4,
-        chunks=(4, 3, 3),
+        chunks=(4, 1, 3, 3),
+        orders=frozenset([1]),
         triggers=EVERY,
         last_step=30,
         faults=2,

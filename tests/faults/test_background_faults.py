@@ -21,6 +21,7 @@ import pytest
 from equipoise.balancer.handover import AsyncEplbLayerResult
 from equipoise.balancer.protocol import Answer, Do, Worker
 from equipoise.balancer.rebalance import Rebalance
+from equipoise.balancer.worker import EplbWorker
 from equipoise.errors import EquipoiseError, MembershipError, TransferError
 from equipoise.transfer.mover import ChunkMover
 from tests.background import A_LAYER_AT_A_TIME, Outcomes, ServingInBackground
@@ -52,7 +53,7 @@ BY_WORKER: dict[str, tuple[Do, bool]] = {
     "behind the word": (Do.DECIDE, False),
     "queue": (Do.SETTLE, True),
 }
-STAGES = (*BY_WORKER, "policy", "exchange", "verify", "commit")
+STAGES = (*BY_WORKER, "policy", "exchange", "verify", "commit", "poll")
 # Where a store that is lost is noticed.
 STORE_STAGES = ("before the word", "behind the word")
 
@@ -151,7 +152,8 @@ class Trial:
         self.serving = ServingInBackground(
             group,
             window_size=2,
-            step_interval=2,
+            # At rest when the workers poll.
+            step_interval=40 if self.case.stage == "poll" else 2,
             staging_bytes=A_LAYER_AT_A_TIME,
             verify="all",
             on_failure=self.case.on_failure,
@@ -242,6 +244,7 @@ class Trial:
             "exchange": (self.serving.communicator, "finish"),
             "verify": (ChunkMover, "verify"),
             "commit": (AsyncEplbLayerResult, "commit"),
+            "poll": (EplbWorker, "_poll"),
         }[stage]
         patch.setattr(owner, name, breaker.before(getattr(owner, name)))
 

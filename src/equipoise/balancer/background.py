@@ -10,6 +10,7 @@ from dataclasses import replace
 from equipoise.balancer.events import CpuGpuEvent
 from equipoise.balancer.handover import Chunk, End, Handover
 from equipoise.balancer.model_state import EplbModelState
+from equipoise.balancer.orders import Order
 from equipoise.balancer.outcome import RebalanceOutcome
 from equipoise.balancer.protocol import Status
 from equipoise.balancer.rebalance import Request
@@ -21,6 +22,9 @@ from equipoise.plan.gate import MoveCosts
 from equipoise.policy.base import PlacementPolicy
 
 logger = logging.getLogger(__name__)
+
+POLL_STEPS = 32
+"""Steps between two polls of the workers for orders, while no rebalance is under way."""
 
 
 class Background:
@@ -46,6 +50,8 @@ class Background:
         self._models: tuple[EplbModelState, ...] = ()
         self._number = 0
         self._is_under_way = False
+        # Asked for by an order, and not begun yet.
+        self._is_wanted = False
         self._end: End | None = None
         # Of this thread, since the rebalance under way began.
         self._forward_s = 0.0
@@ -92,8 +98,11 @@ class Background:
         for chunk in self._handover.close_step():
             outcomes += self._commit(chunk, step)
         ended = self._handover.ended
-        if ended is not None and ended is not self._end:
+        if ended is not None and self._end is None:
             outcomes += self._take_end(ended, step)
+        if self._is_wanted and not self._is_under_way:
+            self._is_wanted = False
+            self.trigger(step)
         return tuple(outcomes)
 
     def trigger(self, step: int) -> bool:
@@ -117,6 +126,28 @@ class Background:
         costs = MoveCosts(self._handover.byte_s, self._layer_s)
         self._worker.ask(Request(self._number, step, loads, ready, costs))
         return True
+
+    def poll(self, step: int) -> None:
+        """Have the workers look for orders, at certain steps.
+
+        Not while a rebalance is under way: it takes them too.
+
+        Args:
+            step: the count.
+        Collective: every rank at the same step; exchanges nothing.
+        """
+        if step % POLL_STEPS or self._is_under_way or self._end is not None or not self._models:
+            return
+        assert self._worker is not None, "the first step starts it"
+        self._number += 1
+        self._worker.ask(Request(self._number, step, (), None, MoveCosts(0.0, 0.0)))
+
+    def order(self, order: Order) -> None:
+        """Have all ranks follow an order, at a step that their workers settle.
+
+        Collective: none; any thread of any one rank.
+        """
+        self._handover.orders.put(order)
 
     def close(self, wait_s: float | None = None) -> bool:
         """Stop the worker, from whatever it is doing, and let its group go; twice is fine.
@@ -159,9 +190,25 @@ class Background:
         self._forward_s += time.perf_counter() - started
         if chunk.is_last:
             self._is_under_way = False
+        self._follow(chunk.order, step)
         return [
             replace(outcome, step=step, forward_s=self._forward_s) for outcome in chunk.outcomes
         ]
+
+    def _follow(self, order: Order, step: int) -> None:
+        match order:
+            case Order.REARRANGE:
+                self._is_wanted = True
+            case Order.PAUSE:
+                self.is_paused = True
+            case Order.RESUME:
+                self.is_paused = False
+            case Order.STOP:
+                self._handover.stop()
+                self._end = End(Status.STOPPED, None)
+                logger.info("step %d: balancing has stopped, as a rank asked for", step)
+            case Order.NONE:
+                pass
 
     def _take_end(self, end: End, step: int) -> list[RebalanceOutcome]:
         """Raise, or go on without balancing.

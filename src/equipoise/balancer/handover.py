@@ -13,6 +13,7 @@ from torch import Tensor
 
 from equipoise.balancer.events import CpuGpuEvent
 from equipoise.balancer.model_state import EplbModelState
+from equipoise.balancer.orders import Order, OrderBox
 from equipoise.balancer.outcome import RebalanceOutcome
 from equipoise.balancer.protocol import ABORT, Ledger, Status
 from equipoise.comm.span_copies import SpanCopies
@@ -66,12 +67,14 @@ class Chunk:
         result: None for the chunk that ends a rebalance in which nothing moves.
         outcomes: of the models that are done with it; their steps are F's to name.
         is_last: of its rebalance.
+        order: what F does beside, at the same step.
     """
 
     question: str
     result: AsyncEplbLayerResult | None
     outcomes: tuple[RebalanceOutcome, ...]
     is_last: bool
+    order: Order = Order.NONE
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,13 @@ class Handover:
     Args:
         arbiter: settles a chunk's question where the worker does not answer.
         timeout_s: longest that the forward thread waits for the worker.
+
+    Attributes:
+        orders: of this rank to all, which the worker takes to the others.
     """
 
     def __init__(self, arbiter: Arbiter, timeout_s: float) -> None:
+        self.orders = OrderBox()
         self._changed = threading.Condition()
         self._ledger = Ledger(MARGIN_STEPS)
         self._chunks: dict[int, Chunk] = {}

@@ -15,6 +15,7 @@ from equipoise.balancer.events import CpuGpuEvent
 from equipoise.balancer.handover import AsyncEplbLayerResult, Chunk, End, Handover
 from equipoise.balancer.limits import NUM_HALVES, ChunkSize, Pace, StepTally, cut_plan
 from equipoise.balancer.model_state import EplbModelState
+from equipoise.balancer.orders import Order, choose_order
 from equipoise.balancer.outcome import RebalanceOutcome
 from equipoise.balancer.planning import plan_moves
 from equipoise.balancer.protocol import ABORT, Answer, Do, Status, Worker
@@ -43,16 +44,23 @@ class Request:
     Attributes:
         number: of the rebalance, counted from 1.
         step: the count of steps.
-        loads: per model its window's load [L, E] int64; copies.
-        ready: recorded once the copies are made and every commit before them is over.
+        loads: per model its window's load [L, E] int64; copies. None of a poll, which only asks
+            whether any rank has an order, and moves nothing.
+        ready: recorded once the copies are made and every commit before them is over; None of a
+            poll.
         costs: what moves have cost this rank so far; zeros where none was made.
     """
 
     number: int
     step: int
     loads: tuple[Tensor, ...]
-    ready: CpuGpuEvent
+    ready: CpuGpuEvent | None
     costs: MoveCosts
+
+    @property
+    def is_poll(self) -> bool:
+        """Whether it is one."""
+        return self.ready is None
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +138,7 @@ class Rebalance:
         self._staged: AsyncEplbLayerResult | None = None
         self._offered_at = 0
         self._costs: MoveCosts | None = None
+        self._order = Order.NONE
         self.received_bytes = 0
         # This rank's, then the slowest rank's as of the last exchange of statuses.
         self._plan_s = self.transfer_s = 0.0
@@ -168,7 +177,7 @@ class Rebalance:
     def _perform(self, worker: Worker) -> Answer:
         match worker.do:
             case Do.START:
-                return self._exchange_statuses(self._start(), busy_s=0.0)
+                return self._exchange_statuses(self._start(), 0.0, self._handover.orders.first())
             case Do.PLAN:
                 return self._plan()
             case Do.STAGE:
@@ -191,7 +200,8 @@ class Rebalance:
         if (wanted := self._handover.wanted) is not Status.FINE:
             return wanted
         try:
-            self._request.ready.wait(self._timeout_s)
+            if self._request.ready is not None:
+                self._request.ready.wait(self._timeout_s)
         except Exception as error:
             return self._fail(error)
         return Status.FINE
@@ -199,10 +209,6 @@ class Rebalance:
     def _plan(self) -> int | None:
         started = time.perf_counter()
         try:
-            mine = self._request.costs
-            slowest = torch.tensor([mine.byte_s, mine.layer_s], dtype=torch.float64)
-            self._group.all_reduce(slowest, "max")
-            self._costs = MoveCosts(*slowest.tolist()) if slowest.any() else None
             totals = []
             for load in self._request.loads:
                 total = load.to("cpu", torch.int64, copy=True)
@@ -320,13 +326,23 @@ class Rebalance:
             return [Status.FAILED]
         return statuses
 
-    def _exchange_statuses(self, mine: Status, busy_s: float) -> Sequence[int] | None:
-        words = [int(mine), int(self._plan_s * 1e6), int(self.transfer_s * 1e6)]
-        told = self._gather(words, busy_s)
+    def _exchange_statuses(
+        self, mine: Status, busy_s: float, order: Order = Order.NONE
+    ) -> Sequence[int] | None:
+        costs = self._request.costs
+        seconds = (self._plan_s, self.transfer_s, costs.byte_s, costs.layer_s)
+        # Of numbers that are not negative, the largest has the largest bits.
+        words = [mine, order, *torch.tensor(seconds, dtype=torch.float64).view(torch.int64)]
+        told = self._gather([int(word) for word in words], busy_s)
         if told is None:
             return None
-        statuses, plan_us, transfer_us = told[0::3], told[1::3], told[2::3]
-        self._slowest_s = (max(plan_us) / 1e6, max(transfer_us) / 1e6)
+        by_rank = torch.tensor(told).view(self._group.size, len(words))
+        statuses: list[int] = by_rank[:, 0].tolist()
+        slowest = by_rank[:, 2:].amax(0).view(torch.float64).tolist()
+        self._slowest_s = (slowest[0], slowest[1])
+        self._costs = MoveCosts(*slowest[2:]) if any(slowest[2:]) else None
+        if not any(statuses):
+            self._take_order(by_rank[:, 1].tolist())
         failed = [rank for rank, status in enumerate(statuses) if status == Status.FAILED]
         if failed and self.problem is None:
             self._fail(
@@ -338,6 +354,13 @@ class Rebalance:
                 )
             )
         return statuses
+
+    def _take_order(self, told: Sequence[int]) -> None:
+        rank, order = choose_order(told)
+        if order is not Order.NONE:
+            self._order = order
+            if rank == self._group.rank:
+                self._handover.orders.take()
 
     def _gather(self, words: list[int], busy_s: float) -> list[int] | None:
         """Everybody's words, rank by rank; None if somebody's did not come."""
@@ -359,7 +382,9 @@ class Rebalance:
             self._question(number),
             self._staged,
             tuple(self._describe(part) for part in done),
-            is_last,
+            is_last=is_last and not self._request.is_poll,
+            # With the last chunk: nothing is under way then.
+            order=self._order if is_last else Order.NONE,
         )
         self._parts = [part for part in self._parts if part not in done]
         self._offered_at = self._handover.offer(self._request.number * _MOST_CHUNKS + number, chunk)

@@ -7,13 +7,14 @@ import threading
 import time
 from collections.abc import Callable
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 
 from equipoise.balancer.background import Background
 from equipoise.balancer.model_state import EplbModelState, OnCommit
+from equipoise.balancer.orders import Order
 from equipoise.balancer.outcome import RebalanceOutcome
 from equipoise.balancer.planning import plan_moves
 from equipoise.balancer.stats import EplbStats
@@ -21,7 +22,13 @@ from equipoise.comm.base import EplbCommunicator, ExpertWeights
 from equipoise.comm.groups import RankGroup
 from equipoise.config import EPLBConfig
 from equipoise.dispatch.maps import PlacementMaps
-from equipoise.errors import ConfigError, DependencyError, EquipoiseError, PlacementError
+from equipoise.errors import (
+    ConfigError,
+    DependencyError,
+    EquipoiseError,
+    PlacementError,
+    TransferError,
+)
 from equipoise.load.recorder import LoadRecorder
 from equipoise.load.window import LoadWindow
 from equipoise.placement import measure_balancedness, spread_load
@@ -41,6 +48,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_ORDERS = MappingProxyType(
+    {
+        "rearrange": Order.REARRANGE,
+        "pause": Order.PAUSE,
+        "resume": Order.RESUME,
+        "stop": Order.STOP,
+    }
+)
+
 
 class EplbState:
     """Keeps the experts of one or more models balanced over the ranks of a group.
@@ -48,8 +64,8 @@ class EplbState:
     With `use_async` a worker thread plans and stages experts beside the forward pass, and `step`
     commits them; without, `step` does it all when a plan is due.
 
-    Owner: the forward thread of its rank, which makes every call; only `stats` may be called from
-    any thread.
+    Owner: the forward thread of its rank, which makes every call; only `stats` and `request` may be
+    called from any thread.
 
     Args:
         config: the same on every rank.
@@ -118,13 +134,7 @@ class EplbState:
         """
         problem: Exception | None = None
         try:
-            if name in self._models:
-                raise ConfigError(f"a model named {name!r} is already under balance")
-            if self._background is not None and self._background.has_started:
-                raise ConfigError(
-                    f"model {name!r} comes after the first step: in the background, models are "
-                    "added before it"
-                )
+            self._check_name(name)
             check_fit(maps.placement, expert_weights, self.group)
             _check_recorder(recorder, maps)
         except EquipoiseError as error:
@@ -148,6 +158,15 @@ class EplbState:
         with self._lock:
             self._models[name] = model
         return model
+
+    def _check_name(self, name: str) -> None:
+        if name in self._models:
+            raise ConfigError(f"a model named {name!r} is already under balance")
+        if self._background is not None and self._background.has_started:
+            raise ConfigError(
+                f"model {name!r} comes after the first step: in the background, models are "
+                "added before it"
+            )
 
     def _collect_facts(
         self, name: str, expert_weights: ExpertWeights, maps: PlacementMaps
@@ -217,8 +236,9 @@ class EplbState:
         if self._background is None:
             return self.rearrange() if is_due and not self._is_paused else ()
         outcomes = self._step_in_background(self._background)
-        if is_due and not self._is_paused:
+        if is_due and not self._background.is_paused:
             self._background.trigger(self.steps)
+        self._background.poll(self.steps)
         return outcomes
 
     def rearrange(self, *, is_profile: bool = False) -> tuple[RebalanceOutcome, ...]:
@@ -254,11 +274,50 @@ class EplbState:
 
         Collective: every rank of the group, at the same step.
         """
-        self._is_paused = True
+        self._set_paused(True)
 
     def resume(self) -> None:
         """Begin rebalances again when plans are due. Collective: as `pause`."""
-        self._is_paused = False
+        self._set_paused(False)
+
+    def request(self, what: Literal["rearrange", "pause", "resume", "stop"]) -> None:
+        """Have all ranks do something at one step, in the background, and return at once.
+
+        The workers take it up when a rebalance begins, or within some steps while none does, and
+        settle the step as they do for a commit. Requests of one rank are followed in their order.
+
+        Args:
+            what: `rearrange` begins a rebalance, once none is under way; `pause` and `resume` are
+                what these methods do, and `is_paused` tells when; `stop` ends balancing.
+        Collective: none; any one rank, any thread.
+        Raises: ConfigError for anything else, or in the foreground; TransferError if balancing
+            has ended.
+        """
+        if what not in _ORDERS:
+            raise ConfigError(f"cannot ask for {what!r}: ask for one of {', '.join(_ORDERS)}")
+        if self._background is None:
+            raise ConfigError(
+                f"with use_async=False nothing runs beside the forward pass that could take "
+                f"{what!r} to other ranks: call the method of that name on every rank"
+            )
+        with self._lock:
+            failure = self._failure
+        if failure is not None:
+            raise TransferError(
+                f"rank {self.group.rank}: balancing has ended: {failure}", rank=self.group.rank
+            )
+        self._background.order(_ORDERS[what])
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether no rebalance begins by itself; the same on every rank at the same step."""
+        return self._is_paused if self._background is None else self._background.is_paused
+
+    def _set_paused(self, is_paused: bool) -> None:
+        if self._background is None:
+            self._is_paused = is_paused
+        else:
+            self._background.is_paused = is_paused
 
     @property
     def is_rebalancing(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import threading
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from equipoise.balancer.protocol import Status
 from equipoise.balancer.rebalance import Rebalance, Request
 from equipoise.comm.groups import RankGroup
 from equipoise.config import EPLBConfig
+from equipoise.errors import EquipoiseError
 from equipoise.policy.base import PlacementPolicy
 
 
@@ -48,12 +50,18 @@ class EplbWorker:
         self._handover = handover
         self._pace = Pace(config.max_bytes_per_s)
         # None ends it. The queue orders all that the forward thread wrote before a request.
+        self._lock = threading.Lock()
+        # Number of the last request, and of the last poll that another has answered too.
+        self._newest = 0
+        self._answered = 0
         self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="equipoise-worker", daemon=True)
         self._thread.start()
 
     def ask(self, request: Request) -> None:
-        """Have it rebalance. Collective: every rank, at the same step, none under way."""
+        """Have it rebalance, or poll. Collective: every rank, at the same step."""
+        with self._lock:
+            self._newest = request.number
         self._requests.put(request)
 
     def stop(self, timeout_s: float) -> bool:
@@ -74,7 +82,9 @@ class EplbWorker:
         try:
             with self._own_stream():
                 while (request := self._requests.get()) is not None:
-                    end = self._rebalance(request)
+                    self._handover.begin(4 * self._group.timeout.total_seconds())
+                    end = self._poll(request) if request.is_poll else self._rebalance(request)
+                    self._handover.begin(math.inf)
                     if end is not None:
                         self._handover.end(end)
                         return
@@ -84,10 +94,31 @@ class EplbWorker:
             self._handover.end(End(Status.FAILED, problem))
             raise
 
+    def _poll(self, request: Request) -> End | None:
+        """Ask whether any rank has an order, and if so, settle the step at which all follow it.
+
+        What this rank has been asked for beyond this poll is told too: polls that all ranks wait
+        with are answered by this one, so that none pile up where steps are short.
+        """
+        if request.number <= self._answered:
+            return None
+        with self._lock:
+            newest = self._newest
+        words = [self._handover.wanted, self._handover.orders.first(), newest]
+        try:
+            told = torch.stack(self._group.all_gather(torch.tensor([int(w) for w in words])))
+        except EquipoiseError as error:
+            return End(Status.FAILED, error)
+        worst = Status(int(told[:, 0].max()))
+        if worst is not Status.FINE:
+            return End(worst, RuntimeError("another rank gave up") if worst > 1 else None)
+        self._answered = int(told[:, 2].min())
+        return self._rebalance(request) if told[:, 1].any() else None
+
     def _rebalance(self, request: Request) -> End | None:
         rebalance = Rebalance(
             request,
-            self._models,
+            () if request.is_poll else self._models,
             self._group,
             self._config,
             self._policy,
