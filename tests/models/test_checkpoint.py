@@ -151,7 +151,11 @@ def compare_logits(
 
     for rank, got in enumerate(ranks(serve)):
         wanted = run(plain, TOKENS + rank)
-        assert torch.equal(got, wanted) if kernels else torch.allclose(got, wanted, atol=2e-6)
+        if kernels is None or "Zaya" in type(plain).__name__:
+            # With one expert per token a rank may get a single row: another kernel multiplies it.
+            assert torch.allclose(got, wanted, rtol=0, atol=2e-6)
+        else:
+            assert torch.equal(got, wanted)
 
 
 def test_single_experts_can_be_read_later(tmp_path: Path) -> None:

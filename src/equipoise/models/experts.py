@@ -285,10 +285,15 @@ def _make_forward(
     computation: Callable[..., Tensor] = type(experts).forward
     _, *names = inspect.signature(computation).parameters
 
-    def compute(hidden_ND: Tensor, slot_N: Tensor) -> Tensor:
-        if hidden_ND.shape[0] == 0:
+    def compute(hidden_ND: Tensor, slot_N: Tensor, top_k: int) -> Tensor:
+        num_rows = hidden_ND.shape[0]
+        if num_rows == 0:
             return hidden_ND
-        one_N1 = hidden_ND.new_ones(hidden_ND.shape[0], 1)
+        if num_rows == 1 and top_k > 1:
+            # A batch of one matrix is multiplied by another kernel, with other last bits than in
+            # the plain model, where even one token makes K rows.
+            return compute(hidden_ND.expand(2, -1), slot_N.expand(2), top_k)[:1]
+        one_N1 = hidden_ND.new_ones(num_rows, 1)
         return computation(experts, hidden_ND, slot_N[:, None], one_N1)
 
     def forward(*given: Tensor, **named: Tensor) -> Tensor:
@@ -303,7 +308,7 @@ def _make_forward(
         recorder.record(row, slot_TK)
         dispatched = dispatcher.dispatch(hidden_TD, slot_TK)
         started_s = time.thread_time()
-        output_ND = compute(dispatched.hidden_ND, dispatched.slot_N)
+        output_ND = compute(dispatched.hidden_ND, dispatched.slot_N, expert_TK.shape[1])
         if on_cpu:
             routing.expert_cpu_s += time.thread_time() - started_s
         return dispatcher.combine(output_ND, weight_TK, dispatched)

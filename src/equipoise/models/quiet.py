@@ -1,11 +1,14 @@
-"""transformers without its words on the terminal, which belongs to the caller."""
+"""transformers while it makes a model: alone, and without its words on the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from threading import RLock
 from typing import Any
+
+_ALONE = RLock()
 
 
 def first_line(error: Exception) -> str:
@@ -15,7 +18,16 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' bars and notices off the terminal."""
+    """Keep transformers' bars and notices off the terminal, which belongs to the caller.
+
+    One thread at a time: default dtype, verbosity and what transformers patches meanwhile are the
+    process's.
+    """
+    with _ALONE:
+        yield from _silence()
+
+
+def _silence() -> Iterator[None]:
     logging: Any = import_module("transformers.utils.logging")
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
