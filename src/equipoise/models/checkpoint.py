@@ -93,6 +93,20 @@ class Checkpoint:
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         return sum(p.numel() for name, p in self.model.named_parameters() if name not in tied)
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the configuration names a quantisation."""
+        return self._skeleton.quantizer is not None
+
+    def name_first_source(self, layer: ExpertLayer) -> str:
+        """A stored tensor of a layer's experts; layers that share theirs have the same."""
+        return min(
+            stored.name
+            for conversion in self._experts[layer.name]
+            for several in conversion.sources.values()
+            for stored in several
+        )
+
     def count_bytes(self, layer: ExpertLayer) -> int:
         """Stored bytes of one expert of a layer."""
         return sum(

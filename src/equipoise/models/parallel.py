@@ -30,6 +30,7 @@ from equipoise.models.experts import (
     find_expert_sets,
     take_over,
 )
+from equipoise.models.export import write_checkpoint
 from equipoise.models.loading import load_spread
 from equipoise.placement import Placement, place_in_order
 from equipoise.policy import get_policy
@@ -81,6 +82,20 @@ class ParallelModel:
     def step(self) -> tuple[RebalanceOutcome, ...]:
         """Close a forward pass, and rebalance when a plan is due; as `EplbState.step`."""
         return self.state.step()
+
+    def to_checkpoint(self, directory: str | Path) -> None:
+        """Write the logical model as a checkpoint, each expert once.
+
+        Tensors have the names, dtypes and bytes of the checkpoint that the model was read from; the
+        files beside them are copied. It is written under another name and renamed when it is whole.
+
+        Args:
+            directory: of a file system that every rank sees; must not be there yet.
+        Collective: every rank of the group, at the same step.
+        Raises: ModelError on every rank if it cannot be written, or the model does not hold what
+            the checkpoint did: it was dequantised, or read in a narrower dtype.
+        """
+        write_checkpoint(self.spread, self.state.group, Path(directory), self.checkpoint)
 
     def close(self) -> None:
         """Stop balancing and release the wires; the group stays the caller's.
