@@ -12,6 +12,7 @@ from equipoise.cli.bench_stall import bench_stall
 from equipoise.cli.bench_transfer import bench_transfer
 from equipoise.cli.config import config
 from equipoise.cli.doctor import doctor
+from equipoise.cli.inspect import inspect
 from equipoise.cli.plan import plan
 from equipoise.cli.policies import policies
 from equipoise.cli.replay import replay
@@ -57,7 +58,7 @@ app.command(
     context_settings=EPLB_ARGUMENTS,
     short_help="Print the balancing options in force, and from where.",
 )(config)
-for command in (plan, replay, policies, doctor):
+for command in (inspect, plan, replay, policies, doctor):
     app.command()(command)
 bench = typer.Typer(
     no_args_is_help=True,

@@ -33,6 +33,12 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
+_AUTO = (
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForSeq2SeqLM",
+    "AutoModel",
+)
 _FLOATS = ("F16", "BF16", "F32", "F64")
 
 
@@ -147,6 +153,19 @@ def build_skeleton(
     Raises: ModelError, in one line, if the configuration is missing or wrong, is of no model of
         transformers, or has experts that cannot be taken over.
     """
+    model, chosen, quantizer = build_model(directory, dtype, device, attention)
+    mapping: Any = import_module("transformers.conversion_mapping")
+    conversions = mapping.get_model_conversion_mapping(model, None, quantizer)
+    return Skeleton(model, find_expert_layers(model), chosen, quantizer, conversions)
+
+
+def build_model(
+    directory: Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    attention: str | None = None,
+) -> tuple[Any, torch.dtype, Any]:
+    """Make the model alone, on the meta device, its dtype, and what quantises it; as above."""
     read_config(directory)
     transformers: Any = import_module("transformers")
     with quiet():
@@ -162,9 +181,7 @@ def build_skeleton(
             raise
         except Exception as error:  # transformers raises whatever its readers raise
             raise ModelError(f"{directory}: cannot be loaded: {first_line(error)}") from error
-    mapping: Any = import_module("transformers.conversion_mapping")
-    conversions = mapping.get_model_conversion_mapping(model, None, quantizer)
-    return Skeleton(model, find_expert_layers(model), chosen, quantizer, conversions)
+    return model, chosen, quantizer
 
 
 def _make_model(
@@ -192,13 +209,13 @@ def _choose_class(transformers: Any, config: Any) -> Any:
         kind = getattr(transformers, name, None)
         if kind is not None and hasattr(kind, "get_init_context"):
             return kind
-    choices = transformers.AutoModelForCausalLM._model_mapping
-    if type(config) not in choices:
-        raise ModelError(
-            f"model_type {config.model_type!r} does not generate text, and its architectures are "
-            "none of transformers"
-        )
-    return choices[type(config)]
+    for name in _AUTO:
+        choices = getattr(transformers, name)._model_mapping
+        if type(config) in choices:
+            return choices[type(config)]
+    raise ModelError(
+        f"model_type {config.model_type!r} is not one that transformers has a model for"
+    )
 
 
 def sort_sources(

@@ -1,0 +1,198 @@
+"""What a configuration says of serving a model: experts, bytes, ranks, and what would not do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from equipoise.errors import ModelError, PlacementError
+from equipoise.models.contract import ALIKE, ExpertLayer, find_expert_layers, group_by_size
+from equipoise.models.families import FAMILIES
+from equipoise.models.headers import INDEX, SINGLE
+from equipoise.models.skeleton import build_model
+from equipoise.topology import choose_num_redundant
+
+_TOP_K = (
+    "top_k",
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_k",
+    "moe_topk",
+    "top_k_experts",
+)
+
+
+@dataclass(frozen=True)
+class InspectedSet:
+    """MoE layers that have as many experts as each other.
+
+    Attributes:
+        experts: name of transformers' class, or several of them.
+        num_layers: L.
+        num_experts: E.
+        top_k: K, experts per token; None where the model does not say.
+        expert_bytes: of one expert, smallest and largest layer, in the model's dtype.
+        slots_per_rank: S for the ranks and the redundancy asked; None if they do not divide.
+        rank_bytes: of a rank's slots of these layers.
+    """
+
+    experts: str
+    num_layers: int
+    num_experts: int
+    top_k: int | None
+    expert_bytes: tuple[int, int]
+    slots_per_rank: int | None
+    rank_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found.
+
+    Attributes:
+        model_type: family, as config.json names it.
+        architecture: class of transformers that is made.
+        dtype: of the weights.
+        quantisation: how they are quantised, None if they are not.
+        adapter: how experts are taken over, None if they are not.
+        sets: MoE layers by their number of experts.
+        shared_bytes: of what every rank has.
+        num_ranks: R.
+        refused: what would not do, one line each.
+    """
+
+    model_type: str
+    architecture: str
+    dtype: str
+    quantisation: str | None
+    adapter: str | None
+    sets: tuple[InspectedSet, ...]
+    shared_bytes: int
+    num_ranks: int
+    refused: tuple[str, ...]
+
+    @property
+    def rank_bytes(self) -> int | None:
+        """Weights of one rank; None if slots do not divide by ranks."""
+        parts = [one.rank_bytes for one in self.sets]
+        if None in parts:
+            return None
+        return self.shared_bytes + sum(part for part in parts if part is not None)
+
+
+def inspect_checkpoint(directory: Path, num_ranks: int, num_redundant: int | None) -> Inspection:
+    """Find out what serving a checkpoint takes, from config.json and the files' headers alone.
+
+    Args:
+        directory: with config.json; weights need not be there.
+        num_ranks: R.
+        num_redundant: redundant slots of each layer, None for what `auto` takes.
+    Returns:
+        What was found; what cannot be done is said in `refused`.
+    Collective: none.
+    Raises: ModelError if there is no configuration that transformers can make a model of.
+    """
+    model, dtype, quantizer = build_model(directory)
+    refused = []
+    layers: list[ExpertLayer] = []
+    try:
+        layers = find_expert_layers(model)
+        if not layers:
+            refused.append(f"{type(model).__name__} has no experts")
+    except ModelError as error:
+        refused.append(str(error))
+    sets = []
+    for group in group_by_size(layers):
+        one, reason = _inspect_set(model, group, num_ranks, num_redundant)
+        sets.append(one)
+        refused += reason
+    refused += _check_files(directory) if layers else []
+    model_type = str(model.config.model_type)
+    if layers and model_type not in FAMILIES:
+        refused.append(
+            f"equipoise run: serves {', '.join(FAMILIES)}; use equipoise.parallelize for others"
+        )
+    method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
+    return Inspection(
+        model_type=model_type,
+        architecture=type(model).__name__,
+        dtype=str(dtype).removeprefix("torch."),
+        quantisation=None if quantizer is None else str(getattr(method, "value", method)),
+        adapter=_name_adapter(layers),
+        sets=tuple(sets),
+        shared_bytes=_count_shared(model, layers),
+        num_ranks=num_ranks,
+        refused=tuple(refused),
+    )
+
+
+def _inspect_set(
+    model: nn.Module, layers: list[ExpertLayer], num_ranks: int, num_redundant: int | None
+) -> tuple[InspectedSet, list[str]]:
+    per_expert = [_count_expert(layer) for layer in layers]
+    num_experts, slots, refused = layers[0].num_experts, None, []
+    try:
+        extra = choose_num_redundant(num_experts, num_ranks, num_redundant)
+        slots = (num_experts + extra) // num_ranks
+    except PlacementError as error:
+        refused.append(str(error))
+    one = InspectedSet(
+        experts=", ".join(sorted({type(layer.module).__name__ for layer in layers})),
+        num_layers=len(layers),
+        num_experts=num_experts,
+        top_k=_find_top_k(model, layers[0]),
+        expert_bytes=(min(per_expert), max(per_expert)),
+        slots_per_rank=slots,
+        rank_bytes=None if slots is None else slots * sum(per_expert),
+    )
+    return one, refused
+
+
+def _count_expert(layer: ExpertLayer) -> int:
+    tensors: list[Tensor] = [getattr(layer.module, name) for name in layer.tensors]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) // layer.num_experts
+
+
+def _count_shared(model: Any, layers: list[ExpertLayer]) -> int:
+    left_out = {name for layer in layers for name in layer.full_names()}
+    left_out |= set(getattr(model, "all_tied_weights_keys", None) or {})
+    shared: dict[str, Tensor] = model.state_dict()
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for name, tensor in shared.items()
+        if name not in left_out
+    )
+
+
+def _find_top_k(model: nn.Module, layer: ExpertLayer) -> int | None:
+    """What the block around the experts, its router or its configuration says."""
+    block = model.get_submodule(layer.name.rpartition(".")[0])
+    for part in (*block.modules(), getattr(layer.module, "config", None)):
+        for name in _TOP_K:
+            value = getattr(part, name, None)
+            if isinstance(value, int):
+                return value
+    return None
+
+
+def _name_adapter(layers: list[ExpertLayer]) -> str | None:
+    if not layers:
+        return None
+    if any(type(layer.module).__name__ in ALIKE for layer in layers):
+        return "called alike (eager)"
+    return "use_experts_implementation"
+
+
+def _check_files(directory: Path) -> list[str]:
+    from equipoise.models.checkpoint import Checkpoint
+
+    if not any((directory / name).exists() for name in (SINGLE, INDEX)):
+        return []
+    try:
+        Checkpoint(directory).close()
+    except ModelError as error:
+        return [str(error)]
+    return []
