@@ -31,6 +31,7 @@ from equipoise.models.experts import (
     take_over,
 )
 from equipoise.models.export import write_checkpoint
+from equipoise.models.generation import Lockstep
 from equipoise.models.loading import load_spread
 from equipoise.placement import Placement, place_in_order
 from equipoise.policy import get_policy
@@ -82,6 +83,39 @@ class ParallelModel:
     def step(self) -> tuple[RebalanceOutcome, ...]:
         """Close a forward pass, and rebalance when a plan is due; as `EplbState.step`."""
         return self.state.step()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The `generate` of transformers on every rank with its own batch, balancing as it goes.
+
+        Ranks need not generate as many tokens: those that are through keep step. A rank without
+        requests passes nothing. Padding, by the attention mask, is sent nowhere.
+
+        Args:
+            args: as for `model.generate`.
+            kwargs: as for `model.generate`; `step` is called after each call of the model.
+        Returns:
+            What `model.generate` returns; None if nothing was passed.
+        Collective: every rank of the group; within, each call of the model.
+        Raises: TransferError or MembershipError within the deadline if a rank does not take part,
+            and whatever `model.generate` raises.
+        """
+        with self.lockstep() as model:
+            return model.generate(*args, **kwargs) if args or kwargs else None
+
+    def lockstep(self) -> AbstractContextManager[Any]:
+        """Have ranks call the model as often as each likes; those that are through keep step.
+
+        `route` and `step` are called for each call of the model, which may have hooks, and any
+        arguments that transformers knows.
+
+        Returns:
+            A context that gives the model.
+        Collective: every rank of the group, once; within, each call of the model.
+        """
+        state = self.state
+        return Lockstep(
+            self.spread, state.group, self.step, lambda: state.steps + state.group.rank
+        ).serve()
 
     def to_checkpoint(self, directory: str | Path) -> None:
         """Write the logical model as a checkpoint, each expert once.
