@@ -148,7 +148,9 @@ def test_a_wait_has_a_deadline_and_can_be_cancelled() -> None:
 
 @processes(2)
 def test_the_forward_thread_exchanges_nothing(rank: Rank) -> None:
-    serving = ServingInBackground(rank.make_group(), window_size=4, step_interval=2)
+    serving = ServingInBackground(
+        rank.make_group(), window_size=4, step_interval=2, log_balancedness=True
+    )
     serving.add()
     calls: list[tuple[str, str]] = []
     for group in (serving.group, serving.state.transfer_group):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -29,6 +30,8 @@ def step_until(serving: ServingInBackground, is_done: Callable[[], bool]) -> Out
     """Step without lockstep until something is so, which it must be at one step everywhere."""
     outcomes: Outcomes = ()
     for _ in range(100_000):
+        # A forward pass that takes its time, so that the workers get theirs.
+        time.sleep(0.001)
         outcomes += serving.step_alone(skew(serving.state.steps % NUM_EXPERTS))
         if is_done():
             steps = serving.group.all_gather(torch.tensor([serving.state.steps]))

@@ -423,7 +423,7 @@ def test_balancedness_is_logged_by_rank_0(rank: Rank) -> None:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("equipoise.balancer.state")
+    logger = logging.getLogger("equipoise.balancer.accounting")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     config = in_foreground(log_balancedness=True, log_balancedness_interval=2)

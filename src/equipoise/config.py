@@ -32,7 +32,8 @@ class EPLBConfig(BaseModel):
     """Log the balancedness of the steps since the last log."""
 
     log_balancedness_interval: Annotated[int, Field(ge=1)] = 1
-    """Steps between two such logs."""
+    """Steps between two such logs. In the background none comes while a rebalance is under way, and
+    one may tell of several intervals where steps are very short."""
 
     policy: str = "flow"
     """Placement policy, by the name it is registered under."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from equipoise.balancer.accounting import Measure
 from equipoise.balancer.events import CpuGpuEvent
 from equipoise.balancer.handover import Chunk, End, Handover
 from equipoise.balancer.model_state import EplbModelState
@@ -100,10 +101,22 @@ class Background:
         ended = self._handover.ended
         if ended is not None and self._end is None:
             outcomes += self._take_end(ended, step)
-        if self._is_wanted and not self._is_under_way:
-            self._is_wanted = False
-            self.trigger(step)
         return tuple(outcomes)
+
+    @property
+    def may_begin(self) -> bool:
+        """Whether a rebalance would be started; the same on every rank at the same step."""
+        return not self._is_under_way and self._end is None and bool(self._models)
+
+    def take_wanted(self) -> bool:
+        """Whether an order asks for a rebalance that may begin now; it is forgotten then."""
+        is_wanted = self._is_wanted and self.may_begin
+        self._is_wanted = self._is_wanted and not is_wanted
+        return is_wanted
+
+    def take_measured(self) -> list[RebalanceOutcome]:
+        """Outcomes whose effect was measured since the last call. Collective: none."""
+        return self._handover.take_measured()
 
     def trigger(self, step: int) -> bool:
         """Start a rebalance from the windows' load, unless one is under way.
@@ -114,7 +127,7 @@ class Background:
             Whether one was started; the same on every rank.
         Collective: every rank at the same step; exchanges nothing.
         """
-        if self._is_under_way or self._end is not None or not self._models:
+        if not self.may_begin:
             return False
         assert self._worker is not None, "the first step starts it"
         self._number += 1
@@ -127,20 +140,24 @@ class Background:
         self._worker.ask(Request(self._number, step, loads, ready, costs))
         return True
 
-    def poll(self, step: int) -> None:
-        """Have the workers look for orders, at certain steps.
+    def poll(self, step: int, measures: tuple[Measure, ...]) -> None:
+        """Have the workers look for orders, at certain steps, and sum what is to be measured.
 
-        Not while a rebalance is under way: it takes them too.
+        Not while a rebalance is under way: it takes orders too.
 
         Args:
             step: the count.
+            measures: none unless one `may_begin`.
         Collective: every rank at the same step; exchanges nothing.
         """
-        if step % POLL_STEPS or self._is_under_way or self._end is not None or not self._models:
+        if not self.may_begin or (step % POLL_STEPS and not measures):
             return
         assert self._worker is not None, "the first step starts it"
         self._number += 1
-        self._worker.ask(Request(self._number, step, (), None, MoveCosts(0.0, 0.0)))
+        ready = CpuGpuEvent(self.group.device)
+        ready.record()
+        costs = MoveCosts(0.0, 0.0)
+        self._worker.ask(Request(self._number, step, (), ready, costs, True, measures))
 
     def order(self, order: Order) -> None:
         """Have all ranks follow an order, at a step that their workers settle.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -118,6 +118,7 @@ class Handover:
         # What W is to end with, if not of itself.
         self._wanted = Status.FINE
         self._byte_s = 0.0
+        self._measured: list[RebalanceOutcome] = []
         # When the worker's operation at hand is overdue; no worker, no time.
         self._overdue_at = math.inf
 
@@ -192,6 +193,17 @@ class Handover:
         """Seconds that a received byte took; 0 before any came."""
         with self._changed:
             return self._byte_s
+
+    def note_measured(self, outcomes: Sequence[RebalanceOutcome]) -> None:
+        """W: outcomes that are complete now."""
+        with self._changed:
+            self._measured += outcomes
+
+    def take_measured(self) -> list[RebalanceOutcome]:
+        """F: outcomes that have become complete; each once."""
+        with self._changed:
+            measured, self._measured = self._measured, []
+            return measured
 
     def end(self, end: End) -> None:
         """W: nothing more will come.

@@ -49,13 +49,16 @@ class StatsCollector(Collector):
             yield counter
         balancedness = GaugeMetricFamily(
             "equipoise_balancedness",
-            "Mean over max rank load, mean over layers, around the last rebalance.",
+            "Mean over max rank load, mean over layers: before and after the last rebalance on its "
+            "window's load, and what the last measured one realised on the steps after it.",
             labels=["model", "placement"],
         )
         for model, figures in stats.models.items():
             if figures.balancedness_before is not None and figures.balancedness_after is not None:
                 balancedness.add_metric([model, "before"], figures.balancedness_before)
                 balancedness.add_metric([model, "after"], figures.balancedness_after)
+            if figures.balancedness_realised is not None:
+                balancedness.add_metric([model, "realised"], figures.balancedness_realised)
         yield balancedness
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from equipoise.balancer.stats import ModelStats
 from equipoise.comm.base import EplbCommunicator, ExpertWeights
@@ -46,11 +45,8 @@ class EplbModelState:
     rank: int
     on_commit: OnCommit | None = None
     stats: ModelStats = field(default_factory=ModelStats)
-    since_log: torch.Tensor = field(init=False)
-    """[L, E] int64, tokens of this rank per expert since balancedness was last logged."""
 
     def __post_init__(self) -> None:
-        self.since_log = torch.zeros_like(self.maps.replica_counts)
         self._addresses = self._find_addresses()
 
     @property

@@ -26,8 +26,11 @@ class RebalanceOutcome:
         forward_s: seconds that the forward thread of this rank spent on it; alone of all figures
             they differ between ranks.
         balancedness_before: [L] float64, the standing placement on the window's load.
-        balancedness_after: [L] float64, the new placement on the same load.
+        balancedness_after: [L] float64, the new placement on the same load, which is what the plan
+            predicts.
         placement: the one now in force.
+        balancedness_realised: [L] float64, the new placement on the load of the steps after the
+            commit, over all ranks; None until these are served.
     """
 
     model: str
@@ -43,3 +46,20 @@ class RebalanceOutcome:
     balancedness_before: FloatArray
     balancedness_after: FloatArray
     placement: Placement
+    balancedness_realised: FloatArray | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps from the plan to the last commit."""
+        return self.step - self.planned_step
+
+    def __str__(self) -> str:
+        realised = self.balancedness_realised
+        came = "" if realised is None else f", {realised.mean():.3f} on the steps since"
+        return (
+            f"step {self.step}, {self.model}: {self.moves} experts received "
+            f"({self.bytes / 1e6:.1f} MB) in {self.transfer_s:.3f} s and {self.num_steps} steps, "
+            f"planned in {self.plan_s:.3f} s, {self.forward_s * 1e3:.1f} ms of the forward thread; "
+            f"balancedness {self.balancedness_before.mean():.3f} -> "
+            f"{self.balancedness_after.mean():.3f} on the window's load{came}"
+        )

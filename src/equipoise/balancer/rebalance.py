@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from equipoise.balancer.accounting import Measure
 from equipoise.balancer.events import CpuGpuEvent
 from equipoise.balancer.handover import AsyncEplbLayerResult, Chunk, End, Handover
 from equipoise.balancer.limits import NUM_HALVES, ChunkSize, Pace, StepTally, cut_plan
@@ -46,21 +47,18 @@ class Request:
         step: the count of steps.
         loads: per model its window's load [L, E] int64; copies. None of a poll, which only asks
             whether any rank has an order, and moves nothing.
-        ready: recorded once the copies are made and every commit before them is over; None of a
-            poll.
+        ready: recorded once copies are made and every commit before them is over.
         costs: what moves have cost this rank so far; zeros where none was made.
+        measures: of a poll, what is to be summed beside.
     """
 
     number: int
     step: int
     loads: tuple[Tensor, ...]
-    ready: CpuGpuEvent | None
+    ready: CpuGpuEvent
     costs: MoveCosts
-
-    @property
-    def is_poll(self) -> bool:
-        """Whether it is one."""
-        return self.ready is None
+    is_poll: bool = False
+    measures: tuple[Measure, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +198,7 @@ class Rebalance:
         if (wanted := self._handover.wanted) is not Status.FINE:
             return wanted
         try:
-            if self._request.ready is not None:
+            if not self._request.is_poll:
                 self._request.ready.wait(self._timeout_s)
         except Exception as error:
             return self._fail(error)

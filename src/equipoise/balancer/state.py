@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import torch
-
+from equipoise.balancer.accounting import Accounts, Measure, sum_measures
 from equipoise.balancer.background import Background
+from equipoise.balancer.foreground import Foreground
 from equipoise.balancer.model_state import EplbModelState, OnCommit
 from equipoise.balancer.orders import Order
 from equipoise.balancer.outcome import RebalanceOutcome
-from equipoise.balancer.planning import plan_moves
 from equipoise.balancer.stats import EplbStats
 from equipoise.comm.base import EplbCommunicator, ExpertWeights
 from equipoise.comm.groups import RankGroup
@@ -31,13 +28,9 @@ from equipoise.errors import (
 )
 from equipoise.load.recorder import LoadRecorder
 from equipoise.load.window import LoadWindow
-from equipoise.placement import measure_balancedness, spread_load
-from equipoise.plan.gate import MoveCosts
 from equipoise.policy.base import PlacementPolicy
-from equipoise.topology import IntArray
 from equipoise.transfer.agreement import agree
 from equipoise.transfer.executor import (
-    TransferStats,
     check_fit,
     rearrange_expert_weights_inplace,
 )
@@ -85,14 +78,14 @@ class EplbState:
         self.group = group
         self.policy = policy
         self.steps = 0
+        self._foreground = Foreground(group, config, policy)
         self._background: Background | None = None
         if config.use_async:
             self._background = Background(group.fork("balancer"), config, policy)
         self._models: dict[str, EplbModelState] = {}
         self._listeners: list[Callable[[RebalanceOutcome], None]] = []
+        self._accounts = Accounts(config)
         self._is_paused = False
-        # What moves cost in the foreground, once some were made.
-        self._costs: MoveCosts | None = None
         self._failure: str | None = None
         # Guards what `stats` reads.
         self._lock = threading.Lock()
@@ -230,16 +223,13 @@ class EplbState:
             self.steps += 1
         for model in self._models.values():
             model.record_step()
-        if self.config.log_balancedness:
-            self._log_balancedness()
-        is_due = self.steps % self.config.step_interval == 0
-        if self._background is None:
-            return self.rearrange() if is_due and not self._is_paused else ()
-        outcomes = self._step_in_background(self._background)
-        if is_due and not self._background.is_paused:
-            self._background.trigger(self.steps)
-        self._background.poll(self.steps)
-        return outcomes
+        self._accounts.record(self._models.values())
+        if self._background is not None:
+            return self._step_in_background(self._background)
+        if self._is_due:
+            return self.rearrange()
+        self._measure(begins=False)
+        return ()
 
     def rearrange(self, *, is_profile: bool = False) -> tuple[RebalanceOutcome, ...]:
         """Plan from the window's load now, and move experts.
@@ -257,14 +247,20 @@ class EplbState:
         """
         if self._background is not None and not is_profile:
             self._start_background(self._background)
-            self._background.trigger(self.steps)
+            self._begin(self._background, is_due=True)
             return ()
-        self._agree_to_move()
+        models = list(self._models.values())
+        self._foreground.agree(models, self.steps)
         if is_profile:
             self._reserve()
             return ()
-        told = [self._rearrange_model(model) for model in self._models.values()]
-        outcomes = tuple(outcome for outcome in told if outcome is not None)
+        self._measure(begins=True)
+        outcomes: tuple[RebalanceOutcome, ...] = ()
+        for model in models:
+            outcome = self._foreground.rearrange(model, self.steps)
+            if outcome is not None:
+                self._take(outcome)
+                outcomes += (outcome,)
         # Only now: a listener that raises shall not keep this rank from what others move.
         self._tell(outcomes)
         return outcomes
@@ -345,6 +341,10 @@ class EplbState:
         if not background.has_started and background.failure is None:
             background.start(list(self._models.values()))
 
+    @property
+    def _is_due(self) -> bool:
+        return self.steps % self.config.step_interval == 0 and not self.is_paused
+
     def _step_in_background(self, background: Background) -> tuple[RebalanceOutcome, ...]:
         self._start_background(background)
         try:
@@ -354,16 +354,41 @@ class EplbState:
                 self._failure = background.failure
         for outcome in outcomes:
             self._take(outcome)
+        self._note_realised(background.take_measured())
         self._tell(outcomes)
+        # A rebalance that is due is also the one that was asked for.
+        self._begin(background, is_due=background.take_wanted() or self._is_due)
         return outcomes
+
+    def _begin(self, background: Background, *, is_due: bool) -> None:
+        """Have the worker do what is due at this step; all of it in the order of steps."""
+        measures: tuple[Measure, ...] = ()
+        if background.may_begin:
+            measures = self._accounts.collect(self._models.values(), self.steps, begins=is_due)
+        background.poll(self.steps, measures)
+        if is_due:
+            background.trigger(self.steps)
+
+    def _measure(self, *, begins: bool) -> None:
+        """In the foreground: exchange at once what is due."""
+        measures = self._accounts.collect(self._models.values(), self.steps, begins=begins)
+        says = self.group.rank == 0
+        self._note_realised(sum_measures(measures, self.group.all_reduce, says=says))
+
+    def _note_realised(self, outcomes: list[RebalanceOutcome]) -> None:
+        with self._lock:
+            for outcome in outcomes:
+                model = self._models[outcome.model]
+                model.stats = model.stats.note_realised(outcome)
 
     def _take(self, outcome: RebalanceOutcome) -> None:
         """Count and log a rebalance."""
         model = self._models[outcome.model]
         with self._lock:
             model.stats = model.stats.add(outcome)
+        self._accounts.open(model, outcome)
         if self.group.rank == 0:
-            _log_outcome(outcome)
+            logger.info("%s", outcome)
 
     def _tell(self, outcomes: tuple[RebalanceOutcome, ...]) -> None:
         for outcome in outcomes:
@@ -382,98 +407,6 @@ class EplbState:
                 is_profile=True,
             )
 
-    def _agree_to_move(self) -> None:
-        problem: Exception | None = None
-        try:
-            for model in self._models.values():
-                model.check_storage()
-        except EquipoiseError as error:
-            problem = error
-        facts = {"number of steps": str(self.steps), "models": repr(list(self._models))}
-        agree(self.group, facts, problem)
-
-    def _rearrange_model(self, model: EplbModelState) -> RebalanceOutcome | None:
-        started = time.perf_counter()
-        load = self._sum_over_ranks(model.window.sum())
-        if not load.any():
-            return None
-        standing = model.placement
-        plan = plan_moves(
-            self.policy,
-            load,
-            standing,
-            model.expert_bytes,
-            self.config,
-            self._costs,
-            says=self.group.rank == 0,
-        )
-        target = plan.new
-        planned = time.perf_counter()
-        stats = rearrange_expert_weights_inplace(
-            standing,
-            target,
-            model.expert_weights,
-            model.communicator,
-            self.group,
-            staging_bytes=self.config.staging_bytes,
-            on_commit=lambda layers: model.commit(target, layers),
-            plan=plan,
-            verify=self.config.verify,
-        )
-        sums, seconds = self._reduce_stats(stats, planned - started)
-        outcome = RebalanceOutcome(
-            model=model.name,
-            planned_step=self.steps,
-            step=self.steps,
-            moves=plan.num_moves,
-            local_moves=int(sums[0]),
-            moves_per_layer=plan.moves_per_layer,
-            bytes=int(sums[1]),
-            plan_s=float(seconds[0]),
-            transfer_s=float(seconds[1]),
-            forward_s=time.perf_counter() - started,
-            balancedness_before=measure_balancedness(spread_load(load, standing)),
-            balancedness_after=measure_balancedness(spread_load(load, target)),
-            placement=target,
-        )
-        if outcome.bytes:
-            # The same on every rank; on average each receives its share.
-            byte_s = outcome.transfer_s * self.group.size / outcome.bytes
-            self._costs = MoveCosts(byte_s, layer_s=0.0)
-        self._take(outcome)
-        return outcome
-
-    def _reduce_stats(
-        self, stats: TransferStats, plan_s: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        sums = torch.tensor([stats.local_writes, stats.received_bytes])
-        seconds = torch.tensor([plan_s, stats.transfer_s], dtype=torch.float64)
-        self.group.all_reduce(sums, "sum")
-        self.group.all_reduce(seconds, "max")
-        return sums, seconds
-
-    def _sum_over_ranks(self, load: torch.Tensor) -> IntArray:
-        total = load.to("cpu", torch.int64, copy=True)
-        self.group.all_reduce(total, "sum")
-        return np.asarray(total.numpy())
-
-    def _log_balancedness(self) -> None:
-        for model in self._models.values():
-            model.since_log += model.window.newest()
-            if self.steps % self.config.log_balancedness_interval:
-                continue
-            load = self._sum_over_ranks(model.since_log)
-            model.since_log.zero_()
-            if self.group.rank == 0 and load.any():
-                per_layer = measure_balancedness(spread_load(load, model.placement))
-                logger.info(
-                    "step %d, %s: balancedness %.3f (worst layer %.3f)",
-                    self.steps,
-                    model.name,
-                    per_layer.mean(),
-                    per_layer.min(),
-                )
-
 
 def _check_recorder(recorder: LoadRecorder, maps: PlacementMaps) -> None:
     counted, placed = list(recorder.counts.shape), list(maps.slot_to_expert.shape)
@@ -486,18 +419,3 @@ def _check_recorder(recorder: LoadRecorder, maps: PlacementMaps) -> None:
             f"the recorder is on {recorder.counts.device}, the maps are on "
             f"{maps.slot_to_expert.device}: both must be where tokens are routed"
         )
-
-
-def _log_outcome(outcome: RebalanceOutcome) -> None:
-    logger.info(
-        "step %d, %s: %d experts received (%.1f MB) in %.3f s, planned in %.3f s; "
-        "balancedness %.3f -> %.3f on the window's load",
-        outcome.step,
-        outcome.model,
-        outcome.moves,
-        outcome.bytes / 1e6,
-        outcome.transfer_s,
-        outcome.plan_s,
-        outcome.balancedness_before.mean(),
-        outcome.balancedness_after.mean(),
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from equipoise.balancer.outcome import RebalanceOutcome
 
@@ -21,6 +21,8 @@ class ModelStats:
         balancedness_before: mean over layers of the placement that stood before the last
             rebalance, on that window's load; None before the first.
         balancedness_after: the same of the placement that followed it.
+        balancedness_realised: mean over layers of the last measured rebalance's placement, on the
+            load of the steps after it; None before the first.
     """
 
     rebalances: int = 0
@@ -30,6 +32,7 @@ class ModelStats:
     transfer_s: float = 0.0
     balancedness_before: float | None = None
     balancedness_after: float | None = None
+    balancedness_realised: float | None = None
 
     def add(self, outcome: RebalanceOutcome) -> ModelStats:
         """These figures and one more rebalance."""
@@ -41,7 +44,13 @@ class ModelStats:
             self.transfer_s + outcome.transfer_s,
             float(outcome.balancedness_before.mean()),
             float(outcome.balancedness_after.mean()),
+            self.balancedness_realised,
         )
+
+    def note_realised(self, outcome: RebalanceOutcome) -> ModelStats:
+        """These figures, once it is known what the last rebalance has brought."""
+        realised = outcome.balancedness_realised
+        return self if realised is None else replace(self, balancedness_realised=realised.mean())
 
 
 @dataclass(frozen=True)

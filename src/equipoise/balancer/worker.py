@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from equipoise.balancer.accounting import Measure, sum_measures
 from equipoise.balancer.handover import MARGIN_STEPS, End, Handover
 from equipoise.balancer.limits import Pace
 from equipoise.balancer.model_state import EplbModelState
@@ -54,6 +55,8 @@ class EplbWorker:
         # Number of the last request, and of the last poll that another has answered too.
         self._newest = 0
         self._answered = 0
+        # Of polls that need no answer of their own; the same on every rank.
+        self._measures: list[Measure] = []
         self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="equipoise-worker", daemon=True)
         self._thread.start()
@@ -100,19 +103,29 @@ class EplbWorker:
         What this rank has been asked for beyond this poll is told too: polls that all ranks wait
         with are answered by this one, so that none pile up where steps are short.
         """
+        try:
+            request.ready.wait(self._group.timeout.total_seconds())
+            return self._answer(request)
+        except (EquipoiseError, TimeoutError) as error:
+            return End(Status.FAILED, error)
+
+    def _answer(self, request: Request) -> End | None:
+        self._measures += request.measures
         if request.number <= self._answered:
             return None
         with self._lock:
             newest = self._newest
         words = [self._handover.wanted, self._handover.orders.first(), newest]
-        try:
-            told = torch.stack(self._group.all_gather(torch.tensor([int(w) for w in words])))
-        except EquipoiseError as error:
-            return End(Status.FAILED, error)
+        told = torch.stack(self._group.all_gather(torch.tensor([int(word) for word in words])))
         worst = Status(int(told[:, 0].max()))
         if worst is not Status.FINE:
             return End(worst, RuntimeError("another rank gave up") if worst > 1 else None)
         self._answered = int(told[:, 2].min())
+        says = self._group.rank == 0
+        self._handover.note_measured(
+            sum_measures(self._measures, self._group.all_reduce, says=says)
+        )
+        self._measures = []
         return self._rebalance(request) if told[:, 1].any() else None
 
     def _rebalance(self, request: Request) -> End | None:
