@@ -19,11 +19,11 @@ from equipoise.comm.registry import create_eplb_communicator
 from equipoise.errors import CommunicatorUnavailable
 from equipoise.placement import Placement
 from equipoise.plan.transfer_plan import make_plan
-from equipoise.transfer.budget import NUM_HALVES, choose_chunk_bytes
+from equipoise.transfer.budget import StagingBudget, choose_budget
 from equipoise.transfer.executor import rearrange_expert_weights_inplace
 from equipoise.transfer.staging import ChunkShare, measure_experts, share_plan
 
-Staging = Literal["as is free", "two least halves", "one least half"]
+Staging = Literal["as is free", "one buffer", "two of a layer"]
 Limit = Literal["one NCCL message", "one READ in place", "bare READs of the same chunks"]
 
 
@@ -43,7 +43,7 @@ class GpuSpec:
 
     cases: tuple[GpuCase, ...]
     backends: tuple[str, ...]
-    stagings: tuple[Staging, ...] = ("as is free", "two least halves", "one least half")
+    stagings: tuple[Staging, ...] = ("as is free", "one buffer", "two of a layer")
     num_rounds: int = 6
     seed: int = 0
     num_ranks: int = 2
@@ -72,7 +72,7 @@ class WireMeasured:
         received_bytes: of the rank that receives most.
         seconds: median of the rounds, from the call until the last slot is filled.
         extra_bytes: most memory beside the weights, on any rank: staging, and the wire's own.
-        staging_bytes: of the halves.
+        staging_bytes: of the buffers.
         num_chunks: how many chunks were agreed on.
     """
 
@@ -221,7 +221,7 @@ class _Course:
             self._most_bytes,
             median(seconds[1:]),
             int(peak),
-            most * (1 if staging == "one least half" or num_chunks == 1 else NUM_HALVES),
+            most * min(num_chunks, self._budget(staging).num_buffers),
             num_chunks,
         )
 
@@ -233,24 +233,28 @@ class _Course:
                 tensor[half:].zero_()
 
     def _staging_bytes(self, staging: Staging) -> int | None:
-        if staging == "as is free":
-            return None
-        return self._largest() * (2 if staging == "two least halves" else 1)
+        largest = int(self._plan.staged_bytes(self._sizes).max())
+        match staging:
+            case "as is free":
+                return None
+            case "one buffer":
+                # Less than twice a layer, so that there is no second.
+                return 2 * largest - 1
+            case "two of a layer":
+                return 2 * largest
 
-    def _largest(self) -> int:
-        return int(self._plan.staged_bytes(self._sizes).max())
-
-    def _share(self, staging: Staging) -> list[ChunkShare]:
-        return share_plan(self._plan, self._group.rank, self._sizes, self._chunk_bytes(staging))
-
-    def _chunk_bytes(self, staging: Staging) -> int | None:
-        return choose_chunk_bytes(
+    def _budget(self, staging: Staging) -> StagingBudget:
+        return choose_budget(
             self._plan,
             self._sizes,
             self._staging_bytes(staging),
             self._group,
             self._group.device,
         )
+
+    def _share(self, staging: Staging) -> list[ChunkShare]:
+        buffer_bytes = self._budget(staging).buffer_bytes
+        return share_plan(self._plan, self._group.rank, self._sizes, buffer_bytes)
 
     def _time(self, run: Callable[[], None]) -> float:
         """Seconds of the slowest rank."""

@@ -79,6 +79,10 @@ class EplbCommunicator(ABC):
     """Whether a dummy pass at profile time reserves transport buffers; False where a backend
     allocates none late."""
 
+    num_ahead: int = 0
+    """Exchanges that travel beside the oldest one, once they were started; 0 where `finish` does it
+    all."""
+
     lands_in_place: bool = False
     """Whether received experts can land in slots, without a copy; never in one that is in use."""
 
@@ -154,6 +158,13 @@ class EplbCommunicator(ABC):
 
         Collective: as `execute`.
         Raises: as `execute`; TransferError if none was started.
+        """
+
+    def interrupt(self) -> None:  # noqa: B027 - where a wire cannot, that is all
+        """From another thread: have `finish` fail soon, where it waits for a peer, and from now on.
+
+        Where a wire cannot, it fails at its deadline.
+        Collective: none.
         """
 
     @abstractmethod

@@ -22,7 +22,8 @@ from equipoise.comm.spans import Spans, align, span_of
 from equipoise.errors import CommunicatorUnavailable
 
 _TAG_DONE = 8
-_POOL_BYTES = 256 << 20
+_MOST_POOL_BYTES = 1 << 30
+_SHARE_OF_FREE = 32
 _ALIGNMENT = 256
 _PAUSE_S = 20e-6
 
@@ -68,10 +69,12 @@ class NcclStagedCommunicator(QueuedCommunicator[_Flight]):
         coordinator: its `cpu_group` carries headers.
         expert_weights: as for the base; on a CUDA device, also where they are none.
         timeout_s: as for the base.
-        pool_bytes: of the buffers that are packed into, of all peers together.
+        pool_bytes: of the buffers that are packed into, of all peers together; None for a part of
+            what is free.
     """
 
     needs_profile_buffer_reservation = False
+    num_ahead = 1
 
     def __init__(
         self,
@@ -79,7 +82,7 @@ class NcclStagedCommunicator(QueuedCommunicator[_Flight]):
         expert_weights: ExpertWeights,
         timeout_s: float,
         *,
-        pool_bytes: int = _POOL_BYTES,
+        pool_bytes: int | None = None,
     ) -> None:
         self._group = coordinator.cpu_group
         super().__init__(self._group.rank(), self._group.size(), expert_weights, timeout_s)
@@ -90,6 +93,9 @@ class NcclStagedCommunicator(QueuedCommunicator[_Flight]):
         self.device = self._device
         self._packing = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._wire = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        if pool_bytes is None:
+            free = torch.cuda.mem_get_info(self.device)[0]
+            pool_bytes = min(_MOST_POOL_BYTES, free // _SHARE_OF_FREE)
         num_peers = max(1, self.size - 1)
         piece_bytes = pool_bytes // (2 * num_peers) // _ALIGNMENT * _ALIGNMENT
         self._piece_bytes = max(piece_bytes, _ALIGNMENT)
@@ -225,8 +231,9 @@ class NcclStagedCommunicator(QueuedCommunicator[_Flight]):
         deadline = deadline_in(seconds)
         while not ended.query():  # type: ignore[no-untyped-call]
             dead = self._lifeline.find_dead()
-            if dead or time.monotonic() > deadline:
+            if dead or time.monotonic() > deadline or self._interrupted.is_set():
                 self._abort()
+                self._refuse_if_interrupted()
                 return _blame(dead, peers)
             time.sleep(_PAUSE_S)
         # A peer may still be reading what NCCL holds here.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -85,6 +86,8 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
             warm_up(self._device)
         self._num_exchanges = 0
         self._under_way: deque[FlightT] = deque()
+        # Set by another thread, looked at by the one that waits for peers; once and for all.
+        self._interrupted = threading.Event()
 
     def add_send(self, tensor: Tensor, dst_rank: int) -> None:  # noqa: D102 - see the base
         self._refuse_unless_open()
@@ -142,6 +145,9 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
             self._state = "failed"
             raise
 
+    def interrupt(self) -> None:  # noqa: D102 - see the base
+        self._interrupted.set()
+
     def set_stream(self, stream: torch.cuda.Stream | None) -> None:  # noqa: D102 - see the base
         self._stream = stream
 
@@ -175,6 +181,12 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
         if not self._is_cuda:
             return contextlib.nullcontext()
         return torch.cuda.stream(self._current_stream())
+
+    def _refuse_if_interrupted(self) -> None:
+        if self._interrupted.is_set():
+            raise TransferError(
+                f"rank {self.rank}, {self.name}: the exchange was given up", rank=self.rank
+            )
 
     @property
     def _peers(self) -> list[int]:

@@ -2,51 +2,66 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from equipoise.comm.groups import RankGroup
 from equipoise.plan.transfer_plan import TransferPlan
 from equipoise.topology import IntArray
 
-NUM_HALVES = 2
-"""Of staging memory on a GPU: one fills slots while the next chunk travels into the other."""
+MOST_BUFFERS = 3
+"""Of staging memory on a GPU: one fills slots, one is agreed on, and one is travelled into."""
 
-_SHARE_OF_FREE = 16
-_MOST_HALF_BYTES = 4 << 30
+_SHARE_OF_FREE = 8
+_MOST_BYTES = 8 << 30
 
 
-def choose_chunk_bytes(
+@dataclass(frozen=True)
+class StagingBudget:
+    """How much memory a transfer stages in; the same on every rank.
+
+    Attributes:
+        buffer_bytes: of one buffer, and so of a chunk; None for the least that works.
+        num_buffers: most that are used.
+    """
+
+    buffer_bytes: int | None
+    num_buffers: int
+
+
+def choose_budget(
     plan: TransferPlan,
     expert_bytes: IntArray,
     staging_bytes: int | None,
     group: RankGroup,
     device: torch.device,
-) -> int | None:
-    """Most that a chunk may bring to any rank; None for the least that works.
+) -> StagingBudget:
+    """Share the staging memory out.
 
-    On a GPU a larger chunk pays, as ranks agree once for each: half of what was given, if a layer
-    fits that; or by default a sixteenth of what is free on the rank that has least.
+    On a GPU as many buffers as a layer fits into, up to `MOST_BUFFERS`; of what was given, or by
+    default of an eighth of what is free on the rank that has least. On the CPU copies take the time
+    that the wire would, so there is one.
 
     Args:
         plan: what moves.
         expert_bytes: [L] int64, bytes of one expert of each layer.
-        staging_bytes: given bound, of all halves.
+        staging_bytes: given bound, of all buffers.
         group: of all ranks.
         device: of the weights.
-    Returns:
-        The same on every rank.
     Collective: on CUDA every rank of the group.
     Raises: MembershipError if a rank does not come.
     """
     if device.type != "cuda":
-        return staging_bytes
+        return StagingBudget(staging_bytes, 1)
     largest = int(plan.staged_bytes(expert_bytes).max(initial=0))
-    if staging_bytes is not None:
-        half = staging_bytes // NUM_HALVES
-        return half if largest <= half else staging_bytes
-    free = torch.tensor(torch.cuda.mem_get_info(device)[0] // _SHARE_OF_FREE)
-    group.all_reduce(free, "min")
-    return max(largest, min(int(free), _MOST_HALF_BYTES))
+    if staging_bytes is None:
+        free = torch.tensor(torch.cuda.mem_get_info(device)[0] // _SHARE_OF_FREE)
+        group.all_reduce(free, "min")
+        each = max(largest, min(int(free), _MOST_BYTES) // MOST_BUFFERS)
+        return StagingBudget(each, MOST_BUFFERS)
+    num_buffers = max(1, min(MOST_BUFFERS, staging_bytes // max(1, largest)))
+    return StagingBudget(staging_bytes // num_buffers, num_buffers)
 
 
 def settle(device: torch.device) -> None:

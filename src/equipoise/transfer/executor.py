@@ -21,7 +21,7 @@ from equipoise.placement import Placement
 from equipoise.plan.transfer_plan import TransferPlan, make_plan
 from equipoise.topology import IntArray
 from equipoise.transfer.agreement import agree
-from equipoise.transfer.budget import choose_chunk_bytes, settle
+from equipoise.transfer.budget import choose_budget, settle
 from equipoise.transfer.mover import ChunkMover, Verify
 from equipoise.transfer.pipeline import Pipeline
 from equipoise.transfer.profile import reserve_buffers
@@ -72,10 +72,10 @@ def rearrange_expert_weights_inplace(
     chunk is committed. So slots and maps agree on every rank at every moment, whatever fails.
 
     Staging takes memory on the weights' device. On the CPU one buffer, as large as the largest
-    chunk's experts on this rank. On a GPU two halves where two largest layers fit, so that one
-    fills slots while the next chunk travels into the other: at most `staging_bytes` together, or
-    by default a part of what is free. Where the wire can, experts land in empty slots directly.
-    On a GPU slots and maps switch in the order of the current stream, which nobody waits for.
+    chunk's experts on this rank. On a GPU up to three, so that chunks travel into some while one
+    fills slots: at most `staging_bytes` together, or by default a part of what is free. Where the
+    wire can, experts land in empty slots directly. On a GPU slots and maps switch in the order of
+    the current stream, which nobody waits for.
 
     Args:
         old: what the slots hold now.
@@ -124,11 +124,13 @@ def rearrange_expert_weights_inplace(
             reserve_buffers(rows, communicator, group, staging_bytes)
             return TransferStats(0, 0, 0, 0, 0, 0, time.perf_counter() - started)
         sizes = measure_experts(rows)
-        chunk_bytes = choose_chunk_bytes(plan, sizes, staging_bytes, group, device)
+        budget = choose_budget(plan, sizes, staging_bytes, group, device)
         in_place = communicator.lands_in_place
-        shares = share_plan(plan, group.rank, sizes, chunk_bytes, in_place=in_place)
-        mover = ChunkMover(plan, rows, communicator, group, WeightTable(rows))
-        _move_all(mover, shares, _make_halves(shares, staging_bytes, device), verify, on_commit)
+        shares = share_plan(plan, group.rank, sizes, budget.buffer_bytes, in_place=in_place)
+        if shares:
+            buffers = _make_buffers(shares, budget.num_buffers, device)
+            mover = ChunkMover(plan, rows, communicator, group, WeightTable(rows))
+            _move_all(mover, shares, buffers, verify, on_commit)
     except MembershipError as error:
         raise TransferError(str(error), rank=error.rank, peer=error.peer) from error
     return _sum_up(plan, rows, group.rank, len(shares), time.perf_counter() - started)
@@ -137,19 +139,20 @@ def rearrange_expert_weights_inplace(
 def _move_all(
     mover: ChunkMover,
     shares: Sequence[ChunkShare],
-    halves: Sequence[Tensor],
+    buffers: Sequence[Tensor],
     verify: Verify,
     on_commit: Callable[[IntArray], None] | None,
 ) -> None:
-    """Move chunk after chunk; with two halves one travels while the one before is committed."""
-    pipeline = Pipeline(mover, shares, halves)
-    with pipeline.open():
+    """Move chunk after chunk; where there is room, some travel while one is committed."""
+    pipeline = Pipeline(mover, shares, buffers)
+    patience_s = max(find_busy_s(share, mover.group) for share in shares)
+    with pipeline.open(patience_s):
         for number, share in enumerate(shares):
-            problem = pipeline.receive(number)
-            problem = _compare(mover, share, pipeline.find_half(number), verify, problem)
+            problem = pipeline.receive()
+            problem = _compare(mover, share, pipeline.find_buffer(number), verify, problem)
             stands = mover.group.decide("abort" if problem else "commit")
             if stands == "commit":
-                pipeline.fill(number)
+                pipeline.fill()
                 if on_commit is not None:
                     on_commit(share.layers)
             if problem is not None:
@@ -162,14 +165,12 @@ def _move_all(
                 )
 
 
-def _make_halves(
-    shares: Sequence[ChunkShare], staging_bytes: int | None, device: torch.device
+def _make_buffers(
+    shares: Sequence[ChunkShare], num_buffers: int, device: torch.device
 ) -> list[Tensor]:
-    most = max((share.num_bytes for share in shares), default=0)
-    num_halves = 1
-    if device.type == "cuda" and len(shares) > 1:
-        num_halves = 2 if staging_bytes is None or 2 * most <= staging_bytes else 1
-    return [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(num_halves)]
+    most = max(share.num_bytes for share in shares)
+    count = min(num_buffers, len(shares))
+    return [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(count)]
 
 
 def _compare(

@@ -1,99 +1,177 @@
-"""Chunks on their way through staging: one travels while the one before it is committed."""
+"""Chunks on their way through staging: some travel while the one before them is committed."""
 
 from __future__ import annotations
 
 import contextlib
+import queue
+import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from equipoise.comm.span_copies import SpanCopies
-from equipoise.transfer.budget import settle
+from equipoise.errors import TransferError
 from equipoise.transfer.mover import ChunkMover
 from equipoise.transfer.staging import ChunkShare
 
 
-class Pipeline:
-    """Starts chunks as early as there is a half for them, and brings them to slots in order.
+@dataclass(frozen=True)
+class _Received:
+    """A chunk that is staged on this rank.
 
-    A chunk that travels writes to its half; slots of its layers are read by peers until every rank
-    has received it, and filled after that. Chunks have no layer in common, so what fills slots
-    of one never meets what reads slots of another.
+    Attributes:
+        copies: what fills its slots.
+        staged: recorded behind the local part of it; None on the CPU.
+    """
+
+    copies: SpanCopies
+    staged: torch.cuda.Event | None
+
+
+class Pipeline:
+    """Stages chunk after chunk on a thread of its own, as early as there is a buffer for them.
+
+    Two threads: this one, the transfer's, alone uses the communicator; the caller's asks for
+    received chunks in order, agrees on them with the other ranks, and fills slots. What goes from
+    one to the other goes through a queue, and back as a count under a lock. Chunks have no layer
+    in common, so what fills slots of one never meets what reads slots of another; a buffer is
+    used again when what fills slots from it is over, as its event says.
 
     Args:
         mover: of the plan.
         shares: this rank's, of all chunks in order.
-        halves: one or two buffers, each large enough for every chunk.
+        buffers: each large enough for every chunk; used in turns.
     """
 
     def __init__(
-        self, mover: ChunkMover, shares: Sequence[ChunkShare], halves: Sequence[Tensor]
+        self, mover: ChunkMover, shares: Sequence[ChunkShare], buffers: Sequence[Tensor]
     ) -> None:
         self._mover = mover
         self._shares = shares
-        self._halves = halves
-        self._freed: list[torch.cuda.Event | None] = [None] * len(halves)
-        self._num_started = 0
-        self._problem: Exception | None = None
-        self._copies: SpanCopies | None = None
-        device = halves[0].device
-        self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._buffers = buffers
+        self._device = buffers[0].device
+        self._num_ahead = min(mover.communicator.num_ahead, len(buffers) - 1)
+        self._received: queue.SimpleQueue[_Received | Exception] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        self._num_filled = 0
+        self._is_stopped = False
+        self._freed: list[torch.cuda.Event | None] = [None] * len(buffers)
+        self._last: _Received | None = None
+        self._thread = threading.Thread(target=self._run, name="equipoise-transfer", daemon=True)
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[None]:
-        """Have the wire know the halves."""
-        with contextlib.ExitStack() as stack:
-            for half in self._halves:
-                stack.enter_context(self._mover.communicator.register(half))
-            yield
-
-    def find_half(self, number: int) -> Tensor:
-        """Where a chunk is staged. Collective: none."""
-        return self._halves[number % len(self._halves)]
-
-    def receive(self, number: int) -> Exception | None:
-        """Return when a chunk is staged here, and the next one travels if there is room for it.
+    def open(self, patience_s: float) -> Iterator[None]:
+        """Run the transfer's thread while the context lasts.
 
         Args:
-            number: the chunk's; each once, in order.
+            patience_s: longest wait for it at the end, and for a chunk; its own waits are shorter.
+        Raises: TransferError if it does not end.
+        """
+        self._patience_s = patience_s
+        with contextlib.ExitStack() as stack:
+            for buffer in self._buffers:
+                stack.enter_context(self._mover.communicator.register(buffer))
+            self._thread.start()
+            try:
+                yield
+            finally:
+                self._stop()
+
+    def find_buffer(self, number: int) -> Tensor:
+        """Where a chunk is staged. Collective: none."""
+        return self._buffers[number % len(self._buffers)]
+
+    def receive(self) -> Exception | None:
+        """Return when the next chunk is staged here.
+
         Returns:
-            What went wrong, if anything, with this chunk or the next.
-        Collective: every rank of the group.
+            What went wrong, if anything, with this chunk or one behind it.
+        Collective: none; the transfer's threads of the ranks meet.
         """
-        last = min(number + len(self._halves), len(self._shares))
         try:
-            if self._problem is None:
-                with self._beside():
-                    while self._num_started < last:
-                        self._start(self._num_started)
-                        self._num_started += 1
-                    self._mover.communicator.finish()
-                    self._copies = self._mover.prepare(self._shares[number], self.find_half(number))
-                    settle(self._device)
-        except Exception as error:
-            # Raised by the caller, once the others know.
-            self._problem = error
-        return self._problem
+            received = self._received.get(timeout=self._patience_s)
+        except queue.Empty:
+            rank = self._mover.group.rank
+            return TransferError(f"rank {rank}: the transfer's thread does not answer", rank=rank)
+        if isinstance(received, Exception):
+            return received
+        self._last = received
+        if received.staged is not None:
+            torch.cuda.current_stream(self._device).wait_event(received.staged)
+        return None
 
-    def fill(self, number: int) -> None:
-        """Fill slots from a chunk that is received, on the current stream.
+    def fill(self) -> None:
+        """Fill slots from the chunk that was received last, on the current stream.
 
-        Collective: every rank, once the chunk is committed.
+        Collective: none; every rank, once the chunk is committed.
         """
-        assert self._copies is not None, "what was not received is not committed"
-        self._copies.run()
-        if self._stream is not None:
-            index = number % len(self._halves)
-            self._freed[index] = torch.cuda.current_stream(self._device).record_event()
+        assert self._last is not None, "what was not received is not committed"
+        self._last.copies.run()
+        with self._changed:
+            if self._device.type == "cuda":
+                stream = torch.cuda.current_stream(self._device)
+                self._freed[self._num_filled % len(self._buffers)] = stream.record_event()
+            self._num_filled += 1
+            self._changed.notify_all()
 
-    def _start(self, number: int) -> None:
-        event = self._freed[number % len(self._halves)]
+    def _run(self) -> None:
+        try:
+            with self._own_stream():
+                started: list[_Received] = []
+                for number in range(len(self._shares)):
+                    if not self._await_buffer(number):
+                        return
+                    started.append(self._start(number))
+                    if len(started) > self._num_ahead:
+                        self._finish(started.pop(0))
+                for left in started:
+                    self._finish(left)
+        except BaseException as error:
+            # Raised by the other thread, once the other ranks know.
+            problem = error if isinstance(error, Exception) else RuntimeError(repr(error))
+            self._received.put(problem)
+
+    def _await_buffer(self, number: int) -> bool:
+        """Whether there is a buffer for a chunk, rather than an end."""
+        # Where nothing travels ahead, what is not committed yet may never be followed.
+        needed = number + 1 - (len(self._buffers) if self._num_ahead else 1)
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_stopped or self._num_filled >= needed)
+            if self._is_stopped:
+                return False
+            event = self._freed[number % len(self._buffers)]
         if event is not None:
             event.synchronize()
-        self._mover.start(self._shares[number], self.find_half(number))
+        return True
 
-    def _beside(self) -> contextlib.AbstractContextManager[object]:
-        """A stream of its own, so that staging does not wait for slots that are being filled."""
-        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+    def _start(self, number: int) -> _Received:
+        share, buffer = self._shares[number], self.find_buffer(number)
+        self._mover.start(share, buffer)
+        copies = self._mover.prepare(share, buffer)
+        if self._device.type != "cuda":
+            return _Received(copies, None)
+        return _Received(copies, torch.cuda.current_stream(self._device).record_event())
+
+    def _finish(self, oldest: _Received) -> None:
+        self._mover.communicator.finish()
+        self._received.put(oldest)
+
+    def _stop(self) -> None:
+        with self._changed:
+            self._is_stopped = True
+            self._changed.notify_all()
+        if self._num_filled < len(self._shares):
+            self._mover.communicator.interrupt()
+        self._thread.join(self._patience_s)
+        if self._thread.is_alive():
+            rank = self._mover.group.rank
+            raise TransferError(f"rank {rank}: the transfer's thread does not end", rank=rank)
+
+    def _own_stream(self) -> contextlib.AbstractContextManager[object]:
+        """So that staging does not wait for slots that are being filled."""
+        if self._device.type != "cuda":
+            return contextlib.nullcontext()
+        torch.cuda.set_device(self._device)
+        return torch.cuda.stream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]

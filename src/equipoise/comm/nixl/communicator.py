@@ -85,6 +85,7 @@ class NixlEplbCommunicator(QueuedCommunicator[_Flight]):
 
     name: ClassVar[str] = "nixl"
     needs_profile_buffer_reservation = False
+    num_ahead = 1
     lands_in_place = True
 
     def __init__(
@@ -220,6 +221,7 @@ class NixlEplbCommunicator(QueuedCommunicator[_Flight]):
         pause = _SHORTEST_PAUSE_S
         try:
             while not flight.exchange.is_over:
+                self._refuse_if_interrupted()
                 if self._advance(flights):
                     pause = _SHORTEST_PAUSE_S
                     continue
