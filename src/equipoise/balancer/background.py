@@ -53,6 +53,8 @@ class Background:
         self._is_under_way = False
         # Asked for by an order, and not begun yet.
         self._is_wanted = False
+        # By an order: none begins any more.
+        self._is_stopped = False
         self._end: End | None = None
         # Of this thread, since the rebalance under way began.
         self._forward_s = 0.0
@@ -72,6 +74,8 @@ class Background:
     @property
     def failure(self) -> str | None:
         """Why balancing has ended, or None."""
+        if self._end is None and self._is_stopped:
+            return _explain(End(Status.STOPPED, None))
         return None if self._end is None else _explain(self._end)
 
     def start(self, models: Sequence[EplbModelState]) -> None:
@@ -99,14 +103,16 @@ class Background:
         for chunk in self._handover.close_step():
             outcomes += self._commit(chunk, step)
         ended = self._handover.ended
-        if ended is not None and self._end is None:
+        is_news = self._end is None or (ended is not None and ended.cut_off)
+        if ended is not None and is_news:
             outcomes += self._take_end(ended, step)
         return tuple(outcomes)
 
     @property
     def may_begin(self) -> bool:
         """Whether a rebalance would be started; the same on every rank at the same step."""
-        return not self._is_under_way and self._end is None and bool(self._models)
+        has_ended = self._is_stopped or self._end is not None
+        return not (self._is_under_way or has_ended) and bool(self._models)
 
     def take_wanted(self) -> bool:
         """Whether an order asks for a rebalance that may begin now; it is forgotten then."""
@@ -221,8 +227,8 @@ class Background:
             case Order.RESUME:
                 self.is_paused = False
             case Order.STOP:
-                self._handover.stop()
-                self._end = End(Status.STOPPED, None)
+                # The worker is not told: it would tell ranks that are not at this step yet.
+                self._is_stopped = True
                 logger.info("step %d: balancing has stopped, as a rank asked for", step)
             case Order.NONE:
                 pass
