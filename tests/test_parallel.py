@@ -65,9 +65,10 @@ def serve(group: RankGroup, family: str) -> None:
 
 def measure_start(parallel: ParallelModel) -> float:
     """Balancedness of experts in order, on the load of the last window."""
-    load = parallel.state._sum_over_ranks(parallel.state._models["model"].window.sum())
+    load = parallel.state._models["model"].window.sum()
+    parallel.state.group.all_reduce(load)
     placement = place_in_order(LAYERS, EXPERTS, parallel.spread.maps.placement.topology)
-    return float(measure_balancedness(spread_load(load, placement)).mean())
+    return float(measure_balancedness(spread_load(load.numpy(), placement)).mean())
 
 
 @processes(2)

@@ -10,7 +10,7 @@ from typing import Any
 from equipoise.errors import ModelError
 
 FAMILIES = ("qwen3_moe", "mixtral", "olmoe")
-"""Families that are tested, by `model_type`."""
+"""Families that the reference engine serves, by `model_type`; `parallelize` takes many more."""
 
 _NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts")
 """Both occur, also within a family: which one depends on what wrote the file."""

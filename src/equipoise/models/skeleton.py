@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -252,7 +253,6 @@ def sort_sources(
 
 def find_missing(skeleton: Skeleton, conversions: Iterable[Conversion]) -> list[str]:
     """Names of the model's tensors that no stored tensor is for, and that must be stored."""
-    import re
 
     model = skeleton.model
     made = {name for conversion in conversions for name in conversion.targets()}
