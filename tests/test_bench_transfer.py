@@ -64,9 +64,12 @@ def test_backends_are_compared_on_the_same_bytes(tmp_path: Path) -> None:
     shown = run_command(*options.split(), "--json", str(path))
     outcome = json.loads(path.read_text())
     spec = TransferSpec(2, 3, 2, 1_600_000, seed=5)
-    assert [row["backend"] for row in outcome["rows"]] == ["nixl", "torch_gloo"]
-    assert [row["limit"] for row in outcome["rows"]] == ["memcpy", "raw gloo message"]
-    for row in outcome["rows"]:
+    *wires, processor = outcome["rows"]
+    assert [row["backend"] for row in wires] == ["nixl", "torch_gloo"]
+    assert [row["limit"] for row in wires] == ["memcpy", "raw gloo message"]
+    assert (processor["backend"], processor["goal_of"]) == ("processor alone", "seconds")
+    assert processor["met"] is (0 < processor["seconds"] <= processor["goal"])
+    for row in wires:
         assert row.keys() >= COLUMNS
         assert row["bytes_received_per_rank"] == count_moves(spec) * 1_600_000 // 2
         assert row["gb_per_s"] == pytest.approx(

@@ -107,7 +107,8 @@ def find_processes(mark: str) -> list[int]:
 def run_python(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run Python on this tree, 80 columns wide."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("THP_", "UCX_"))}
-    environment |= {"PYTHONPATH": str(ROOT / "src"), "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
+    path = f"{ROOT / 'src'}:{os.environ.get('PYTHONPATH', '')}"
+    environment |= {"PYTHONPATH": path, "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *words],
         env=environment | variables,
@@ -314,6 +315,7 @@ def test_wires_are_tried_on_the_gpus_that_are_there() -> None:
     num_gpus = torch.cuda.device_count()
     named = [w for name in ("nixl", "torch_gloo", "torch_nccl") for w in ("--communicator", name)]
     done = run_python("-m", "equipoise", "doctor", *named, "--json", "-")
+    assert done.stdout, done.stderr
     found = json.loads(done.stdout)
     on_gpus = {w["communicator"]: w for w in found["wires"] if w["memory"] == "GPU"}
     for name in ("nixl", "torch_gloo"):

@@ -105,7 +105,7 @@ def test_offers_stage_only_what_is_not_registered_and_at_most_a_piece_each() -> 
     pool = SendPool(num_bytes=40, num_pieces=4, device=CPU)
     outgoing = [
         WholeTensor(loose[0]),
-        ExpertRows(WeightTable([[weights]]), np.array([0, 0]), np.array([4, 0])),
+        ExpertRows.of(WeightTable([[weights]]), np.array([0, 0]), np.array([4, 0])),
         WholeTensor(loose[1]),
         WholeTensor(weights[2]),
         WholeTensor(loose[2]),

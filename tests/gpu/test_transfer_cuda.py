@@ -120,7 +120,7 @@ def move_about(rank: Rank, wire: str, num_rebalances: int) -> None:
         target = make_random_placement(rng, len(SHAPES), NUM_EXPERTS, topology)
         if seed % 2:
             target = with_holes(rng, target)
-        staging = [None, 600_000, 6_000_000][seed % 3]
+        staging = [None, 2_400_000, 5_000_000][seed % 3]
         rearrange_expert_weights_inplace(
             standing,
             target,

@@ -16,6 +16,7 @@ from equipoise.bench.gpu_rank import (
     WireLeftOut,
     WireMeasured,
 )
+from equipoise.bench.host_time import measure_host_time
 from equipoise.bench.outcome import BenchOutcome, Row, with_goal
 from equipoise.launch.local import run_local
 from equipoise.launch.seats import assign_local_seats
@@ -89,7 +90,7 @@ def compare_on_gpus(
                 for case in spec.cases
             ],
         },
-        rows=(*rows, *_compare_nixl_with_gloo(wires)),
+        rows=(*rows, *_compare_nixl_with_gloo(wires), measure_host_time(spec.seed)),
         notes=(*(f"{name} does not work here: {why}" for name, why in left_out.items()), *_NOTES),
         versions={name: _find_version(name) for name in _PACKAGES},
     )

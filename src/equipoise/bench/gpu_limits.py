@@ -14,7 +14,7 @@ from torch import Tensor
 
 from equipoise.comm.groups import RankGroup
 from equipoise.comm.nixl.agent import Agent, Read
-from equipoise.comm.parcels import WeightTable
+from equipoise.comm.parcels import ExpertRows, WeightTable
 from equipoise.comm.spans import Spans, align, span_of
 from equipoise.errors import TransferError
 from equipoise.plan.transfer_plan import TransferPlan
@@ -119,7 +119,8 @@ class BareReads:
         sources = plan.src_rank[rows]
         for source in np.unique(sources):
             ours = rows[sources == source]
-            spans = self._table.find(plan.layer[ours], plan.src_slot[ours] % slots_per_rank)
+            slots = plan.src_slot[ours] % slots_per_rank
+            spans = ExpertRows.of(self._table, plan.layer[ours], slots).find()
             peer = self._peers[int(source)]
             remote = Spans(spans.address - self._base + peer.memory, spans.num_bytes)
             total = spans.total_bytes

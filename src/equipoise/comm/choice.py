@@ -15,7 +15,7 @@ from torch import Tensor
 
 from equipoise.comm.base import ExpertWeights, GroupCoordinator
 from equipoise.comm.exchange import Exchange, deadline_in, explain, name_ranks
-from equipoise.comm.groups import RankGroup, has_nccl
+from equipoise.comm.groups import RankGroup, find_device, has_nccl
 from equipoise.comm.nixl.agent import has_nixl
 from equipoise.comm.pynccl import has_nccl4py
 from equipoise.errors import CommunicatorUnavailable, ConfigError, TransferError
@@ -54,7 +54,7 @@ class Greeting:
         cls, asked: str, coordinator: GroupCoordinator, expert_weights: ExpertWeights
     ) -> Greeting:
         """What is true here. Collective: none."""
-        device = _find_device(coordinator, expert_weights)
+        device = find_device(coordinator, expert_weights)
         on_cuda = device.type == "cuda"
         return cls(
             asked,
@@ -183,13 +183,6 @@ def _find_missing(name: str, package: str, extra: str, has: Sequence[bool]) -> s
         f"the communicator {name} needs {package}, which {name_ranks(without)} cannot import: "
         f"pip install 'equipoise[{extra}]'"
     )
-
-
-def _find_device(coordinator: GroupCoordinator, expert_weights: ExpertWeights) -> torch.device:
-    for layer in expert_weights:
-        for tensor in layer:
-            return tensor.device
-    return coordinator.device if isinstance(coordinator, RankGroup) else torch.device("cpu")
 
 
 def _digest(text: str) -> bytes:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from equipoise.comm.base import ExpertWeights, GroupCoordinator
 from equipoise.comm.byte_views import view_bytes
 from equipoise.comm.exchange import Exchange, deadline_in, explain, name_ranks
 from equipoise.errors import ConfigError, MembershipError
@@ -420,6 +421,14 @@ def _meet(store: Store, rank: int, size: int, timeout: timedelta) -> None:
                 rank=rank,
                 peer=(missing or [peer])[0],
             ) from error
+
+
+def find_device(coordinator: GroupCoordinator, expert_weights: ExpertWeights) -> torch.device:
+    """Where weights are; where there are none, the group's device. Collective: none."""
+    for layer in expert_weights:
+        for tensor in layer:
+            return tensor.device
+    return coordinator.device if isinstance(coordinator, RankGroup) else torch.device("cpu")
 
 
 def has_nccl(group: dist.ProcessGroup) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from equipoise.comm.base import ExpertWeights, GroupCoordinator
 from equipoise.comm.exchange import Exchange, PeerFailure, deadline_in
+from equipoise.comm.groups import find_device
 from equipoise.comm.headers import Heard, swap_headers
 from equipoise.comm.lifeline import Lifeline
 from equipoise.comm.parcels import ExpertRows, Inbox, Landing, Outbox, Outgoing
@@ -86,8 +87,7 @@ class NcclStagedCommunicator(QueuedCommunicator[_Flight]):
     ) -> None:
         self._group = coordinator.cpu_group
         super().__init__(self._group.rank(), self._group.size(), expert_weights, timeout_s)
-        if self._device is None:
-            self._device = torch.device("cuda", torch.cuda.current_device())
+        self._device = find_device(coordinator, expert_weights)
         if self._device.type != "cuda":
             raise CommunicatorUnavailable(f"{self.name} moves weights on CUDA, not on the CPU")
         self.device = self._device

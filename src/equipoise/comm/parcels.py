@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -36,44 +37,23 @@ class WeightTable:
             self._row_bytes[index, : len(layer)] = [tensor.shape[1] for tensor in layer]
         self._bytes_before = np.cumsum(self._row_bytes, axis=1) - self._row_bytes
 
-    def size_up(self, layers: IntArray) -> IntArray:
-        """[n] int64, bytes of each row on the wire of experts of these layers, in order.
+    def list_rows(self, ranks: IntArray, layers: IntArray, slots: IntArray) -> RowList:
+        """The rows of experts that are exchanged with some ranks, in the order of the wire.
 
         Args:
-            layers: [m] int64, of each expert; ascending.
+            ranks: [n] int64, with whom each expert is exchanged; ascending.
+            layers: [n] int64, its layer; ascending within a rank.
+            slots: [n] int64, its local slot; below 0 for none.
         """
-        _, tensor, layer = self._order(layers)
-        return self._row_bytes[layer, tensor]
-
-    def find(self, layers: IntArray, slots: IntArray) -> Spans:
-        """Where the rows of these slots are, in the order of the wire; those of no bytes left out.
-
-        Args:
-            layers: [m] int64, of each expert; ascending.
-            slots: [m] int64, its local slot.
-        """
-        expert, tensor, layer = self._order(layers)
+        expert, tensor = _count_up(self._num_tensors[layers])
+        run = np.cumsum((np.diff(ranks, prepend=-1) != 0) | (np.diff(layers, prepend=-1) != 0))
+        most = self._row_bytes.shape[1]
+        order = np.argsort((run[expert] * most + tensor) * len(layers) + expert)
+        expert, tensor = expert[order], tensor[order]
+        layer = layers[expert]
         num_bytes = self._row_bytes[layer, tensor]
         address = self._address[layer, tensor] + slots[expert] * num_bytes
-        return Spans(address[num_bytes > 0], num_bytes[num_bytes > 0])
-
-    def find_landings(self, layers: IntArray, slots: IntArray, address: int) -> Spans:
-        """Where rows land that come in the order of the wire.
-
-        Args:
-            layers: [m] int64, of each expert; ascending.
-            slots: [m] int64, the slot that it lands in; -1 for a buffer that such experts fill one
-                behind the other.
-            address: of the buffer.
-        """
-        expert, tensor, layer = self._order(layers)
-        num_bytes = self._row_bytes[layer, tensor]
-        in_buffer = slots[expert] < 0
-        filled = np.where(in_buffer, num_bytes, 0)
-        buffered = address + np.cumsum(filled) - filled
-        direct = self._address[layer, tensor] + slots[expert] * num_bytes
-        kept = num_bytes > 0
-        return Spans(np.where(in_buffer, buffered, direct)[kept], num_bytes[kept])
+        return RowList(ranks[expert], slots[expert] >= 0, Spans(address, num_bytes))
 
     def pair_up(
         self,
@@ -104,12 +84,45 @@ class WeightTable:
         kept = num_bytes > 0
         return Spans(in_slot[kept], num_bytes[kept]), Spans(in_block[kept], num_bytes[kept])
 
-    def _order(self, layers: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-        """Expert, tensor and layer of each row on the wire: by layer, by tensor, by expert."""
-        expert, tensor = _count_up(self._num_tensors[layers])
-        layer = layers[expert]
-        order = np.lexsort((expert, tensor, layer))
-        return expert[order], tensor[order], layer[order]
+
+@dataclass(frozen=True)
+class RowList:
+    """Rows of experts in the order of the wire: by rank, by layer, by tensor, by expert.
+
+    Attributes:
+        rank: [rows] int64, with whom each is exchanged.
+        in_slot: [rows] bool, whether it has a slot.
+        spans: where in that slot it is, and its bytes, which may be 0.
+    """
+
+    rank: IntArray
+    in_slot: npt.NDArray[np.bool_]
+    spans: Spans
+
+    def split(self) -> Iterator[tuple[int, RowList]]:
+        """By rank."""
+        edges = np.flatnonzero(np.diff(self.rank, prepend=-1, append=-1)).tolist()
+        for start, stop in itertools.pairwise(edges):
+            part = slice(start, stop)
+            spans = Spans(self.spans.address[part], self.spans.num_bytes[part])
+            yield int(self.rank[start]), RowList(self.rank[part], self.in_slot[part], spans)
+
+    def find_landings(self, address: int) -> Spans:
+        """Where they land: in their slots, and those without one behind each other in a buffer.
+
+        Args:
+            address: of the buffer.
+        """
+        num_bytes = self.spans.num_bytes
+        filled = np.where(self.in_slot, 0, num_bytes)
+        buffered = address + np.cumsum(filled) - filled
+        return drop_empty(Spans(np.where(self.in_slot, self.spans.address, buffered), num_bytes))
+
+
+def drop_empty(spans: Spans) -> Spans:
+    """Without those of no bytes."""
+    kept = spans.num_bytes > 0
+    return spans if kept.all() else Spans(spans.address[kept], spans.num_bytes[kept])
 
 
 def _count_up(counts: IntArray) -> tuple[IntArray, IntArray]:
@@ -191,25 +204,33 @@ class ExpertRows:
         table: the weights.
         layers: [n] int64, of each expert; ascending.
         slots: [n] int64, its local slot.
+        spans: the rows in the order of the wire; some may have no bytes.
     """
 
     table: WeightTable
     layers: IntArray
     slots: IntArray
+    spans: Spans
+
+    @classmethod
+    def of(cls, table: WeightTable, layers: IntArray, slots: IntArray) -> ExpertRows:
+        """Experts that one rank gets."""
+        rows = table.list_rows(np.zeros_like(layers), layers, slots)
+        return cls(table, layers, slots, rows.spans)
 
     @property
     def num_bytes(self) -> int:
         """Bytes on the wire."""
-        return int(self.sizes.sum())
+        return self.spans.total_bytes
 
     @property
     def sizes(self) -> IntArray:
         """[rows] int64, bytes of each row."""
-        return self.table.size_up(self.layers)
+        return self.spans.num_bytes
 
     def find(self) -> Spans:
         """Where the bytes are."""
-        return self.table.find(self.layers, self.slots)
+        return drop_empty(self.spans)
 
     def split(self) -> Iterator[SlotRows]:
         """In parts that each come from one tensor."""
@@ -240,12 +261,16 @@ class Landing:
 
 def join_sizes(parts: Sequence[Outgoing | Part] | Sequence[Landing]) -> IntArray:
     """[n] int64, bytes of each tensor or row that goes one way between two ranks, in order."""
+    if len(parts) == 1:
+        return parts[0].sizes
     return np.concatenate([np.zeros(0, dtype=np.int64), *(part.sizes for part in parts)])
 
 
 def find_spans(landings: Sequence[Landing]) -> Spans:
     """Where the bytes of a peer go; nothing for landings of no bytes."""
-    return Spans.join([each.spans or Spans.of([span_of(each.data)]) for each in landings])
+    return Spans.join(
+        [Spans.of([span_of(each.data)]) if each.spans is None else each.spans for each in landings]
+    )
 
 
 Outbox = Mapping[int, list[Outgoing]]

@@ -8,7 +8,6 @@ import threading
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Generic, Literal, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
@@ -118,9 +117,10 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
         self._check_device(moves.into)
         self._check_moves(moves)
         incoming = list(self._find_landings(moves))
-        for peer, span in _split(moves.send_rank):
-            rows = ExpertRows(self._table, moves.send_layer[span], moves.send_slot[span])
-            self._outbox.setdefault(peer, []).append(rows)
+        sends = self._table.list_rows(moves.send_rank, moves.send_layer, moves.send_slot)
+        for (peer, rows), (_, part) in zip(sends.split(), _split(moves.send_rank), strict=True):
+            experts = moves.send_layer[part], moves.send_slot[part]
+            self._outbox.setdefault(peer, []).append(ExpertRows(self._table, *experts, rows.spans))
         for peer, landing in incoming:
             self._inbox.setdefault(peer, []).append(landing)
 
@@ -216,16 +216,9 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
         slots = moves.recv_slot
         if slots is not None and not self.lands_in_place:
             raise ValueError(f"{self.name} brings experts to a buffer, and never to slots")
-        parts = []
-        for peer, span in _split(moves.recv_rank):
-            layers = moves.recv_layer[span]
-            sizes = buffered = self._table.size_up(layers)
-            spans = None
-            if slots is not None:
-                buffered = self._table.size_up(layers[slots[span] < 0])
-                spans = partial(self._table.find_landings, layers, slots[span])
-            parts.append((peer, sizes, int(buffered.sum()), spans))
-        needed = sum(num_bytes for _, _, num_bytes, _ in parts)
+        wanted = np.full(len(moves.recv_rank), -1) if slots is None else slots
+        rows = self._table.list_rows(moves.recv_rank, moves.recv_layer, wanted)
+        needed = int(rows.spans.num_bytes[~rows.in_slot].sum())
         into = moves.into
         if into.dtype != torch.uint8 or not into.is_contiguous() or into.numel() < needed:
             raise ValueError(
@@ -233,10 +226,11 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
                 f"got {into.numel()} elements of {into.dtype}"
             )
         offset = 0
-        for peer, sizes, num_bytes, spans in parts:
+        for peer, part in rows.split():
+            num_bytes = int(part.spans.num_bytes[~part.in_slot].sum())
             data = view_bytes(into)[offset : offset + num_bytes]
-            where = None if spans is None else spans(into.data_ptr() + offset)
-            yield peer, Landing(data, sizes, where)
+            where = None if slots is None else part.find_landings(into.data_ptr() + offset)
+            yield peer, Landing(data, part.spans.num_bytes, where)
             offset += num_bytes
 
     def _refuse_unless_open(self) -> None:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from equipoise.comm.base import ExpertWeights, GroupCoordinator
 from equipoise.comm.byte_views import view_bytes
 from equipoise.comm.exchange import Exchange, deadline_in
+from equipoise.comm.groups import find_device
 from equipoise.comm.nixl.agent import Agent, Registration
 from equipoise.comm.nixl.exchange import Mailbox, NixlExchange, Pair, Remote
 from equipoise.comm.nixl.messages import TOKEN_BYTES, Failed
@@ -98,8 +99,7 @@ class NixlEplbCommunicator(QueuedCommunicator[_Flight]):
     ) -> None:
         group = coordinator.cpu_group
         super().__init__(group.rank(), group.size(), expert_weights, timeout_s)
-        if self._device is None:
-            self._device = torch.device("cpu")
+        self._device = find_device(coordinator, expert_weights)
         agent = Agent(self._device)
         pool = SendPool(pool_bytes, max(_FEWEST_PIECES, self.size - 1), self._device)
         weights = Spans.of(span_of(rows) for layer in self._rows for rows in layer)
