@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -233,3 +234,51 @@ def test_what_cannot_pay_is_not_moved_again(rank: Rank) -> None:
     (second,) = serving.step_until_done(skew(2))
     assert (second.moves, second.placement) == (0, first.placement)
     serving.close()
+
+
+class Staging:
+    """Bytes that live as tensors of uint8, as memory profiling would count them."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now = self.most = 0
+        self._lock = threading.Lock()
+        self._empty = torch.empty
+        patch.setattr(torch, "empty", self._count)
+
+    def _count(self, *size: int, **options: object) -> torch.Tensor:
+        tensor = self._empty(*size, **options)  # type: ignore[call-overload]
+        if tensor.dtype == torch.uint8:
+            self._add(tensor.numel())
+            weakref.finalize(tensor.untyped_storage(), self._add, -tensor.numel())
+        return tensor
+
+    def _add(self, num_bytes: int) -> None:
+        with self._lock:
+            self.now += num_bytes
+            self.most = max(self.most, self.now)
+
+
+@pytest.mark.parametrize(
+    ("options", "half"),
+    [
+        ({}, NUM_LAYERS * 5 * 32),
+        ({"staging_bytes": 2 * 5 * 32}, 5 * 32),
+        ({"max_bytes_per_step": 1}, 5 * 32),
+    ],
+    ids=["no bound", "bounded", "a layer a step"],
+)
+@processes(2)
+def test_a_profile_pass_takes_both_halves(rank: Rank, options: dict[str, int], half: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        staging = Staging(patch)
+        serving = ServingInBackground(rank.make_group(), **options)
+        serving.add()
+        serving.state.rearrange(is_profile=True)
+        assert 2 * half <= staging.most < 3 * half + 1000, "the wire has buffers too"
+        reserved, staging.most = staging.most, staging.now
+        for hot in range(NUM_EXPERTS):
+            serving.step(skew(hot))
+            serving.state.rearrange()
+            serving.step_until_done(skew(hot))
+        assert staging.most <= reserved
+        serving.close()

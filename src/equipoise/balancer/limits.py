@@ -80,13 +80,7 @@ def cut_plan(
     Raises: ConfigError if a layer does not fit half of `staging_bytes`.
     """
     staged = plan.staged_bytes(expert_bytes)
-    largest = int(staged.max(initial=0))
-    budget = max(largest, LEAST_HALF_BYTES)
-    if config.staging_bytes is not None:
-        budget = config.staging_bytes // NUM_HALVES
-    for bound in (config.max_bytes_per_step, _find_burst(config)):
-        if bound is not None:
-            budget = min(budget, max(largest, bound))
+    budget = _find_budget(int(staged.max(initial=0)), config)
     for share in share_plan(plan, rank, expert_bytes, budget):
         for part in _split(share.layers, config.max_layers_per_step):
             cut = share
@@ -124,6 +118,30 @@ class Pace:
         if self._bytes_per_s is not None:
             self.span_s = num_bytes / self._bytes_per_s
             self._free_at = time.monotonic() + self.span_s
+
+
+def find_half_bytes(expert_bytes: IntArray, num_slots: int, config: EPLBConfig) -> int:
+    """Bytes of half the staging, if a plan fills every slot of this rank.
+
+    Args:
+        expert_bytes: [L] int64, bytes of one expert of each layer.
+        num_slots: S.
+        config: has the limits.
+    Collective: none.
+    """
+    layer_bytes = num_slots * expert_bytes
+    return min(int(layer_bytes.sum()), _find_budget(int(layer_bytes.max()), config))
+
+
+def _find_budget(largest: int, config: EPLBConfig) -> int:
+    """Most bytes that a chunk brings to any rank, if the largest layer brings so many."""
+    budget = max(largest, LEAST_HALF_BYTES)
+    if config.staging_bytes is not None:
+        budget = config.staging_bytes // NUM_HALVES
+    for bound in (config.max_bytes_per_step, _find_burst(config)):
+        if bound is not None:
+            budget = min(budget, max(largest, bound))
+    return budget
 
 
 def _find_burst(config: EPLBConfig) -> int | None:

@@ -8,9 +8,13 @@ from collections.abc import Callable
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
+import torch
+from torch import Tensor
+
 from equipoise.balancer.accounting import Accounts, Measure, sum_measures
 from equipoise.balancer.background import Background
 from equipoise.balancer.foreground import Foreground
+from equipoise.balancer.limits import NUM_HALVES, find_half_bytes
 from equipoise.balancer.model_state import EplbModelState, OnCommit
 from equipoise.balancer.orders import Order
 from equipoise.balancer.outcome import RebalanceOutcome
@@ -397,15 +401,26 @@ class EplbState:
 
     def _reserve(self) -> None:
         for model in self._models.values():
+            staging_bytes = self.config.staging_bytes
+            held: list[Tensor] = []
+            if self._background is not None:
+                num_slots = model.placement.topology.slots_per_rank
+                staging_bytes = find_half_bytes(model.expert_bytes, num_slots, self.config)
+                # The pass takes one half; the worker has all of them at once.
+                held = [
+                    torch.empty(staging_bytes, dtype=torch.uint8, device=self.group.device)
+                    for _ in range(NUM_HALVES - 1)
+                ]
             rearrange_expert_weights_inplace(
                 model.placement,
                 model.placement,
                 model.expert_weights,
                 model.communicator,
                 self.group,
-                staging_bytes=self.config.staging_bytes,
+                staging_bytes=staging_bytes,
                 is_profile=True,
             )
+            del held
 
 
 def _check_recorder(recorder: LoadRecorder, maps: PlacementMaps) -> None:
