@@ -253,7 +253,6 @@ def sort_sources(
 
 def find_missing(skeleton: Skeleton, conversions: Iterable[Conversion]) -> list[str]:
     """Names of the model's tensors that no stored tensor is for, and that must be stored."""
-
     model = skeleton.model
     made = {name for conversion in conversions for name in conversion.targets()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
