@@ -303,7 +303,9 @@ def test_what_only_a_rank_finds_is_one_line_that_names_it(here: Path) -> None:
     there = list_files(here)
     done = run_command("run", f"--model={model}", "--ranks=2", "--quiet")
     assert done.code == 2
-    assert re.fullmatch(rf"equipoise: rank [01]: {model}: cannot be loaded: [^\n]+\n", done.err)
+    assert re.fullmatch(
+        rf"equipoise: rank [01]: {model}/model\.safetensors: is truncated: [^\n]+\n", done.err
+    )
     assert list_files(here) == there
 
 
