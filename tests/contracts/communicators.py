@@ -54,6 +54,8 @@ class World(ABC):
     rank: int
     size: int
     device = torch.device("cpu")
+    short_s = 1.0
+    """A deadline that is not yet too short to make a communicator in."""
 
     def zeros(self, *shape: Any, **options: Any) -> torch.Tensor:
         """A tensor where the weights are."""
@@ -90,6 +92,8 @@ class ProcessWorld(World):
     def __init__(self, rank: Rank, backend: str) -> None:
         self._backend, _, on_cuda = backend.partition(" on ")
         self.rank, self.size, self._rank = rank.rank, rank.size, rank
+        if "nccl" in self._backend:
+            self.short_s = 8.0
         if on_cuda:
             self.device = torch.device("cuda", rank.rank % torch.cuda.device_count())
             torch.cuda.set_device(self.device)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -139,8 +140,8 @@ def move_about(rank: Rank, wire: str, num_rebalances: int) -> None:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             free.append(torch.cuda.mem_get_info()[0] if IS_ALONE else 0)
-            held.append((torch.cuda.memory_allocated(), len(os.listdir("/proc/self/fd"))))
-    assert held[0] == held[-1], "memory of torch's, or files"
+            held.append((torch.cuda.memory_allocated(), len(list(Path("/proc/self/fd").iterdir()))))
+    assert held[0] == held[-1], f"memory of torch's, or files: {held}"
     assert free[0] - free[-1] < 16 << 20, "memory beside torch's"
     communicator.close()
     group.close()

@@ -39,8 +39,10 @@ _IN_PLACE_GOALS: tuple[tuple[Limit, float], ...] = (("one READ in place", 0.9),)
 
 _NOTES = (
     "gb_per_s: bytes received by the rank that receives most, over seconds, from the call of "
-    "rearrange_expert_weights_inplace until the last slot is filled; median of the rounds, of the "
-    "slowest rank in each. ratio: over limit_gb_per_s, measured in the same run on the same GPUs.",
+    "rearrange_expert_weights_inplace, with its plan made, until the last slot is filled; median "
+    "of the rounds, of the slowest rank in each. Half of every rank's slots get experts of another "
+    "rank, and the others keep theirs, but where all are dealt anew.",
+    "ratio: over limit_gb_per_s, measured in the same run on the same GPUs.",
     "Every word of every slot was compared with what belongs there after every round.",
     "extra_bytes: most GPU memory beside the weights on any rank: staging, the wire's buffers, and "
     "what NCCL or NIXL took outside torch.",
@@ -121,9 +123,9 @@ def _make_rows(wire: WireMeasured, limits: Sequence[LimitFound], spec: GpuSpec) 
     }
     if wire.backend == "torch_gloo":
         return [with_goal(row, "gb_per_s", _GLOO_GB_PER_S)]
-    is_fill = any(case.name == wire.case and case.kind == "fill" for case in spec.cases)
+    kind = next(case.kind for case in spec.cases if case.name == wire.case)
     goals = _GOALS.get(wire.backend, ())
-    if is_fill and wire.backend == "nixl":
+    if kind == "fill" and wire.backend == "nixl":
         goals = _IN_PLACE_GOALS
     factor = _ONE_BUFFER if wire.staging == "one buffer" else 1.0
     rows = []
@@ -136,7 +138,7 @@ def _make_rows(wire: WireMeasured, limits: Sequence[LimitFound], spec: GpuSpec) 
                 "limit_gb_per_s": wire.received_bytes / found.seconds / 1e9,
                 "ratio": found.seconds / wire.seconds,
             }
-            has_goal = wire.staging != "two of a layer"
+            has_goal = kind != "deal" and wire.staging != "two of a layer"
             rows.append(
                 with_goal(compared, "ratio", round(goal * factor, 3)) if has_goal else compared
             )

@@ -14,7 +14,7 @@ from equipoise.placement import Placement, place_in_order
 from equipoise.plan.transfer_plan import TransferPlan, make_plan
 from equipoise.topology import IntArray, Topology
 
-Kind = Literal["shuffle", "fill"]
+Kind = Literal["swap", "deal", "fill"]
 
 _WORD_BYTES = 8
 _STEP = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -30,14 +30,17 @@ class GpuCase:
         num_layers: L.
         slots_per_rank: S.
         tensor_bytes: of one expert, of each tensor of a layer; multiples of 8.
-        kind: "shuffle" deals experts to slots anew; "fill" brings experts to slots that are empty.
+        kind: "swap" sends half of the slots' experts to another rank, and leaves the others where
+            they are, as `flow` does; "deal" gives every slot another expert, so that about half
+            come from elsewhere and half from another slot of the rank; "fill" brings experts to
+            slots that are empty.
     """
 
     name: str
     num_layers: int
     slots_per_rank: int
     tensor_bytes: tuple[int, ...]
-    kind: Kind = "shuffle"
+    kind: Kind = "swap"
 
     def __post_init__(self) -> None:
         if self.num_layers < 1 or self.slots_per_rank < 2:
@@ -61,10 +64,13 @@ class GpuCase:
     def make_placements(self, num_ranks: int, seed: int) -> tuple[Placement, Placement]:
         """Where experts stand, and where they go; the same on every rank."""
         topology = Topology(num_ranks, self.slots_per_rank)
-        if self.kind == "shuffle":
+        if self.kind == "deal":
             old = place_in_order(self.num_layers, topology.num_slots, topology)
             table = np.random.default_rng(seed).permuted(old.slot_to_expert, axis=1)
             return old, Placement(table, topology.num_slots, topology)
+        if self.kind == "swap":
+            old = place_in_order(self.num_layers, topology.num_slots, topology)
+            return old, self._swap(old, np.random.default_rng(seed))
         half = self.slots_per_rank // 2
         own = np.full((num_ranks, self.slots_per_rank), -1)
         own[:, :half] = np.arange(num_ranks * half).reshape(num_ranks, half)
@@ -79,11 +85,23 @@ class GpuCase:
             Placement(new_table, num_experts, topology),
         )
 
+    def _swap(self, old: Placement, rng: np.random.Generator) -> Placement:
+        """Half of each rank's slots, others in each layer, get experts of the rank before it."""
+        topology = old.topology
+        shape = (self.num_layers, topology.num_ranks, self.slots_per_rank)
+        table = old.slot_to_expert.reshape(shape).copy()
+        order = rng.permuted(np.broadcast_to(np.arange(self.slots_per_rank), shape), axis=2)
+        leaving = order[:, :, : self.slots_per_rank // 2]
+        experts = np.take_along_axis(table, leaving, axis=2)
+        np.put_along_axis(table, leaving, np.roll(experts, 1, axis=1), axis=2)
+        return Placement(table.reshape(self.num_layers, -1), topology.num_slots, topology)
+
 
 DEFAULT_CASES = (
     GpuCase("44 MB experts", 20, 32, (29_360_128, 14_680_064)),
     GpuCase("9.4 MB experts", 48, 80, (6_291_456, 3_145_728)),
     GpuCase("44 MB experts to empty slots", 20, 32, (29_360_128, 14_680_064), "fill"),
+    GpuCase("44 MB experts, all dealt anew", 20, 32, (29_360_128, 14_680_064), "deal"),
 )
 """DeepSeek-V3's experts in FP8, Qwen3-30B-A3B's in bfloat16."""
 

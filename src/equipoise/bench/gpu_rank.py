@@ -18,7 +18,7 @@ from equipoise.comm.nixl.agent import has_nixl
 from equipoise.comm.registry import create_eplb_communicator
 from equipoise.errors import CommunicatorUnavailable
 from equipoise.placement import Placement
-from equipoise.plan.transfer_plan import make_plan
+from equipoise.plan.transfer_plan import TransferPlan, make_plan
 from equipoise.transfer.budget import StagingBudget, choose_budget
 from equipoise.transfer.executor import rearrange_expert_weights_inplace
 from equipoise.transfer.staging import ChunkShare, measure_experts, share_plan
@@ -186,11 +186,15 @@ class _Course:
         places = (self._old, self._new)
         try:
             for number in range(wanted + 2 - wanted % 2):
-                is_back = number % 2 and self._case.kind == "shuffle"
+                is_back = number % 2 and self._case.kind != "fill"
                 old, new = reversed(places) if is_back else places
                 torch.cuda.reset_peak_memory_stats(device)
 
-                def move(old: Placement = old, new: Placement = new) -> None:
+                plan = make_plan(old, new)
+
+                def move(
+                    old: Placement = old, new: Placement = new, plan: TransferPlan = plan
+                ) -> None:
                     nonlocal num_chunks
                     stats = rearrange_expert_weights_inplace(
                         old,
@@ -199,6 +203,7 @@ class _Course:
                         communicator,
                         self._group,
                         staging_bytes=self._staging_bytes(staging),
+                        plan=plan,
                     )
                     num_chunks = stats.num_chunks
                     torch.cuda.current_stream(device).synchronize()

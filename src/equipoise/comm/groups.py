@@ -27,6 +27,7 @@ NUM_LANES = 4
 """Connections to each peer, with a thread each, where weights on GPUs leave the cores to them: one
 carries 2 GB/s at best."""
 
+_LEAST_NCCL_TIMEOUT = timedelta(seconds=60)
 _TAG_MESSAGE = 0
 _TAG_CONTROL = 1
 
@@ -472,7 +473,8 @@ def _create_nccl(
     # Its watchdog would end the process where a deadline passes, instead of leaving it to us.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
+    # To abort a group may take as long; a process that takes longer is ended.
+    options._timeout = max(timeout, _LEAST_NCCL_TIMEOUT)
     backend = dist.ProcessGroupNCCL(PrefixStore("nccl/", store), rank, size, options)
     group = dist.ProcessGroup(store, rank, size)
     group.bound_device_id = device

@@ -16,7 +16,7 @@ from equipoise.comm.exchange import Exchange, PeerFailure, deadline_in
 from equipoise.comm.groups import find_device
 from equipoise.comm.headers import Heard, swap_headers
 from equipoise.comm.lifeline import Lifeline
-from equipoise.comm.parcels import ExpertRows, Inbox, Landing, Outbox, Outgoing
+from equipoise.comm.parcels import Inbox, Landing, Outbox, Outgoing, find_sources
 from equipoise.comm.queued import SLOWEST_BYTES_PER_S, QueuedCommunicator
 from equipoise.comm.span_copies import SpanCopies, shift
 from equipoise.comm.spans import Spans, align, span_of
@@ -91,8 +91,11 @@ class NcclStagedCommunicator(QueuedCommunicator[_Flight]):
         if self._device.type != "cuda":
             raise CommunicatorUnavailable(f"{self.name} moves weights on CUDA, not on the CPU")
         self.device = self._device
-        self._packing = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self._wire = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        # Before whatever fills slots meanwhile.
+        self._packing, self._wire = (
+            torch.cuda.Stream(self.device, priority=-1)  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        )
         if pool_bytes is None:
             free = torch.cuda.mem_get_info(self.device)[0]
             pool_bytes = min(_MOST_POOL_BYTES, free // _SHARE_OF_FREE)
@@ -284,14 +287,8 @@ class _Parcels:
         kept: list[Tensor] = []
         spans = {}
         for peer, queued in outbox.items():
-            parts = []
-            for item in queued:
-                if isinstance(item, ExpertRows):
-                    parts.append(item.find())
-                else:
-                    kept.append(item.tensor.contiguous())
-                    parts.append(Spans.of([span_of(kept[-1])]))
-            whole = Spans.join(parts)
+            whole, copies = find_sources(queued)
+            kept += copies
             edges = np.arange(0, whole.total_bytes, piece_bytes, dtype=np.int64)
             rounds = Spans(edges, np.diff(edges, append=whole.total_bytes))
             spans[peer] = align(whole, rounds)[0] if len(edges) else whole

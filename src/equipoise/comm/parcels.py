@@ -152,8 +152,8 @@ class WholeTensor:
         return [view_bytes(self.tensor)] if self.tensor.is_contiguous() else None
 
     def pack(self, out: Tensor) -> None:
-        """Enqueue the copy into `out` [num_bytes] uint8."""
-        out.copy_(view_bytes(self.tensor.contiguous()), non_blocking=True)
+        """Copy into `out` [num_bytes] uint8."""
+        out.copy_(view_bytes(self.tensor.contiguous()))
 
     def split(self) -> Iterator[WholeTensor]:
         """In parts that each come from one tensor."""
@@ -187,13 +187,9 @@ class SlotRows:
         return [self.rows[slot] for slot in self.slots.tolist()]
 
     def pack(self, out: Tensor) -> None:
-        """Enqueue the copy into `out` [num_bytes] uint8."""
+        """Copy into `out` [num_bytes] uint8."""
         shaped = out.view(len(self.slots), self.rows.shape[1])
-        slots = torch.tensor(self.slots, device=self.rows.device)
-        if out.device == self.rows.device:
-            torch.index_select(self.rows, 0, slots, out=shaped)
-        else:
-            shaped.copy_(self.rows.index_select(0, slots), non_blocking=True)
+        torch.index_select(self.rows, 0, torch.tensor(self.slots), out=shaped)
 
 
 @dataclass(frozen=True)
@@ -264,6 +260,21 @@ def join_sizes(parts: Sequence[Outgoing | Part] | Sequence[Landing]) -> IntArray
     if len(parts) == 1:
         return parts[0].sizes
     return np.concatenate([np.zeros(0, dtype=np.int64), *(part.sizes for part in parts)])
+
+
+def find_sources(queued: Sequence[Outgoing]) -> tuple[Spans, list[Tensor]]:
+    """Where the bytes that a peer gets are, in order, and tensors that must live as long.
+
+    A strided tensor is made contiguous here, by a copy that is enqueued.
+    """
+    parts, kept = [], []
+    for item in queued:
+        if isinstance(item, ExpertRows):
+            parts.append(item.find())
+        else:
+            kept.append(item.tensor.contiguous())
+            parts.append(Spans.of([span_of(kept[-1])]))
+    return Spans.join(parts), kept
 
 
 def find_spans(landings: Sequence[Landing]) -> Spans:

@@ -17,8 +17,9 @@ from equipoise.comm.base import ExpertWeights, GroupCoordinator
 from equipoise.comm.exchange import Exchange
 from equipoise.comm.groups import NUM_LANES
 from equipoise.comm.headers import swap_headers
-from equipoise.comm.parcels import Inbox, Landing, Outbox, Part, join_sizes
+from equipoise.comm.parcels import Inbox, Landing, Outbox, Outgoing, Part, find_sources, join_sizes
 from equipoise.comm.queued import SLOWEST_BYTES_PER_S, Queued, QueuedCommunicator
+from equipoise.comm.span_copies import SpanCopies, shift
 from equipoise.topology import IntArray
 
 _TAG_PAYLOAD = 32
@@ -95,16 +96,13 @@ class TorchDistGlooStagedEplbCommunicator(QueuedCommunicator[Queued]):
     def _carry(
         self, payload: Exchange, peers: list[int], outbox: Outbox, inbox: Inbox, deadline: float
     ) -> None:
-        parcels = {
-            peer: [part for queued in outbox[peer] for part in queued.split()]
-            for peer in peers
-            if peer in outbox
-        }
+        parcels = {peer: outbox[peer] for peer in peers if peer in outbox}
         num_staged = [sum(map(self._count_staged, parts)) for parts in parcels.values()]
+        pack = self._pack_from_gpu if self._is_cuda else self._pack
         self._send_pool = self._grow(self._send_pool, sum(num_staged))
         buffers = self._send_pool[: sum(num_staged)].split_with_sizes(num_staged)
         streams = [
-            zip(itertools.repeat(peer), self._pack(parts, buffer))
+            zip(itertools.repeat(peer), pack(parts, buffer))
             for (peer, parts), buffer in zip(parcels.items(), buffers, strict=True)
         ]
         try:
@@ -120,30 +118,42 @@ class TorchDistGlooStagedEplbCommunicator(QueuedCommunicator[Queued]):
         if self._is_cuda:
             self._current_stream().synchronize()
 
-    def _count_staged(self, part: Part) -> int:
-        return 0 if self._find_in_place(part) is not None else part.num_bytes
+    def _count_staged(self, queued: Outgoing) -> int:
+        if self._is_cuda:
+            return queued.num_bytes
+        parts = queued.split()
+        return sum(part.num_bytes for part in parts if _find_in_place(part) is None)
 
-    def _find_in_place(self, part: Part) -> list[Tensor] | None:
-        """A part's messages, where it need not be packed."""
-        if self._is_cuda or part.sizes[0] < _LARGE_BYTES:
-            return None
-        return part.find_in_place()
+    def _pack_from_gpu(self, queued: Sequence[Outgoing], buffer: Tensor) -> Iterator[Tensor]:
+        """A peer's messages in order, as they come out of the GPU; first all copies are enqueued."""
+        cuts = cut_messages(join_sizes(queued))
+        with self._on_stream():
+            sources, kept = find_sources(queued)
+            targets = shift(sources, buffer.data_ptr())
+            starts = np.array([start for start, _ in cuts], dtype=np.int64)
+            offset = targets.address - buffer.data_ptr()
+            message = np.searchsorted(starts, offset, side="right") - 1
+            copies = SpanCopies(sources, targets, self._current_stream().device, kept, message)
+            copied = []
+            for number in range(len(cuts)):
+                copies.run(number)
+                copied.append(self._current_stream().record_event())
+        for (start, stop), event in zip(cuts, copied, strict=True):
+            event.synchronize()
+            yield buffer[start:stop]
 
-    def _pack(self, parts: Sequence[Part], buffer: Tensor) -> Iterator[Tensor]:
+    def _pack(self, queued: Sequence[Outgoing], buffer: Tensor) -> Iterator[Tensor]:
         """A peer's messages in order, packed into the buffer when they are asked for."""
-        cuts = cut_messages(join_sizes(parts))
+        cuts = cut_messages(join_sizes(queued))
         num_packed = num_sent = number = 0
-        for part in parts:
-            in_place = self._find_in_place(part)
+        for part in (part for item in queued for part in item.split()):
+            in_place = _find_in_place(part)
             if in_place is not None:
                 yield from in_place
                 number += len(in_place)
                 continue
-            with self._on_stream():
-                part.pack(buffer[num_packed : num_packed + part.num_bytes])
+            part.pack(buffer[num_packed : num_packed + part.num_bytes])
             num_packed += part.num_bytes
-            if self._is_cuda:
-                self._current_stream().synchronize()
             while num_sent < num_packed:
                 start, stop = cuts[number]
                 if stop - start > num_packed - num_sent:
@@ -182,6 +192,11 @@ class TorchDistGlooStagedEplbCommunicator(QueuedCommunicator[Queued]):
     def _release(self) -> None:
         self._group = None
         self._send_pool = self._recv_pool = torch.empty(0, dtype=torch.uint8)
+
+
+def _find_in_place(part: Part) -> list[Tensor] | None:
+    """A part's messages on the CPU, where it need not be packed."""
+    return part.find_in_place() if part.sizes[0] >= _LARGE_BYTES else None
 
 
 def _find_targets(landings: Sequence[Landing]) -> Iterator[list[Tensor]]:

@@ -14,7 +14,7 @@ MOST_BUFFERS = 3
 """Of staging memory on a GPU: one fills slots, one is agreed on, and one is travelled into."""
 
 _SHARE_OF_FREE = 8
-_MOST_BYTES = 8 << 30
+_MOST_BYTES = 6 << 30
 
 
 @dataclass(frozen=True)

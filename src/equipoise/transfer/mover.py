@@ -81,8 +81,9 @@ class ChunkMover:
         self.communicator.start()
         # Behind the start, which waits for what stands on the stream.
         own = np.flatnonzero(share.staged.source == self.group.rank)
-        slots = plan.src_slot[share.staged.row[own]] % slots_per_rank
-        self._pair_up(share, own, slots, staging).run()
+        if own.size:
+            slots = plan.src_slot[share.staged.row[own]] % slots_per_rank
+            self._pair_up(share, own, slots, staging).run()
 
     def verify(self, share: ChunkShare, staging: Tensor, verify: Verify) -> TransferError | None:
         """Compare checksums of received experts with their sources'.
