@@ -46,7 +46,7 @@ def test_a_wrong_word_is_named() -> None:
 
 @pytest.mark.parametrize(("slots", "sizes"), [(1, (64, 32)), (8, (64, 12)), (8, (0, 8))])
 def test_cases_that_cannot_be_are_refused(slots: int, sizes: tuple[int, int]) -> None:
-    with pytest.raises(ConfigError, match="a case needs|multiple of 8 bytes"):
+    with pytest.raises(ConfigError, match=r"a case needs|multiple of 8 bytes"):
         GpuCase("bad", 3, slots, sizes)
 
 

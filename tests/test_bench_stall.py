@@ -40,7 +40,7 @@ def test_a_small_case_tells_step_times_and_that_nothing_was_exchanged(tmp_path):
         ("--step-ms=0", "--step-ms must be a number above 0, got 0.0"),
         (
             "--communicator=pigeon",
-            "unknown communicator 'pigeon': there are auto, nixl, torch_gloo",
+            "unknown communicator 'pigeon': there are auto, nixl, pynccl, torch_gloo, torch_nccl",
         ),
     ],
 )

@@ -276,10 +276,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 NEEDS_TORCH = {
     "--communicator=nixel": (
-        "unknown communicator 'nixel': did you mean 'nixl'? there are auto, nixl, torch_gloo"
-    ),
-    "--communicator=pynccl": (
-        "communicator 'pynccl' is not in this version: there are auto, nixl, torch_gloo"
+        "unknown communicator 'nixel': did you mean 'nixl'? there are auto, nixl, pynccl, "
+        "torch_gloo, torch_nccl"
     ),
     "--device=cuda": "--device cuda: torch sees no CUDA device here; use --device cpu",
 }

@@ -125,7 +125,7 @@ class TorchDistGlooStagedEplbCommunicator(QueuedCommunicator[Queued]):
         return sum(part.num_bytes for part in parts if _find_in_place(part) is None)
 
     def _pack_from_gpu(self, queued: Sequence[Outgoing], buffer: Tensor) -> Iterator[Tensor]:
-        """A peer's messages in order, as they come out of the GPU; first all copies are enqueued."""
+        """A peer's messages in order, as they come off the GPU; all copies are enqueued at once."""
         cuts = cut_messages(join_sizes(queued))
         with self._on_stream():
             sources, kept = find_sources(queued)
