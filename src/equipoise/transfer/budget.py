@@ -40,8 +40,8 @@ def choose_budget(
     """Share the staging memory out.
 
     On a GPU as many buffers as a layer fits into, up to `MOST_BUFFERS`; of what was given, or by
-    default of an eighth of what is free on the rank that has least. On the CPU copies take the time
-    that the wire would, so there is one.
+    default of an eighth of what is free on the rank that has least, up to 6 GiB. On the CPU copies
+    take the time that the wire would, so there is one.
 
     Args:
         plan: what moves.
@@ -56,10 +56,11 @@ def choose_budget(
         return StagingBudget(staging_bytes, 1)
     largest = int(plan.staged_bytes(expert_bytes).max(initial=0))
     if staging_bytes is None:
-        free = torch.tensor(torch.cuda.mem_get_info(device)[0] // _SHARE_OF_FREE)
+        # What torch holds and does not use is free too.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.tensor((torch.cuda.mem_get_info(device)[0] + unused) // _SHARE_OF_FREE)
         group.all_reduce(free, "min")
-        each = max(largest, min(int(free), _MOST_BYTES) // MOST_BUFFERS)
-        return StagingBudget(each, MOST_BUFFERS)
+        staging_bytes = max(largest, min(int(free), _MOST_BYTES))
     num_buffers = max(1, min(MOST_BUFFERS, staging_bytes // max(1, largest)))
     return StagingBudget(staging_bytes // num_buffers, num_buffers)
 
