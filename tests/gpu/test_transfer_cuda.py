@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,74 +23,10 @@ from equipoise.topology import Topology
 from equipoise.transfer.executor import rearrange_expert_weights_inplace
 from tests.placements import make_random_placement
 from tests.ranks import Rank, processes
+from tests.rebalances import NUM_EXPERTS, SHAPES, Library, move_about
 
-SHAPES = [
-    [((64, 32), torch.bfloat16), ((7,), torch.float32)],
-    [((33, 5), torch.float8_e4m3fn), ((1,), torch.int8), ((3,), torch.bool)],
-    [((48, 2048), torch.bfloat16)],
-]
-NUM_EXPERTS = 20
 WIRES = ("torch_gloo", "nixl", "torch_nccl", "pynccl")
-NUM_REBALANCES = int(os.environ.get("EQUIPOISE_GPU_REBALANCES", "60"))
-# Memory that NCCL and NIXL take shows only where nobody else uses the GPU.
-IS_ALONE = os.environ.get("EQUIPOISE_GPU_ALONE") == "1"
-
-
-def make_slot(layer: int, expert: int) -> list[torch.Tensor]:
-    """The bytes of one expert's tensors, as nobody else has them."""
-    parts = []
-    for index, (shape, dtype) in enumerate(SHAPES[layer]):
-        generator = np.random.default_rng([layer, expert, index])
-        num_bytes = int(np.prod(shape)) * dtype.itemsize
-        high = 2 if dtype is torch.bool else 256
-        raw = torch.from_numpy(generator.integers(0, high, num_bytes, dtype=np.uint8))
-        parts.append(raw.view(dtype).reshape(shape))
-    return parts
-
-
-class Library:
-    """Every expert's bytes on the device, to compare slots with."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.layers: list[list[torch.Tensor]] = []
-        for layer, tensors in enumerate(SHAPES):
-            experts = [make_slot(layer, expert) for expert in range(NUM_EXPERTS)]
-            self.layers.append(
-                [
-                    torch.stack([e[index].reshape(-1).view(torch.uint8) for e in experts]).to(
-                        device
-                    )
-                    for index in range(len(tensors))
-                ]
-            )
-
-    def fill(self, placement: Placement, rank: int) -> list[list[torch.Tensor]]:
-        """This rank's weights; empty slots hold expert 0."""
-        return [
-            [
-                rows[self.experts(placement, rank, layer).clamp(min=0)]
-                .view(dtype)
-                .reshape(-1, *shape)
-                .contiguous()
-                for rows, (shape, dtype) in zip(library, SHAPES[layer], strict=True)
-            ]
-            for layer, library in enumerate(self.layers)
-        ]
-
-    def experts(self, placement: Placement, rank: int, layer: int) -> torch.Tensor:
-        size = placement.topology.slots_per_rank
-        row = placement.slot_to_expert[layer, rank * size : (rank + 1) * size]
-        return torch.from_numpy(row.copy()).to(self.layers[0][0].device)
-
-    def assert_hold(
-        self, weights: list[list[torch.Tensor]], placement: Placement, rank: int, what: object
-    ) -> None:
-        for layer, (tensors, library) in enumerate(zip(weights, self.layers, strict=True)):
-            experts = self.experts(placement, rank, layer)
-            held = experts >= 0
-            for tensor, rows in zip(tensors, library, strict=True):
-                got = tensor.view(len(experts), -1).view(torch.uint8)
-                assert torch.equal(got[held], rows[experts[held]]), (what, layer)
+NUM_REBALANCES = int(os.environ.get("REBALANCES", "60"))
 
 
 def make_group(rank: Rank, wire: str, **options: Any) -> RankGroup:
@@ -100,60 +35,13 @@ def make_group(rank: Rank, wire: str, **options: Any) -> RankGroup:
     )
 
 
-def with_holes(rng: np.random.Generator, placement: Placement) -> Placement:
-    """The placement with some spare slots empty."""
-    table = placement.slot_to_expert.copy()
-    for row in table:
-        for slot in rng.permutation(len(row))[: len(row) // 3]:
-            if np.count_nonzero(row == row[slot]) > 1:
-                row[slot] = -1
-    return Placement(table, placement.num_experts, placement.topology)
-
-
-def move_about(rank: Rank, wire: str, num_rebalances: int) -> None:
-    group = make_group(rank, wire)
-    topology = Topology(rank.size, 24 // rank.size)
-    library = Library(group.device)
-    standing = place_in_order(len(SHAPES), NUM_EXPERTS, topology)
-    weights = library.fill(standing, rank.rank)
-    communicator = create_eplb_communicator(group, wire, weights)
-    free: list[int] = []
-    held: list[tuple[int, int]] = []
-    for seed in range(num_rebalances):
-        rng = np.random.default_rng(seed)
-        target = make_random_placement(rng, len(SHAPES), NUM_EXPERTS, topology)
-        if seed % 2:
-            target = with_holes(rng, target)
-        staging = [None, 2_400_000, 5_000_000][seed % 3]
-        rearrange_expert_weights_inplace(
-            standing,
-            target,
-            weights,
-            communicator,
-            group,
-            staging_bytes=staging,
-            verify="all" if seed % 5 == 0 else "off",
-        )
-        library.assert_hold(weights, target, rank.rank, seed)
-        standing = target
-        if seed in (num_rebalances // 2, num_rebalances - 1):
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-            free.append(torch.cuda.mem_get_info()[0] if IS_ALONE else 0)
-            held.append((torch.cuda.memory_allocated(), len(list(Path("/proc/self/fd").iterdir()))))
-    assert all(end <= middle for middle, end in zip(held[0], held[-1], strict=True)), held
-    assert free[0] - free[-1] < 16 << 20, "memory beside torch's"
-    communicator.close()
-    group.close()
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("wire", ["torch_gloo", "nixl"])
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @processes(timeout_s=150)
 @pytest.mark.timeout(160)
 def test_ranks_that_share_a_gpu(rank: Rank, wire: str, num_ranks: int) -> None:
-    move_about(rank, wire, min(NUM_REBALANCES, 30))
+    move_about(make_group(rank, wire), wire, min(NUM_REBALANCES, 30))
 
 
 @pytest.mark.multi_gpu
@@ -161,7 +49,8 @@ def test_ranks_that_share_a_gpu(rank: Rank, wire: str, num_ranks: int) -> None:
 @pytest.mark.parametrize("wire", WIRES)
 @processes(2, timeout_s=580)
 def test_every_slot_holds_what_the_map_says(rank: Rank, wire: str) -> None:
-    move_about(rank, wire, NUM_REBALANCES if wire != "torch_gloo" else min(NUM_REBALANCES, 200))
+    num_rebalances = NUM_REBALANCES if wire != "torch_gloo" else min(NUM_REBALANCES, 200)
+    move_about(make_group(rank, wire), wire, num_rebalances)
 
 
 @pytest.mark.multi_gpu
