@@ -92,8 +92,7 @@ class ProcessWorld(World):
     def __init__(self, rank: Rank, backend: str) -> None:
         self._backend, _, on_cuda = backend.partition(" on ")
         self.rank, self.size, self._rank = rank.rank, rank.size, rank
-        if "nccl" in self._backend:
-            self.short_s = 8.0
+        self.short_s = 8.0 if "nccl" in self._backend else 3.0
         if on_cuda:
             self.device = torch.device("cuda", rank.rank % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
