@@ -166,7 +166,11 @@ def test_a_bystander_learns_of_a_failure_at_its_next_exchange(rank: Rank) -> Non
 @processes(2, dies=(1,))
 def test_a_rank_that_does_not_come_to_the_set_up_is_named(rank: Rank) -> None:
     group = rank.make_group(timeout_s=20)
+    # Not while the other still makes the group.
+    group.barrier()
     if rank.rank == 1:
+        rank.store.wait(["ready"], timedelta(seconds=20))
         os.kill(os.getpid(), signal.SIGKILL)
+    rank.store.set("ready", "yes")
     with pytest.raises(TransferError, match="rank 0, nixl: rank 1 closed the connection"):
         NixlEplbCommunicator(group, (), 5.0)
