@@ -11,7 +11,7 @@ from torch import Tensor
 
 from equipoise.errors import ConfigError, TransferError
 from equipoise.placement import Placement, place_in_order
-from equipoise.plan.transfer_plan import TransferPlan, make_plan
+from equipoise.plan.transfer_plan import TransferPlan
 from equipoise.topology import IntArray, Topology
 
 Kind = Literal["swap", "deal", "fill"]
@@ -55,11 +55,6 @@ class GpuCase:
     def expert_bytes(self) -> int:
         """Of one expert of one layer."""
         return sum(self.tensor_bytes)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Of all slots of a rank."""
-        return self.num_layers * self.slots_per_rank * self.expert_bytes
 
     def make_placements(self, num_ranks: int, seed: int) -> tuple[Placement, Placement]:
         """Where experts stand, and where they go; the same on every rank."""
@@ -173,8 +168,3 @@ class GpuWeights:
 def count_received(plan: TransferPlan, rank: int) -> int:
     """Experts that a rank receives from others."""
     return int(((plan.dst_rank == rank) & ~plan.is_local).sum())
-
-
-def plan_case(case: GpuCase, num_ranks: int, seed: int) -> TransferPlan:
-    """The plan of a case, the same on every rank."""
-    return make_plan(*case.make_placements(num_ranks, seed))

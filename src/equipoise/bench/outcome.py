@@ -36,11 +36,6 @@ class BenchOutcome:
     versions: Mapping[str, str | None] = field(default_factory=dict)
     figures: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def num_missed(self) -> int:
-        """Rows whose goal was not met."""
-        return sum(row.get("met") is False for row in self.rows)
-
     def to_json(self) -> str:
         """One object with `rows`, as text that ends with a newline."""
         values = {

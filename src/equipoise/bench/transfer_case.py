@@ -37,7 +37,7 @@ class TransferSpec:
         num_rounds: how often each is measured.
         seed: of the placement that is moved to, and of the experts' bytes.
         timeout_s: longest wait for another rank.
-    Raises: ConfigError, or CommunicatorUnavailable for a backend that is not in this version.
+    Raises: ConfigError.
     """
 
     num_ranks: int = 4

@@ -20,11 +20,10 @@ from equipoise.comm.parcels import Inbox, Landing, Outbox, Outgoing, find_source
 from equipoise.comm.queued import SLOWEST_BYTES_PER_S, QueuedCommunicator
 from equipoise.comm.span_copies import SpanCopies, shift
 from equipoise.comm.spans import Spans, align, span_of
-from equipoise.errors import CommunicatorUnavailable
+from equipoise.errors import CommunicatorUnavailable, TransferError
 
 _TAG_DONE = 8
-_MOST_POOL_BYTES = 1 << 30
-_SHARE_OF_FREE = 32
+_POOL_BYTES = 1 << 30
 _ALIGNMENT = 256
 _PAUSE_S = 20e-6
 
@@ -70,8 +69,8 @@ class NcclStagedCommunicator(QueuedCommunicator[_Flight]):
         coordinator: its `cpu_group` carries headers.
         expert_weights: as for the base; on a CUDA device, also where they are none.
         timeout_s: as for the base.
-        pool_bytes: of the buffers that are packed into, of all peers together; None for a part of
-            what is free.
+        pool_bytes: of the buffers that are packed into, of all peers together; the same on every
+            rank, since both sides of a pair cut their messages by it.
     """
 
     needs_profile_buffer_reservation = False
@@ -83,7 +82,7 @@ class NcclStagedCommunicator(QueuedCommunicator[_Flight]):
         expert_weights: ExpertWeights,
         timeout_s: float,
         *,
-        pool_bytes: int | None = None,
+        pool_bytes: int = _POOL_BYTES,
     ) -> None:
         self._group = coordinator.cpu_group
         super().__init__(self._group.rank(), self._group.size(), expert_weights, timeout_s)
@@ -96,9 +95,6 @@ class NcclStagedCommunicator(QueuedCommunicator[_Flight]):
             torch.cuda.Stream(self.device, priority=-1)  # type: ignore[no-untyped-call]
             for _ in range(2)
         )
-        if pool_bytes is None:
-            free = torch.cuda.mem_get_info(self.device)[0]
-            pool_bytes = min(_MOST_POOL_BYTES, free // _SHARE_OF_FREE)
         num_peers = max(1, self.size - 1)
         piece_bytes = pool_bytes // (2 * num_peers) // _ALIGNMENT * _ALIGNMENT
         self._piece_bytes = max(piece_bytes, _ALIGNMENT)
@@ -114,20 +110,29 @@ class NcclStagedCommunicator(QueuedCommunicator[_Flight]):
         """Send every peer a byte, so that NCCL makes its connections and takes its memory."""
         peers = self._peers
         self._num_exchanges += 1
-        with torch.cuda.device(self.device):
-            sent = torch.zeros(1, dtype=torch.uint8, device=self.device)
-            landed = torch.zeros(self.size, dtype=torch.uint8, device=self.device)
-            self._wire.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self._wire):
-                self._post(
-                    [Message(peer, sent) for peer in peers],
-                    [Message(peer, landed[peer : peer + 1]) for peer in peers],
-                )
-                ended = self._wire.record_event()
+        try:
+            with torch.cuda.device(self.device):
+                sent = torch.zeros(1, dtype=torch.uint8, device=self.device)
+                landed = torch.zeros(self.size, dtype=torch.uint8, device=self.device)
+                self._wire.wait_stream(torch.cuda.current_stream(self.device))
+                with torch.cuda.stream(self._wire):
+                    self._post(
+                        [Message(peer, sent) for peer in peers],
+                        [Message(peer, landed[peer : peer + 1]) for peer in peers],
+                    )
+                    ended = self._wire.record_event()
+        except Exception as error:
+            self.close()
+            raise self._explain_set_up(error) from error
         failures = self._await(ended, peers, self.timeout_s)
         if failures:
             self.close()
             self._raise({}, failures, self.timeout_s)
+
+    def _explain_set_up(self, cause: Exception) -> TransferError:
+        return TransferError(
+            f"rank {self.rank}, {self.name}: NCCL could not be set up: {cause}", rank=self.rank
+        )
 
     @abstractmethod
     def _post(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:

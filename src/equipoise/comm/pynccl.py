@@ -14,7 +14,7 @@ from equipoise.comm.base import ExpertWeights, GroupCoordinator
 from equipoise.comm.byte_views import view_bytes
 from equipoise.comm.exchange import Exchange, deadline_in
 from equipoise.comm.nccl import Message, NcclStagedCommunicator
-from equipoise.errors import CommunicatorUnavailable, TransferError
+from equipoise.errors import CommunicatorUnavailable
 
 _INSTALL = "pip install 'equipoise[nccl]'"
 _TAG_ID = 10
@@ -57,7 +57,11 @@ class PyNcclEplbCommunicator(NcclStagedCommunicator):
         self._nccl = _load()
         self._comm: Any = None
         super().__init__(coordinator, expert_weights, timeout_s)
-        self._comm = self._make(self._share_id(), max_ctas)
+        try:
+            self._comm = self._make(self._share_id(), max_ctas)
+        except BaseException:
+            self.close()
+            raise
         self._connect()
 
     def _share_id(self) -> bytes:
@@ -99,9 +103,7 @@ class PyNcclEplbCommunicator(NcclStagedCommunicator):
         thread.join(self.timeout_s)
         if not made:
             cause = errors[0] if errors else TimeoutError(f"not within {self.timeout_s:.1f} s")
-            raise TransferError(
-                f"rank {self.rank}, pynccl: NCCL could not be set up: {cause}", rank=self.rank
-            ) from cause
+            raise self._explain_set_up(cause) from cause
         return made[0]
 
     def _post(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:

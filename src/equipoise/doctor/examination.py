@@ -121,7 +121,7 @@ def examine(
         timeout_s: longest that one trial, or one question to a library, may take.
         on_step: called with what comes next.
     Collective: none; starts processes, and leaves none.
-    Raises: ConfigError, or CommunicatorUnavailable for a name that is not in this version.
+    Raises: ConfigError.
     """
     for name in names:
         check_name(name)
