@@ -1,0 +1,1 @@
+"""Ranks that come, go and die while requests are served."""
