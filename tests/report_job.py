@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 
-from equipoise.engine.records import (
+from equipoise.job.records import (
     CheckRecord,
     JobRecord,
     LossRecord,

@@ -15,8 +15,9 @@ from equipoise.config import EPLBConfig
 from equipoise.dispatch import create_dispatcher
 from equipoise.dispatch.maps import PlacementMaps
 from equipoise.engine.engine import Engine, EngineLimits, Request
-from equipoise.engine.ledger import StepFigures, merge_steps
+from equipoise.engine.figures import StepFigures
 from equipoise.errors import ModelError
+from equipoise.job.ledger import merge_steps
 from equipoise.load.recorder import LoadRecorder
 from equipoise.models.experts import ExpertParallelModel, make_expert_parallel
 from equipoise.placement import place_in_order

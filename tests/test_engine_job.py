@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from equipoise.config import EPLBConfig
-from equipoise.engine.check import check_outputs
 from equipoise.engine.engine import Request
-from equipoise.engine.job import MERGE_STEPS, run_job
-from equipoise.engine.loss import Text, score_plain
-from equipoise.engine.records import (
+from equipoise.errors import ConfigError, EquipoiseError, ModelError, PlacementError
+from equipoise.job.check import check_outputs
+from equipoise.job.job import MERGE_STEPS, run_job
+from equipoise.job.loss import Text, score_plain
+from equipoise.job.records import (
     JobRecord,
     PhaseRecord,
     RebalanceRecord,
@@ -22,9 +23,8 @@ from equipoise.engine.records import (
     ResultRecord,
     StepRecord,
 )
-from equipoise.engine.spec import JobSpec, Prompt
-from equipoise.engine.texts import encode
-from equipoise.errors import ConfigError, EquipoiseError, ModelError, PlacementError
+from equipoise.job.spec import JobSpec, Prompt
+from equipoise.job.texts import encode
 from equipoise.models.loading import load_tokenizer
 from equipoise.placement import Placement, place_in_order
 from equipoise.topology import Topology

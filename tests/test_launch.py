@@ -14,9 +14,9 @@ import torch
 
 from equipoise.comm.groups import RankGroup
 from equipoise.config import EPLBConfig
-from equipoise.engine.records import Emit, PhaseRecord, Record
-from equipoise.engine.spec import JobSpec
 from equipoise.errors import ConfigError, TransferError
+from equipoise.job.records import Emit, PhaseRecord, Record
+from equipoise.job.spec import JobSpec
 from equipoise.launch.failure import (
     Cause,
     JobFailed,

@@ -277,7 +277,7 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
 
 def test_shapes_are_read_without_torch() -> None:
     code = (
-        "import sys, equipoise.models.families, equipoise.engine.spec\n"
+        "import sys, equipoise.models.families, equipoise.job.spec\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from equipoise.engine.records import (
+from equipoise.job.records import (
     CheckRecord,
     Divergence,
     LossRecord,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from equipoise.engine.records import (
+from equipoise.job.records import (
     JobRecord,
     PhaseRecord,
     Record,

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from equipoise.engine.records import (
+from equipoise.job.records import (
     LossRecord,
     StepRecord,
 )

@@ -9,9 +9,9 @@ import pytest
 from equipoise.bundled import model_directory
 from equipoise.bundled.texts import KINDS, excerpts
 from equipoise.config import EPLBConfig
-from equipoise.engine.job import run_job
-from equipoise.engine.records import RebalanceRecord, ResultRecord
-from equipoise.engine.spec import JobSpec, Prompt
+from equipoise.job.job import run_job
+from equipoise.job.records import RebalanceRecord, ResultRecord
+from equipoise.job.spec import JobSpec, Prompt
 from tests.ranks import Rank, processes
 
 

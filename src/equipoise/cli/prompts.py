@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from equipoise.bundled.texts import KINDS, excerpts
-from equipoise.engine.spec import Prompt
 from equipoise.errors import ConfigError
+from equipoise.job.spec import Prompt
 
 PROMPT_BYTES = 192
 PROMPTS_PER_HELD_OUT = 4

@@ -17,13 +17,13 @@ import typer
 
 from equipoise.cli.config import list_options
 from equipoise.config_sources import add_flag, parse_flags, resolve_config
-from equipoise.engine.spec import DType, JobSpec
 from equipoise.errors import ConfigError
+from equipoise.job.spec import DType, JobSpec
 
 if TYPE_CHECKING:
     from equipoise.config import EPLBConfig
-    from equipoise.engine.records import Record
-    from equipoise.engine.spec import Prompt
+    from equipoise.job.records import Record
+    from equipoise.job.spec import Prompt
     from equipoise.launch.failure import Failure
     from equipoise.launch.torchrun import TorchrunRank
     from equipoise.report.summary import JobSummary

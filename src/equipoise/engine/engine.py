@@ -16,7 +16,7 @@ from torch import Tensor
 
 from equipoise.balancer import EplbState, RebalanceOutcome
 from equipoise.engine.cache import RowCache
-from equipoise.engine.ledger import MIXED, NO_KIND, StepFigures
+from equipoise.engine.figures import MIXED, NO_KIND, StepFigures
 from equipoise.errors import ModelError
 from equipoise.models.experts import ExpertParallelModel
 

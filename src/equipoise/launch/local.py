@@ -29,8 +29,8 @@ from equipoise.launch.failure import (
 )
 from equipoise.launch.seats import Seat, Spec
 
-ENGINE_JOB = "equipoise.engine.job:run_job"
-PRELOADED = ("equipoise.launch.rank_process", "equipoise.engine.job")
+ENGINE_JOB = "equipoise.job.job:run_job"
+PRELOADED = ("equipoise.launch.rank_process", "equipoise.job.job")
 
 GRACE_S = 1.5
 """After a first failure, how long to listen for the one that it follows from."""

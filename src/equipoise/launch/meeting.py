@@ -20,8 +20,8 @@ from torch.distributed import rendezvous  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
 from equipoise.comm.exchange import name_ranks
-from equipoise.engine.spec import JobSpec
 from equipoise.errors import MembershipError
+from equipoise.job.spec import JobSpec
 
 LEAVE_S = 3.0
 """How long a rank that ends waits for the one that says why."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from equipoise.engine.records import Emit
-from equipoise.engine.spec import JobSpec
 from equipoise.errors import ConfigError, EquipoiseError
+from equipoise.job.records import Emit
+from equipoise.job.spec import JobSpec
 from equipoise.launch.failure import Cause, Failure, describe_error
 from equipoise.launch.local import ENGINE_JOB, GRACE_S
 from equipoise.launch.seats import assign_seat

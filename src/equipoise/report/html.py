@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from equipoise.engine.records import Pass
+from equipoise.job.records import Pass
 from equipoise.report.heat_map import HeatMap, draw_heat_map
 from equipoise.report.page import (
     WIDTH,

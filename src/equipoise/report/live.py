@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from equipoise.engine.records import JobRecord, RebalanceRecord, Record
+from equipoise.job.records import JobRecord, RebalanceRecord, Record
 from equipoise.placement import measure_balancedness
 from equipoise.report.closing import render_closing
 from equipoise.report.plain import describe_job

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from equipoise.engine.records import (
+from equipoise.job.records import (
     JobRecord,
     LoadRecord,
     PhaseRecord,

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from equipoise.engine.records import RebalanceRecord, ResultRecord
+from equipoise.job.records import RebalanceRecord, ResultRecord
 from equipoise.report.summary import JobSummary, write_sentence
 from equipoise.report.tally import BeforeAfter
 from equipoise.report.wording import name_model

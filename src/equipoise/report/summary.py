@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from equipoise.engine.records import (
+from equipoise.job.records import (
     CheckRecord,
     JobRecord,
     LoadRecord,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from equipoise.bundled import model_directory
-from equipoise.engine.records import LoadRecord, RebalanceRecord
+from equipoise.job.records import LoadRecord, RebalanceRecord
 
 PHASES = {
     "off": "serving, balancing off",

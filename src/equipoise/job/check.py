@@ -14,7 +14,7 @@ from torch import Tensor
 
 from equipoise.comm.groups import RankGroup
 from equipoise.engine.engine import Request
-from equipoise.engine.records import CheckRecord, Divergence
+from equipoise.job.records import CheckRecord, Divergence
 
 
 @dataclass(frozen=True)

@@ -6,46 +6,17 @@ Axis letters: L layers, E experts, P slots, R ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from equipoise.comm.groups import RankGroup
-from equipoise.engine.records import Pass, StepRecord
+from equipoise.engine.figures import MIXED, NO_KIND, StepFigures
+from equipoise.job.records import Pass, StepRecord
 from equipoise.placement import Placement
 from equipoise.topology import IntArray
 
-NO_KIND = -1
-"""Kind of a step in which a rank, or every rank, has nothing running."""
-MIXED = -2
-"""Kind of a step in which several kinds of text are running."""
-
 _NUM_SCALARS = 5
-
-
-@dataclass(frozen=True)
-class StepFigures:
-    """One step of one rank.
-
-    Attributes:
-        placement: the one that the step ran on.
-        slot_count: [L, P] int64 on the device, this rank's tokens by the slot they were sent to.
-        num_tokens: this rank's, without padding.
-        num_new_tokens: generated.
-        kind: index of the kind of text that runs, NO_KIND or MIXED.
-        expert_cpu_s: CPU seconds of this rank's experts.
-        step_s: wall seconds, balancing included.
-    """
-
-    placement: Placement
-    slot_count: Tensor
-    num_tokens: int
-    num_new_tokens: int
-    kind: int
-    expert_cpu_s: float
-    step_s: float
 
 
 def merge_steps(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from equipoise.engine.spec import Prompt
 from equipoise.errors import ConfigError
+from equipoise.job.spec import Prompt
 
 
 def list_kinds(*groups: Sequence[Prompt]) -> tuple[str, ...]:

@@ -15,11 +15,13 @@ from equipoise.comm.groups import RankGroup
 from equipoise.dispatch import create_dispatcher
 from equipoise.dispatch.base import TokenDispatcher
 from equipoise.dispatch.maps import PlacementMaps
-from equipoise.engine.check import check_outputs
 from equipoise.engine.engine import Engine, EngineLimits, Request
-from equipoise.engine.ledger import StepFigures, merge_steps
-from equipoise.engine.loss import Scores, Text, score_in_lockstep, score_plain
-from equipoise.engine.records import (
+from equipoise.engine.figures import StepFigures
+from equipoise.errors import ConfigError
+from equipoise.job.check import check_outputs
+from equipoise.job.ledger import merge_steps
+from equipoise.job.loss import Scores, Text, score_in_lockstep, score_plain
+from equipoise.job.records import (
     CheckRecord,
     Emit,
     JobRecord,
@@ -32,9 +34,8 @@ from equipoise.engine.records import (
     ResultRecord,
     StepRecord,
 )
-from equipoise.engine.spec import JobSpec
-from equipoise.engine.texts import encode_all, list_kinds
-from equipoise.errors import ConfigError
+from equipoise.job.spec import JobSpec
+from equipoise.job.texts import encode_all, list_kinds
 from equipoise.load.recorder import LoadRecorder
 from equipoise.models.checkpoint import Checkpoint
 from equipoise.models.experts import ExpertParallelModel, SetPlan
