@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 
 import numpy as np
@@ -245,6 +246,28 @@ def test_what_cannot_be_is_refused_and_changes_nothing(world: World) -> None:
     bare = world.make(generation=1)
     with pytest.raises(TransferError, match="created with none"):
         bare.add_moves(ExpertMoves(**no_moves(room)))  # type: ignore[arg-type]
+
+
+@on_ranks(2)
+def test_what_is_held_lands_only_when_it_may(world: World) -> None:
+    communicator = world.make()
+    if not communicator.can_hold:
+        with pytest.raises(ValueError, match="cannot wait for what is to be filled"):
+            communicator.start(lambda: True)
+        return
+    other, answers = 1 - world.rank, [True, False]
+    landed = [world.zeros(100), world.zeros(100)]
+    for number, into in enumerate(landed):
+        communicator.add_send(world.noise(100, seed=number), other)
+        communicator.add_recv(into, other)
+        # The second may land once the first has been seen.
+        communicator.start(functools.partial(answers.__getitem__, number))
+    communicator.finish()
+    assert same_bytes(landed[0], world.noise(100, seed=0))
+    assert not landed[1].any()
+    answers[1] = True
+    communicator.finish()
+    assert same_bytes(landed[1], world.noise(100, seed=1))
 
 
 @on_ranks(1)

@@ -127,7 +127,9 @@ class BareReads:
             here = Spans.of([(self._landing.data_ptr() + offset, total)])
             offset += total
             local, there = align(here, remote)
-            yield self._agent.post_read(peer.name, local, there, peer.device_id, b"", ())
+            read = self._agent.prepare_read(peer.name, local, there, peer.device_id, b"", ())
+            self._agent.post(read)
+            yield read
 
     def _finish(self, reads: Sequence[Read]) -> None:
         deadline = time.monotonic() + _DEADLINE_S

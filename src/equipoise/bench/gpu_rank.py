@@ -19,7 +19,7 @@ from equipoise.comm.registry import create_eplb_communicator
 from equipoise.errors import CommunicatorUnavailable
 from equipoise.placement import Placement
 from equipoise.plan.transfer_plan import TransferPlan, make_plan
-from equipoise.transfer.budget import StagingBudget, choose_budget
+from equipoise.transfer.budget import StagingBudget, choose_budget, find_spare
 from equipoise.transfer.executor import rearrange_expert_weights_inplace
 from equipoise.transfer.staging import ChunkShare, measure_experts, share_plan
 
@@ -130,6 +130,9 @@ class _Course:
         received = count_received(self._plan, group.rank) * case.expert_bytes
         most = torch.tensor(received)
         group.all_reduce(most, "max")
+        spare = torch.tensor(find_spare(group.device))
+        group.all_reduce(spare, "min")
+        self._spare_bytes = int(spare)
         self._received_bytes, self._most_bytes = received, int(most)
 
     def run(self) -> Iterator[GpuSaid]:
@@ -253,7 +256,7 @@ class _Course:
             self._plan,
             self._sizes,
             self._staging_bytes(staging),
-            self._group,
+            self._spare_bytes,
             self._group.device,
         )
 

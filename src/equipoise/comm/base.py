@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -60,6 +60,10 @@ class ExpertMoves:
     recv_slot: IntArray | None = None
 
 
+MayLand = Callable[[], bool]
+"""Whether what an exchange fills is free to be filled; not asked again once it was."""
+
+
 class EplbCommunicator(ABC):
     """Moves tensors between the ranks of one group.
 
@@ -82,6 +86,9 @@ class EplbCommunicator(ABC):
     num_ahead: int = 0
     """Exchanges that travel beside the oldest one, once they were started; 0 where `finish` does it
     all."""
+
+    can_hold: bool = False
+    """Whether `start` takes `may_land`."""
 
     lands_in_place: bool = False
     """Whether received experts can land in slots, without a copy; never in one that is in use."""
@@ -142,12 +149,17 @@ class EplbCommunicator(ABC):
         self.finish()
 
     @abstractmethod
-    def start(self) -> None:
+    def start(self, may_land: MayLand | None = None) -> None:
         """Begin what was queued, and forget it; `finish` ends it.
 
         Meanwhile more may be queued and started, so that one exchange travels while another is
         dealt with. Sent tensors must not change, and received ones not be touched, before their
         `finish` has returned.
+
+        Args:
+            may_land: for a wire that `can_hold`: received tensors are in use still, and nothing is
+                written to them before it says yes. This thread asks it, within `start` and
+                `finish`, until it does; what precedes the first byte is done meanwhile.
         Collective: as `execute`, in the same order on every rank.
         Raises: as `execute`.
         """

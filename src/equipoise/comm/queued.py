@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from equipoise.comm.announcement import Announcement, Sizes
-from equipoise.comm.base import EplbCommunicator, ExpertMoves, ExpertWeights
+from equipoise.comm.base import EplbCommunicator, ExpertMoves, ExpertWeights, MayLand
 from equipoise.comm.byte_views import view_bytes, view_rows
 from equipoise.comm.exchange import PeerFailure, explain
 from equipoise.comm.parcels import (
@@ -84,6 +84,8 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
         if self._is_cuda:
             warm_up(self._device)
         self._num_exchanges = 0
+        # Of the exchange that begins.
+        self._may_land: MayLand | None = None
         self._under_way: deque[FlightT] = deque()
         # Set by another thread, looked at by the one that waits for peers; once and for all.
         self._interrupted = threading.Event()
@@ -124,11 +126,14 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
         for peer, landing in incoming:
             self._inbox.setdefault(peer, []).append(landing)
 
-    def start(self) -> None:  # noqa: D102 - see the base
+    def start(self, may_land: MayLand | None = None) -> None:  # noqa: D102 - see the base
         self._refuse_unless_open()
+        if may_land is not None and not self.can_hold:
+            raise ValueError(f"{self.name} cannot wait for what is to be filled: call it then")
         outbox, inbox = self._outbox, self._inbox
         self._outbox, self._inbox = {}, {}
         self._num_exchanges += 1
+        self._may_land = may_land
         try:
             self._under_way.append(self._begin(self._num_exchanges, outbox, inbox))
         except BaseException:

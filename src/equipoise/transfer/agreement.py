@@ -15,19 +15,26 @@ from equipoise.errors import TransferError
 _REFUSES, _READY = 0, 1
 
 
-def agree(group: RankGroup, facts: Mapping[str, str], problem: Exception | None) -> None:
+def agree(
+    group: RankGroup, facts: Mapping[str, str], problem: Exception | None, amount: int = 0
+) -> int:
     """Return when every rank has come with the same facts and no problem.
 
     Args:
         group: of all ranks concerned.
         facts: what must be equal, by a name that an error can use; the same names everywhere.
         problem: why this rank cannot begin, or None.
+        amount: a number of this rank's.
+    Returns:
+        The least amount of any rank.
     Collective: every rank of the group, also one with a problem.
     Raises: the problem; TransferError that names ranks which have one or differ from most, on
         every rank; MembershipError if one does not come.
     """
-    words = [_REFUSES if problem else _READY, *map(_digest, facts.values())]
-    told = [tuple(t.tolist()) for t in group.all_gather(torch.tensor(words, dtype=torch.int64))]
+    words = [amount, _REFUSES if problem else _READY, *map(_digest, facts.values())]
+    heard = [t.tolist() for t in group.all_gather(torch.tensor(words, dtype=torch.int64))]
+    least = min(theirs[0] for theirs in heard)
+    told = [tuple(theirs[1:]) for theirs in heard]
     if problem is not None:
         raise problem
     refusing = [rank for rank, theirs in enumerate(told) if theirs[0] == _REFUSES]
@@ -55,6 +62,7 @@ def agree(group: RankGroup, facts: Mapping[str, str], problem: Exception | None)
             rank=group.rank,
             peer=differing[0] if group.rank not in differing else reference,
         )
+    return least
 
 
 def _digest(text: str) -> int:

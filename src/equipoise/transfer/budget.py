@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from equipoise.comm.groups import RankGroup
 from equipoise.plan.transfer_plan import TransferPlan
 from equipoise.topology import IntArray
 
@@ -30,37 +29,44 @@ class StagingBudget:
     num_buffers: int
 
 
+def find_spare(device: torch.device) -> int:
+    """Bytes that staging may take of a device by default; 0 on the CPU, which is not asked.
+
+    An eighth of what is free, up to 6 GiB. Collective: none.
+    """
+    if device.type != "cuda":
+        return 0
+    # What torch holds and does not use is free too.
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    return min(free // _SHARE_OF_FREE, _MOST_BYTES)
+
+
 def choose_budget(
     plan: TransferPlan,
     expert_bytes: IntArray,
     staging_bytes: int | None,
-    group: RankGroup,
+    spare_bytes: int,
     device: torch.device,
 ) -> StagingBudget:
     """Share the staging memory out.
 
     On a GPU as many buffers as a layer fits into, up to `MOST_BUFFERS`; of what was given, or by
-    default of an eighth of what is free on the rank that has least, up to 6 GiB. On the CPU copies
-    take the time that the wire would, so there is one.
+    default of what is spare. On the CPU copies take the time that the wire would, so there is one.
 
     Args:
         plan: what moves.
         expert_bytes: [L] int64, bytes of one expert of each layer.
         staging_bytes: given bound, of all buffers.
-        group: of all ranks.
+        spare_bytes: of the rank that has least, as `find_spare` says.
         device: of the weights.
-    Collective: on CUDA every rank of the group.
-    Raises: MembershipError if a rank does not come.
+    Collective: none; the same on every rank.
     """
     if device.type != "cuda":
         return StagingBudget(staging_bytes, 1)
     largest = int(plan.staged_bytes(expert_bytes).max(initial=0))
     if staging_bytes is None:
-        # What torch holds and does not use is free too.
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.tensor((torch.cuda.mem_get_info(device)[0] + unused) // _SHARE_OF_FREE)
-        group.all_reduce(free, "min")
-        staging_bytes = max(largest, min(int(free), _MOST_BYTES))
+        staging_bytes = max(largest, spare_bytes)
     num_buffers = max(1, min(MOST_BUFFERS, staging_bytes // max(1, largest)))
     return StagingBudget(staging_bytes // num_buffers, num_buffers)
 

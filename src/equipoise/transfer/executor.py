@@ -21,11 +21,13 @@ from equipoise.placement import Placement
 from equipoise.plan.transfer_plan import TransferPlan, make_plan
 from equipoise.topology import IntArray
 from equipoise.transfer.agreement import agree
-from equipoise.transfer.budget import choose_budget, settle
+from equipoise.transfer.budget import choose_budget, find_spare, settle
 from equipoise.transfer.mover import ChunkMover, Verify
 from equipoise.transfer.pipeline import Pipeline
 from equipoise.transfer.profile import reserve_buffers
 from equipoise.transfer.staging import ChunkShare, measure_experts, share_plan
+
+_ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
@@ -117,20 +119,20 @@ def rearrange_expert_weights_inplace(
         problem = error
     facts["options"] = repr((staging_bytes, is_profile, verify))
     try:
-        agree(group, facts, problem)
+        spare_bytes = agree(group, facts, problem, find_spare(device))
         assert plan is not None, "without a plan there is a problem"
         rows = [[view_rows(tensor) for tensor in layer] for layer in expert_weights]
         if is_profile:
             reserve_buffers(rows, communicator, group, staging_bytes)
             return TransferStats(0, 0, 0, 0, 0, 0, time.perf_counter() - started)
         sizes = measure_experts(rows)
-        budget = choose_budget(plan, sizes, staging_bytes, group, device)
+        budget = choose_budget(plan, sizes, staging_bytes, spare_bytes, device)
         in_place = communicator.lands_in_place
         shares = share_plan(plan, group.rank, sizes, budget.buffer_bytes, in_place=in_place)
         if shares:
-            buffers = _make_buffers(shares, budget.num_buffers, device)
+            staging = _make_staging(shares, budget.num_buffers, device)
             mover = ChunkMover(plan, rows, communicator, group, WeightTable(rows))
-            _move_all(mover, shares, buffers, verify, on_commit)
+            _move_all(mover, shares, staging, verify, on_commit)
     except MembershipError as error:
         raise TransferError(str(error), rank=error.rank, peer=error.peer) from error
     return _sum_up(plan, rows, group.rank, len(shares), time.perf_counter() - started)
@@ -139,12 +141,12 @@ def rearrange_expert_weights_inplace(
 def _move_all(
     mover: ChunkMover,
     shares: Sequence[ChunkShare],
-    buffers: Sequence[Tensor],
+    staging: Tensor,
     verify: Verify,
     on_commit: Callable[[IntArray], None] | None,
 ) -> None:
     """Move chunk after chunk; where there is room, some travel while one is committed."""
-    pipeline = Pipeline(mover, shares, buffers)
+    pipeline = Pipeline(mover, shares, staging)
     patience_s = max(find_busy_s(share, mover.group) for share in shares)
     with pipeline.open(patience_s):
         for number, share in enumerate(shares):
@@ -165,12 +167,10 @@ def _move_all(
                 )
 
 
-def _make_buffers(
-    shares: Sequence[ChunkShare], num_buffers: int, device: torch.device
-) -> list[Tensor]:
-    most = max(share.num_bytes for share in shares)
-    count = min(num_buffers, len(shares))
-    return [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(count)]
+def _make_staging(shares: Sequence[ChunkShare], num_buffers: int, device: torch.device) -> Tensor:
+    """[buffers, bytes] uint8, each aligned."""
+    most = -(-max(share.num_bytes for share in shares) // _ALIGNMENT) * _ALIGNMENT
+    return torch.empty(min(num_buffers, len(shares)), most, dtype=torch.uint8, device=device)
 
 
 def _compare(

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from equipoise.comm.base import EplbCommunicator, ExpertMoves
+from equipoise.comm.base import EplbCommunicator, ExpertMoves, MayLand
 from equipoise.comm.groups import RankGroup
 from equipoise.comm.parcels import WeightTable
 from equipoise.comm.span_copies import SpanCopies
@@ -57,12 +57,13 @@ class ChunkMover:
         self.start(share, staging)
         self.communicator.finish()
 
-    def start(self, share: ChunkShare, staging: Tensor) -> None:
+    def start(self, share: ChunkShare, staging: Tensor, may_land: MayLand | None = None) -> None:
         """Begin to `stage`; that is done when the communicator has finished, and the stream too.
 
         Args:
             share: this rank's.
-            staging: as for `stage`.
+            staging: as for `stage`; or still read, until `may_land` says that it is not.
+            may_land: as for `EplbCommunicator.start`.
         Collective: as `EplbCommunicator.start`.
         Raises: as `EplbCommunicator.start`.
         """
@@ -78,12 +79,24 @@ class ChunkMover:
                 recv_slot=share.received_into if (share.received_into >= 0).any() else None,
             )
         )
-        self.communicator.start()
-        # Behind the start, which waits for what stands on the stream.
         own = np.flatnonzero(share.staged.source == self.group.rank)
-        if own.size:
-            slots = plan.src_slot[share.staged.row[own]] % slots_per_rank
-            self._pair_up(share, own, slots, staging).run()
+        slots = plan.src_slot[share.staged.row[own]] % slots_per_rank
+        copies = self._pair_up(share, own, slots, staging) if own.size else None
+        if may_land is None:
+            self.communicator.start()
+            # Behind the start, which waits for what stands on the stream.
+            if copies is not None:
+                copies.run()
+            return
+
+        def land() -> bool:
+            if not may_land():
+                return False
+            if copies is not None:
+                copies.run()
+            return True
+
+        self.communicator.start(land)
 
     def verify(self, share: ChunkShare, staging: Tensor, verify: Verify) -> TransferError | None:
         """Compare checksums of received experts with their sources'.

@@ -6,7 +6,8 @@ import contextlib
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,11 +28,14 @@ class _Received:
     """
 
     copies: SpanCopies
-    staged: torch.cuda.Event | None
+    staged: torch.cuda.Event | None = None
 
 
 class Pipeline:
     """Stages chunk after chunk on a thread of its own, as early as there is a buffer for them.
+
+    On a GPU, where the wire can hold what has come so far, a chunk is started before its buffer is
+    free: all that precedes its bytes is done beside those of the chunk before it.
 
     Two threads: this one, the transfer's, alone uses the communicator; the caller's asks for
     received chunks in order, agrees on them with the other ranks, and fills slots. What goes from
@@ -42,17 +46,18 @@ class Pipeline:
     Args:
         mover: of the plan.
         shares: this rank's, of all chunks in order.
-        buffers: each large enough for every chunk; used in turns.
+        staging: [buffers, bytes] uint8, each large enough for every chunk; used in turns.
     """
 
-    def __init__(
-        self, mover: ChunkMover, shares: Sequence[ChunkShare], buffers: Sequence[Tensor]
-    ) -> None:
+    def __init__(self, mover: ChunkMover, shares: Sequence[ChunkShare], staging: Tensor) -> None:
         self._mover = mover
         self._shares = shares
-        self._buffers = buffers
-        self._device = buffers[0].device
-        self._num_ahead = min(mover.communicator.num_ahead, len(buffers) - 1)
+        self._staging = staging
+        self._buffers = buffers = staging.unbind()
+        self._device = staging.device
+        wire = mover.communicator
+        self._holds = wire.can_hold and self._device.type == "cuda"
+        self._num_ahead = wire.num_ahead if self._holds else min(wire.num_ahead, len(buffers) - 1)
         self._received: queue.SimpleQueue[_Received | Exception] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._num_filled = 0
@@ -70,9 +75,7 @@ class Pipeline:
         Raises: TransferError if it does not end.
         """
         self._patience_s = patience_s
-        with contextlib.ExitStack() as stack:
-            for buffer in self._buffers:
-                stack.enter_context(self._mover.communicator.register(buffer))
+        with self._mover.communicator.register(self._staging):
             self._thread.start()
             try:
                 yield
@@ -121,7 +124,7 @@ class Pipeline:
             with self._own_stream():
                 started: list[_Received] = []
                 for number in range(len(self._shares)):
-                    if not self._await_buffer(number):
+                    if not self._holds and not self._await_buffer(number):
                         return
                     started.append(self._start(number))
                     if len(started) > self._num_ahead:
@@ -146,16 +149,23 @@ class Pipeline:
             event.synchronize()
         return True
 
+    def _is_free(self, number: int) -> bool:
+        """Whether a chunk's buffer is free, now."""
+        with self._changed:
+            if self._num_filled < number + 1 - len(self._buffers):
+                return False
+            event = self._freed[number % len(self._buffers)]
+        return event is None or event.query()
+
     def _start(self, number: int) -> _Received:
         share, buffer = self._shares[number], self.find_buffer(number)
-        self._mover.start(share, buffer)
-        copies = self._mover.prepare(share, buffer)
-        if self._device.type != "cuda":
-            return _Received(copies, None)
-        return _Received(copies, torch.cuda.current_stream(self._device).record_event())
+        self._mover.start(share, buffer, partial(self._is_free, number) if self._holds else None)
+        return _Received(self._mover.prepare(share, buffer))
 
     def _finish(self, oldest: _Received) -> None:
         self._mover.communicator.finish()
+        if self._device.type == "cuda":
+            oldest = replace(oldest, staged=torch.cuda.current_stream(self._device).record_event())
         self._received.put(oldest)
 
     def _stop(self) -> None:

@@ -77,7 +77,7 @@ class Registration:
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """A READ under way.
+    """A READ that is ready, or under way.
 
     Attributes:
         handle: NIXL's.
@@ -121,6 +121,7 @@ class Agent:
             ) from error
         self._registrations: set[Registration] = set()
         self._reads: set[Read] = set()
+        self._posted: set[Read] = set()
         self._peers: set[str] = set()
         self._is_quarantined = False
 
@@ -174,7 +175,7 @@ class Agent:
         taken: dict[str, list[bytes]] = self._agent.getNotifs({})
         return taken
 
-    def post_read(
+    def prepare_read(
         self,
         name: str,
         local: Spans,
@@ -183,7 +184,7 @@ class Agent:
         message: bytes,
         buffers: tuple[object, ...],
     ) -> Read:
-        """Begin to fill local memory from a peer's.
+        """Make ready to fill local memory from a peer's; nothing is written before `post`.
 
         Args:
             name: the peer.
@@ -198,12 +199,22 @@ class Agent:
         there = self._nixl.nixlXferDList(self._memory, self._describe(remote, remote_device_id))
         try:
             handle = self._agent.createXferReq(self._nixl.NIXL_READ, here, there, name, message)
-            read = Read(handle, buffers)
-            self._reads.add(read)
-            self._agent.postXferReq(handle)
         except self._errors as error:
             raise self._explain(error) from error
+        read = Read(handle, buffers)
+        self._reads.add(read)
         return read
+
+    def post(self, read: Read) -> None:
+        """Begin a READ that is ready.
+
+        Raises: WireError if the peer is gone.
+        """
+        self._posted.add(read)
+        try:
+            self._agent.postXferReq(read.handle)
+        except self._errors as error:
+            raise self._explain(error) from error
 
     def is_complete(self, read: Read) -> bool:
         """Whether all has arrived. Raises: WireError if it never will."""
@@ -217,13 +228,14 @@ class Agent:
 
     @property
     def has_reads(self) -> bool:
-        """Whether there are READs that were not released."""
-        return bool(self._reads)
+        """Whether there are READs that were posted and not released."""
+        return bool(self._posted)
 
     def release(self, read: Read) -> None:
         """Forget a READ that is complete."""
         self._agent.releaseXferReq(read.handle)
         self._reads.remove(read)
+        self._posted.discard(read)
 
     def release_ended(self) -> None:
         """Forget all READs that have ended, well or not."""
@@ -240,7 +252,7 @@ class Agent:
         """
         if not self._is_quarantined:
             self._is_quarantined = True
-            logger.warning("%d NIXL READs have not ended: their memory is kept", len(self._reads))
+            logger.warning("%d NIXL READs have not ended: their memory is kept", len(self._posted))
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
 
     def close(self) -> None:
@@ -251,7 +263,7 @@ class Agent:
         if self._agent is None:
             return
         self.release_ended()
-        if self._reads:
+        if self._posted:
             self.quarantine()
             return
         for name in list(self._peers):
@@ -262,6 +274,8 @@ class Agent:
         self._agent = None
 
     def _has_ended(self, read: Read) -> bool:
+        if read not in self._posted:
+            return True
         try:
             return self.is_complete(read)
         except WireError:

@@ -87,6 +87,7 @@ class NixlEplbCommunicator(QueuedCommunicator[_Flight]):
     name: ClassVar[str] = "nixl"
     needs_profile_buffer_reservation = False
     num_ahead = 1
+    can_hold = True
     lands_in_place = True
 
     def __init__(
@@ -211,6 +212,7 @@ class NixlEplbCommunicator(QueuedCommunicator[_Flight]):
             wire.remotes,
             self._settle,
             pairs,
+            self._may_land,
         )
         flight = _Flight(exchange, landing)
         self._advance([*self._under_way, flight])

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from equipoise.comm.announcement import Announcement, find_mismatch
-from equipoise.comm.exchange import PeerFailure
+from equipoise.comm.base import MayLand
+from equipoise.comm.exchange import PeerFailure, deadline_in
 from equipoise.comm.nixl.agent import Agent, Read, WireError
 from equipoise.comm.nixl.messages import Done, Failed, Message, Offer, Ping, decode, encode
 from equipoise.comm.nixl.pool import PlannedOffer, SendPool
@@ -85,7 +86,8 @@ class Pair:
         num_heard: offers taken.
         heard_last: no more will come.
         num_landing: bytes for which READs were posted.
-        reads: not yet complete.
+        held: READs that are ready, and wait for what they fill.
+        reads: posted, and not yet complete.
         pinged: when it was last told anything.
         refusal: why it cannot go on, in words for both sides.
         failure: how it was lost.
@@ -105,6 +107,7 @@ class Pair:
     num_heard: int = 0
     heard_last: bool = False
     num_landing: int = 0
+    held: list[Read] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
     pinged: float = 0.0
     refusal: str | None = None
@@ -118,7 +121,7 @@ class Pair:
     @property
     def is_over(self) -> bool:
         """Whether nothing more is waited for."""
-        under_way = self.offers or self.unread or self.reads or not self.heard_last
+        under_way = self.offers or self.unread or self.held or self.reads or not self.heard_last
         return self.has_failed or not under_way
 
 
@@ -135,6 +138,7 @@ class NixlExchange:
         remotes: by rank.
         settle: waits on the host for what was enqueued on the stream.
         pairs: with each peer.
+        may_land: READs are posted once it says yes; None if they may be at once.
     """
 
     def __init__(
@@ -148,6 +152,7 @@ class NixlExchange:
         remotes: Mapping[int, Remote],
         settle: Callable[[], None],
         pairs: Sequence[Pair],
+        may_land: MayLand | None = None,
     ) -> None:
         self._rank = rank
         self._timeout_s = timeout_s
@@ -156,6 +161,7 @@ class NixlExchange:
         self._pool = pool
         self._remotes = remotes
         self._settle = settle
+        self._may_land = may_land
         self.number = number
         self.pairs = pairs
         staging = sum(any(offer.staged_bytes for offer in pair.offers) for pair in pairs)
@@ -172,6 +178,11 @@ class NixlExchange:
         What has come must have been collected. Exchanges of one communicator are advanced in the
         order of their numbers, since the mailbox drops what is older.
         """
+        if self._may_land is not None and self._may_land():
+            self._may_land = None
+            # The time until now was not the peers' to use.
+            for pair in self.pairs:
+                pair.deadline = deadline_in(pair.allowed_s)
         moved = [self._advance(pair) for pair in self.pairs if not pair.is_over]
         return any(moved)
 
@@ -198,14 +209,17 @@ class NixlExchange:
         while not pair.has_failed and self._offer_next(pair):
             moved = True
         while not pair.has_failed and pair.num_heard in pair.early:
-            self._begin_read(pair, pair.early.pop(pair.num_heard))
+            self._prepare_read(pair, pair.early.pop(pair.num_heard))
+        while pair.held and self._may_land is None and not pair.has_failed:
+            moved = True
+            self._post(pair, pair.held.pop(0))
         for read in list(pair.reads):
             if not pair.has_failed and self._end_read(pair, read):
                 moved = True
         now = time.monotonic()
         if pair.is_over or moved:
             return moved
-        if now >= pair.deadline:
+        if now >= pair.deadline and self._may_land is None:
             late = TimeoutError(f"nothing from rank {pair.peer}")
             pair.failure = PeerFailure(late=True, error=late)
             reason = f"rank {self._rank} gave up after {pair.allowed_s:.1f} s"
@@ -263,7 +277,7 @@ class NixlExchange:
         self.tell(pair, offer)
         return True
 
-    def _begin_read(self, pair: Pair, offer: Offer) -> None:
+    def _prepare_read(self, pair: Pair, offer: Offer) -> None:
         pair.num_heard += 1
         pair.heard_last = offer.is_last
         start, stop = pair.num_landing, pair.num_landing + offer.spans.total_bytes
@@ -279,13 +293,20 @@ class NixlExchange:
         peer = self._remotes[pair.peer]
         message = encode(peer.token, Done(self.number, offer.sequence))
         try:
-            read = self._agent.post_read(
+            read = self._agent.prepare_read(
                 peer.name, local, remote, peer.device_id, message, pair.buffers
             )
         except WireError as error:
             self._take_failure(pair, error)
         else:
-            pair.reads.append(read)
+            pair.held.append(read)
+
+    def _post(self, pair: Pair, read: Read) -> None:
+        pair.reads.append(read)
+        try:
+            self._agent.post(read)
+        except WireError as error:
+            self._take_failure(pair, error)
 
     def _end_read(self, pair: Pair, read: Read) -> bool:
         try:
