@@ -49,21 +49,60 @@ class _Routing:
     expert_cpu_s: float = 0.0
 
 
+@dataclass
+class Binding:
+    """What the layers of a set work with. Owner: the forward thread.
+
+    One for as long as the model lives: a switch to another generation changes it in one place.
+
+    Attributes:
+        maps: which slot holds which expert.
+        dispatcher: sends tokens to slots.
+        recorder: counts this rank's tokens by slot.
+        weights: per layer the tensors that its module holds.
+    """
+
+    maps: PlacementMaps
+    dispatcher: TokenDispatcher
+    recorder: LoadRecorder
+    weights: list[list[Tensor]]
+
+
 @dataclass(frozen=True)
 class ExpertSet:
     """MoE layers that have as many experts as each other; most models have one such set.
+
+    Of one generation; those of several share layers and binding, and the weights where they have as
+    many slots per rank.
 
     Attributes:
         layers: as the model has them; layer l is row l of the placement.
         weights: per layer the tensors [S, ...] of this rank's slots, contiguous.
         maps: which slot holds which expert; changed in place by whoever balances.
+        dispatcher: sends tokens to slots.
         recorder: counts this rank's tokens by the slot they are sent to.
+        binding: what the layers work with at present.
     """
 
     layers: tuple[ExpertLayer, ...]
     weights: list[list[Tensor]]
     maps: PlacementMaps
+    dispatcher: TokenDispatcher
     recorder: LoadRecorder
+    binding: Binding
+
+    def bind(self) -> None:
+        """Have the layers work with this set from their next call on.
+
+        Collective: none; every rank of a generation at the same step.
+        """
+        for layer, mine, held in zip(self.layers, self.weights, self.binding.weights, strict=True):
+            if mine is not held:
+                _hold(layer, mine)
+        self.binding.maps = self.maps
+        self.binding.dispatcher = self.dispatcher
+        self.binding.recorder = self.recorder
+        self.binding.weights = self.weights
 
 
 @dataclass(frozen=True)
@@ -104,6 +143,20 @@ class ExpertParallelModel:
         0.0 on a GPU: there the thread only launches kernels, and its time says nothing of theirs.
         """
         return self._routing.expert_cpu_s
+
+    def succeed(self, sets: Sequence[ExpertSet]) -> ExpertParallelModel:
+        """The same model in another generation; nothing changes until that is bound.
+
+        Args:
+            sets: of this model's layers, with its bindings.
+        Collective: none.
+        """
+        return ExpertParallelModel(self.model, tuple(sets), self._routing)
+
+    def bind(self) -> None:
+        """Have the model work with these sets from its next call on; as `ExpertSet.bind`."""
+        for one in self.sets:
+            one.bind()
 
     @contextmanager
     def route(self, valid: Tensor | None, first_position: int) -> Iterator[Any]:
@@ -182,7 +235,7 @@ def make_expert_parallel(
 
 
 def take_over(
-    model: nn.Module, plans: Sequence[SetPlan], rank: int, reader: ExpertReader
+    model: nn.Module, plans: Sequence[SetPlan], rank: int, reader: ExpertReader | None
 ) -> ExpertParallelModel:
     """Turn all experts of a model into slots; what else it has stays where it is.
 
@@ -190,7 +243,8 @@ def take_over(
         model: on any device, meta included.
         plans: of all its sets of layers.
         rank: this rank's number in the placements.
-        reader: gives the experts of the slots; each is asked for once per layer.
+        reader: gives the experts of the slots; each is asked for once per layer. None leaves zeros
+            for the caller to fill.
     Collective: none; every rank does it before the first call of the model.
     Raises: ModelError if a placement is not of a set's layers or experts, or what `reader` raises.
     """
@@ -199,13 +253,17 @@ def take_over(
     routing = _Routing()
     sets = []
     for plan in plans:
-        weights = []
+        weights: list[list[Tensor]] = []
+        binding = Binding(plan.maps, plan.dispatcher, plan.recorder, weights)
         for row, layer in enumerate(plan.layers):
             weights.append(_keep_slots(layer, row, plan.maps, rank, reader))
             for module in (layer.module, *layer.copies):
-                forward = _make_forward(module, row, plan, routing)
-                module.forward = forward
-        sets.append(ExpertSet(tuple(plan.layers), weights, plan.maps, plan.recorder))
+                module.forward = _make_forward(module, layer.name, row, binding, routing)
+        sets.append(
+            ExpertSet(
+                tuple(plan.layers), weights, plan.maps, plan.dispatcher, plan.recorder, binding
+            )
+        )
     return ExpertParallelModel(model, tuple(sets), routing)
 
 
@@ -243,20 +301,39 @@ def _check_shape(plan: SetPlan) -> None:
 
 
 def _keep_slots(
-    layer: ExpertLayer, row: int, maps: PlacementMaps, rank: int, reader: ExpertReader
+    layer: ExpertLayer, row: int, maps: PlacementMaps, rank: int, reader: ExpertReader | None
 ) -> list[Tensor]:
     """Replace [E, ...] tensors by [S, ...] ones that hold this rank's experts."""
     num_slots = maps.placement.topology.slots_per_rank
     held = maps.placement.slot_to_expert[row, rank * num_slots : (rank + 1) * num_slots].tolist()
-    device = maps.slot_to_expert.device
-    weights = [
+    weights = allocate_slots(layer, num_slots, maps.slot_to_expert.device)
+    if reader is not None:
+        for expert in sorted({expert for expert in held if expert >= 0}):
+            tensors = reader.read_expert(layer, expert)
+            for slot in (slot for slot, other in enumerate(held) if other == expert):
+                for slots, tensor in zip(weights, tensors, strict=True):
+                    slots[slot].copy_(tensor)
+    # Layer by layer, so that the experts of a whole model go as the slots come.
+    _hold(layer, weights)
+    return weights
+
+
+def allocate_slots(layer: ExpertLayer, num_slots: int, device: torch.device) -> list[Tensor]:
+    """Memory for a layer's slots: its tensors [S, ...], of zeros.
+
+    Args:
+        layer: whose tensors say the shape of an expert, and the dtype.
+        num_slots: S.
+        device: where they go.
+    Collective: none.
+    """
+    return [
         _allocate_slots(getattr(layer.module, name), num_slots, device) for name in layer.tensors
     ]
-    for expert in sorted({expert for expert in held if expert >= 0}):
-        tensors = reader.read_expert(layer, expert)
-        for slot in (slot for slot, other in enumerate(held) if other == expert):
-            for slots, tensor in zip(weights, tensors, strict=True):
-                slots[slot].copy_(tensor)
+
+
+def _hold(layer: ExpertLayer, weights: list[Tensor]) -> None:
+    """Have a layer compute with these tensors [S, ...]."""
     for name, slots in zip(layer.tensors, weights, strict=True):
         is_buffer = name in layer.module._buffers
         held_by_model: Any = slots if is_buffer else nn.Parameter(slots, requires_grad=False)
@@ -265,8 +342,7 @@ def _keep_slots(
         for module in (layer.module, *layer.copies):
             setattr(module, name, held_by_model)
     for module in (layer.module, *layer.copies):
-        module.num_experts = num_slots  # type: ignore[assignment]
-    return weights
+        module.num_experts = weights[0].shape[0]  # type: ignore[assignment]
 
 
 def _allocate_slots(like: Tensor, num_slots: int, device: torch.device) -> Tensor:
@@ -277,10 +353,9 @@ def _allocate_slots(like: Tensor, num_slots: int, device: torch.device) -> Tenso
 
 
 def _make_forward(
-    experts: nn.Module, row: int, plan: SetPlan, routing: _Routing
+    experts: nn.Module, name: str, row: int, binding: Binding, routing: _Routing
 ) -> Callable[..., Tensor]:
-    maps, dispatcher, recorder = plan.maps, plan.dispatcher, plan.recorder
-    on_cpu = maps.slot_to_expert.device.type == "cpu"
+    on_cpu = binding.maps.slot_to_expert.device.type == "cpu"
     # The class's own forward: it looks up the implementation that the model is configured for.
     computation: Callable[..., Tensor] = type(experts).forward
     _, *names = inspect.signature(computation).parameters
@@ -301,9 +376,11 @@ def _make_forward(
         valid_T = routing.valid
         if valid_T is not None and valid_T.shape[0] != hidden_TD.shape[0]:
             raise ModelError(
-                f"{plan.layers[row].name} is given {hidden_TD.shape[0]} tokens, but `valid` speaks "
+                f"{name} is given {hidden_TD.shape[0]} tokens, but `valid` speaks "
                 f"of {valid_T.shape[0]}: it must say of each token of the batch whether it is one"
             )
+        # Looked up at each call: generations change between two of them.
+        maps, dispatcher, recorder = binding.maps, binding.dispatcher, binding.recorder
         slot_TK = choose_slots(maps, row, expert_TK.long(), routing.first_position, valid_T)
         recorder.record(row, slot_TK)
         dispatched = dispatcher.dispatch(hidden_TD, slot_TK)
