@@ -1,7 +1,7 @@
 """Tokens by all_to_all_single, over NCCL or gloo.
 
-Axis letters: T tokens of this rank, K slots per token, M rows sent, N rows received, P slots of
-all ranks, R ranks, D hidden.
+Axis letters: T tokens of this rank, K slots per token, R ranks, M token rows (sent or received, each
+for one rank), N outputs (one for each slot of a token), D hidden, B bytes of a row that travels.
 """
 
 from __future__ import annotations
@@ -18,27 +18,32 @@ from equipoise.dispatch.routes import sum_by_weight
 from equipoise.errors import TransferError
 from equipoise.topology import Topology
 
+_ALIGNMENT = 16
+_SLOT_BYTES = 4
+
 
 @dataclass(frozen=True)
 class _Handle:
     """The way home.
 
     Attributes:
-        row_M: [M] int64, t * K + k of each row sent, ordered by slot.
-        sent: rows sent to each rank.
-        received: rows received from each rank.
+        pair_N: [N] int64, t * K + k of each output that comes home, by rank, then by token, then k.
+        sent: outputs sent to each rank.
+        received: outputs received from each rank.
     """
 
-    row_M: Tensor
+    pair_N: Tensor
     sent: list[int]
     received: list[int]
 
 
 class AllToAllDispatcher(TokenDispatcher):
-    """One row per token and slot, ordered by slot, so that counts alone tell who gets what.
+    """A token travels once to each rank that has slots of it; each slot's output travels home.
 
-    A dispatch exchanges each slot's row count, then the rows; a combine exchanges rows. Over gloo,
-    tensors of a GPU travel through pinned memory. After an error only `close` is of use.
+    A dispatch exchanges two counts per pair of ranks, then the rows, each with the slots it is for;
+    a combine exchanges outputs. Outputs are summed at home alone, all K at once, so the sum does
+    not depend on where experts are. Over gloo, tensors of a GPU travel through pinned memory.
+    After an error only `close` is of use.
 
     Args:
         group: the ranks that exchange tokens.
@@ -51,40 +56,48 @@ class AllToAllDispatcher(TokenDispatcher):
         self._group = group
         self._topology = topology
         self._staged = group.device.type == "cuda" and group.device_group is group.cpu_group
+        self._first_slot_R11 = (
+            torch.arange(topology.num_ranks, device=group.device) * topology.slots_per_rank
+        )[:, None, None]
 
     def dispatch(self, hidden_TD: Tensor, slot_TK: Tensor) -> Dispatched:
-        """As the contract says; rows come ordered by source rank, then by slot."""
+        """As the contract says; rows come ordered by source rank, then by token, then by k."""
         num_ranks, slots_per_rank = self._topology.num_ranks, self._topology.slots_per_rank
-        slot_TK1 = slot_TK.reshape(-1) + 1
-        count_P1 = slot_TK1.new_zeros(self._topology.num_slots + 1)
-        count_P1.index_add_(0, slot_TK1, torch.ones_like(slot_TK1))
-        sent_P = count_P1[1:]
-        received_P = torch.empty_like(sent_P)
-        even = [slots_per_rank] * num_ranks
-        self._exchange(received_P, sent_P, even, even)
+        num_tokens, top_k = slot_TK.shape
+        local_RTK = slot_TK - self._first_slot_R11
+        is_there_RTK = (local_RTK >= 0) & (local_RTK < slots_per_rank)
+        goes_RT = is_there_RTK.any(2)
+        count_R2 = torch.stack((goes_RT.sum(1), is_there_RTK.sum((1, 2))), dim=1)
+        counts = torch.stack((count_R2, torch.empty_like(count_R2)))
+        even = [1] * num_ranks
+        self._exchange(counts[1], counts[0], even, even)
         # The one wait for the device: splits are numbers of the host.
-        per_rank = torch.stack([sent_P, received_P]).view(2, num_ranks, slots_per_rank).sum(2)
-        sent, received = per_rank.tolist()
+        sent, received = counts.tolist()
+        rows_sent, outputs_received = zip(*sent, strict=True)
+        rows_received, outputs_sent = zip(*received, strict=True)
 
-        num_rows = slot_TK1.numel()
-        row_M = slot_TK1.argsort(stable=True)[num_rows - sum(sent) :]
-        hidden_MD = hidden_TD[row_M // slot_TK.shape[1]]
-        hidden_ND = self._exchange_rows(hidden_MD, sent, received)
-        slot_P = torch.arange(slots_per_rank, device=slot_TK.device).repeat(num_ranks)
-        slot_N = slot_P.repeat_interleave(received_P, output_size=sum(received))
-        return Dispatched(hidden_ND, slot_N, _Handle(row_M, sent, received))
+        going_M2 = goes_RT.nonzero_static(size=sum(rows_sent))
+        row_MB, hidden_bytes = _pack(hidden_TD, local_RTK.masked_fill(~is_there_RTK, -1), going_M2)
+        came_MB = row_MB.new_empty(sum(rows_received), row_MB.shape[1])
+        self._exchange(came_MB, row_MB, list(rows_received), list(rows_sent))
+        slot_MK = came_MB[:, _round_up(hidden_bytes) :].view(torch.int32)[:, :top_k]
+        row_N, choice_N = (slot_MK >= 0).nonzero_static(size=sum(outputs_sent)).unbind(1)
+        pair_N = is_there_RTK.view(num_ranks, num_tokens * top_k)
+        pair_N = pair_N.nonzero_static(size=sum(outputs_received))[:, 1]
+        return Dispatched(
+            received_MD=came_MB[:, :hidden_bytes].view(hidden_TD.dtype),
+            row_N=row_N,
+            slot_N=slot_MK[row_N, choice_N].long(),
+            handle=_Handle(pair_N, list(outputs_sent), list(outputs_received)),
+        )
 
     def combine(self, output_ND: Tensor, weight_TK: Tensor, dispatched: Dispatched) -> Tensor:
         """As the contract says."""
         handle: _Handle = dispatched.handle
-        output_MD = self._exchange_rows(output_ND, handle.received, handle.sent)
-        return sum_by_weight(output_MD, handle.row_M, weight_TK)
-
-    def _exchange_rows(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        """[rows sent, D] by destination -> [rows received, D] by source, any dtype, as bytes."""
-        into = rows.new_empty(sum(received), rows.shape[1])
-        self._exchange(into.view(torch.uint8), rows.contiguous().view(torch.uint8), received, sent)
-        return into
+        home_ND = output_ND.new_empty(sum(handle.received), output_ND.shape[1])
+        sent, into = output_ND.contiguous().view(torch.uint8), home_ND.view(torch.uint8)
+        self._exchange(into, sent, handle.received, handle.sent)
+        return sum_by_weight(home_ND, handle.pair_N, weight_TK)
 
     def _exchange(self, into: Tensor, rows: Tensor, received: list[int], sent: list[int]) -> None:
         if self._staged:
@@ -106,3 +119,29 @@ class AllToAllDispatcher(TokenDispatcher):
                 f"part within {timeout.total_seconds():.1f} s: {error}",
                 rank=self._group.rank,
             ) from error
+
+
+def _pack(hidden_TD: Tensor, slot_RTK: Tensor, going_M2: Tensor) -> tuple[Tensor, int]:
+    """Rows as they travel: hidden state, then the slots of its rank that it is for.
+
+    Args:
+        hidden_TD: [T, D].
+        slot_RTK: [R, T, K], local slots of each rank; -1 for a slot of another.
+        going_M2: [M, 2], rank and token of each row.
+    Returns:
+        [M, B] uint8, and how many of the B bytes are the hidden state's.
+    """
+    rank_M, token_M = going_M2.unbind(1)
+    num_rows, hidden_bytes = len(token_M), hidden_TD.shape[1] * hidden_TD.element_size()
+    slot_bytes = slot_RTK.shape[2] * _SLOT_BYTES
+    row_bytes = _round_up(_round_up(hidden_bytes) + slot_bytes)
+    row_MB = torch.empty(num_rows, row_bytes, dtype=torch.uint8, device=hidden_TD.device)
+    hidden_MD = row_MB[:, :hidden_bytes].view(hidden_TD.dtype)
+    torch.index_select(hidden_TD, 0, token_M, out=hidden_MD)
+    slot_at = _round_up(hidden_bytes)
+    row_MB[:, slot_at : slot_at + slot_bytes].view(torch.int32)[...] = slot_RTK[rank_M, token_M]
+    return row_MB, hidden_bytes
+
+
+def _round_up(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

@@ -1,6 +1,7 @@
 """The contract of the all-to-all of tokens.
 
-Axis letters: T tokens of this rank, K slots per token, N rows that came to this rank, D hidden.
+Axis letters: T tokens of this rank, K slots per token, M token rows that came to this rank, N of
+them counted once per slot, D hidden.
 """
 
 from __future__ import annotations
@@ -14,17 +15,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Dispatched:
-    """Rows that came to this rank.
+    """Rows that came to this rank, each for one slot or for several.
 
     Attributes:
-        hidden_ND: [N, D], hidden states, dtype as sent.
-        slot_N: [N] int64, the local slot (0..S-1) that each row is for.
+        received_MD: [M, D], hidden states, dtype as sent; rows may lie apart in memory.
+        row_N: [N] int64, which of them each of this rank's computations reads.
+        slot_N: [N] int64, the local slot (0..S-1) that it is for.
         handle: what `combine` needs to send the outputs home; opaque.
     """
 
-    hidden_ND: Tensor
+    received_MD: Tensor
+    row_N: Tensor
     slot_N: Tensor
     handle: Any
+
+    @property
+    def hidden_ND(self) -> Tensor:
+        """[N, D], the row that each computation reads; a copy."""
+        return self.received_MD.index_select(0, self.row_N)
 
 
 class TokenDispatcher(ABC):
@@ -38,12 +46,14 @@ class TokenDispatcher(ABC):
         """Send each token to the ranks that hold its slots.
 
         Args:
-            hidden_TD: [T, D], any float dtype; T may be 0 and differ between ranks.
-            slot_TK: [T, K] int64, global slots (0..P-1); -1 goes nowhere.
+            hidden_TD: [T, D], any float dtype that the backend carries; T may be 0 and differ
+                between ranks.
+            slot_TK: [T, K] int64, global slots (0..P-1); -1 goes nowhere. K is that of all ranks.
         Returns:
             The rows for this rank's slots, in an order of the dispatcher's.
         Collective: every rank of the group, in the same order of calls.
-        Raises: TransferError within the deadline if a peer does not take part.
+        Raises: TransferError within the deadline if a peer does not take part; ConfigError if the
+            backend cannot carry what it is given.
         """
 
     @abstractmethod
@@ -59,6 +69,13 @@ class TokenDispatcher(ABC):
             for a slot of -1.
         Collective: every rank of the group, in the same order of calls.
         Raises: TransferError within the deadline if a peer does not take part.
+        """
+
+    def check(self) -> None:  # noqa: B027 - where exchanges raise themselves there is nothing to ask
+        """Find out whether all exchanges so far took place; called once a step, before its results.
+
+        Collective: none; may wait for the device.
+        Raises: TransferError that names a rank that did not answer within the deadline.
         """
 
     def close(self) -> None:  # noqa: B027 - nothing to release unless a backend has something

@@ -36,8 +36,7 @@ class ReferenceDispatcher(TokenDispatcher):
         slot_M = slot_TK.reshape(-1)
         row_N = slot_M.argsort(stable=True)
         row_N = row_N[slot_M[row_N] >= 0]
-        hidden_ND = hidden_TD[row_N // slot_TK.shape[1]]
-        return Dispatched(hidden_ND, slot_M[row_N], row_N)
+        return Dispatched(hidden_TD, row_N // slot_TK.shape[1], slot_M[row_N], row_N)
 
     def combine(self, output_ND: Tensor, weight_TK: Tensor, dispatched: Dispatched) -> Tensor:
         """As the contract says. Collective: none."""
