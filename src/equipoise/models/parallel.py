@@ -49,6 +49,7 @@ class ParallelModel:
         communicators: what its experts travel by, one for each set of layers.
         checkpoint: where the model was read from, to read single experts again; None if it was
             given whole.
+        on_commit: what the engine does with slots that have switched, or None.
     """
 
     spread: ExpertParallelModel
@@ -56,6 +57,7 @@ class ParallelModel:
     dispatchers: tuple[TokenDispatcher, ...]
     communicators: tuple[EplbCommunicator, ...]
     checkpoint: Checkpoint | None = None
+    on_commit: OnCommit | None = None
 
     @property
     def model(self) -> Any:
@@ -176,7 +178,7 @@ def parallelize(
         TransferError or MembershipError if ranks differ or one does not come.
     """
     config = config or EPLBConfig()
-    policy = get_policy(config.policy)
+    get_policy(config.policy)
     checkpoint: Checkpoint | None = None
     if isinstance(model, nn.Module):
         if dtype is not None or attention is not None or progress is not None:
@@ -188,17 +190,50 @@ def parallelize(
         checkpoint = Checkpoint(Path(model), dtype, group.device, attention)
         plans = _plan_sets(find_expert_sets(checkpoint.model), group, config, placement)
         spread = load_spread(checkpoint, plans, group, progress)
-    state = EplbState(config, group, policy)
-    communicators = [
-        create_eplb_communicator(state.transfer_group, config.communicator, one.weights)
-        for one in spread.sets
-    ]
-    dispatchers = [plan.dispatcher for plan in plans]
-    parallel = ParallelModel(spread, state, tuple(dispatchers), tuple(communicators), checkpoint)
+    return assemble(spread, group, config, checkpoint, on_commit)
+
+
+def assemble(
+    spread: ExpertParallelModel,
+    group: RankGroup,
+    config: EPLBConfig,
+    checkpoint: Checkpoint | None = None,
+    on_commit: OnCommit | None = None,
+) -> ParallelModel:
+    """Put a spread model under balance, over the wires of one generation.
+
+    Args:
+        spread: need not be bound yet.
+        group: the generation's.
+        config: the same on every rank.
+        checkpoint: where the model was read from.
+        on_commit: as for `parallelize`.
+    Collective: every rank of the group; any thread, before the first step.
+    Raises: as `parallelize`; what was made is closed then.
+    """
+    state = EplbState(config, group, get_policy(config.policy))
+    communicators: list[EplbCommunicator] = []
     try:
-        _add_models(parallel, on_commit)
+        # One by one: those that were made before another fails are closed.
+        communicators.extend(
+            create_eplb_communicator(state.transfer_group, config.communicator, one.weights)
+            for one in spread.sets
+        )
+        parallel = ParallelModel(
+            spread,
+            state,
+            tuple(one.dispatcher for one in spread.sets),
+            tuple(communicators),
+            checkpoint,
+            on_commit,
+        )
+        _add_models(parallel)
     except BaseException:
-        parallel.close()
+        state.close()
+        for communicator in communicators:
+            communicator.close()
+        for one in spread.sets:
+            one.dispatcher.close()
         raise
     return parallel
 
@@ -237,9 +272,9 @@ def _plan(
     )
 
 
-def _add_models(parallel: ParallelModel, on_commit: OnCommit | None) -> None:
+def _add_models(parallel: ParallelModel) -> None:
     """Each set of layers is a model to the balancer."""
-    sets = parallel.spread.sets
+    sets, on_commit = parallel.spread.sets, parallel.on_commit
     order = [layer.name for one in sets for layer in one.layers]
     positions = {
         name: position
