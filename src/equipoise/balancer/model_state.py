@@ -82,7 +82,8 @@ class EplbModelState:
         self, standing: Placement, target: Placement, layers: Iterable[int]
     ) -> PreparedMaps:
         """What `switch` will take, once `standing` stands; any thread may call it."""
-        return prepare_maps(standing, target, layers, self.maps.slot_to_expert.device)
+        maps = self.maps
+        return prepare_maps(standing, target, layers, maps.slot_to_expert.device, maps.choice)
 
     def switch(self, prepared: PreparedMaps) -> None:
         """As `commit`, with maps that were prepared."""

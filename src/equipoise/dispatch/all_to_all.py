@@ -1,7 +1,7 @@
 """Tokens by all_to_all_single, over NCCL or gloo.
 
-Axis letters: T tokens of this rank, K slots per token, R ranks, M token rows (sent or received, each
-for one rank), N outputs (one for each slot of a token), D hidden, B bytes of a row that travels.
+Axis letters: T tokens of this rank, K slots per token, R ranks, M token rows (sent or received,
+each for one rank), N outputs (one per slot of a token), D hidden, B bytes of a row that travels.
 """
 
 from __future__ import annotations

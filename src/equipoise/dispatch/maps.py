@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from equipoise.dispatch.turns import SPREAD, ReplicaChoice
 from equipoise.errors import PlacementError
 from equipoise.placement import Placement
 
@@ -18,17 +19,30 @@ class PlacementMaps:
     Owner: the forward thread. It reads them in every layer and writes them in `switch`, on the
     same stream, so stream order is their only protocol.
 
+    Args:
+        placement: to begin with.
+        device: where tokens are.
+        choice: which replica of its expert a token goes to.
     Attributes:
         slot_to_expert: [L, P] int64, -1 for an empty slot.
         expert_to_slots: [L, E, P - E + 1] int64, padded with -1.
         replica_counts: [L, E] int64.
+        turns: [L, E, W] int64, the slots that an expert's tokens go to, by their position.
+        num_turns: [L, E] int64, how many of them take turns.
     """
 
-    def __init__(self, placement: Placement, device: torch.device) -> None:
+    def __init__(
+        self, placement: Placement, device: torch.device, choice: ReplicaChoice = SPREAD
+    ) -> None:
         self.placement = placement
-        self.slot_to_expert = torch.tensor(placement.slot_to_expert, device=device)
-        self.expert_to_slots = torch.tensor(placement.expert_to_slots, device=device)
-        self.replica_counts = torch.tensor(placement.replica_counts, device=device)
+        self.choice = choice
+        every = range(placement.num_layers)
+        rows = prepare_maps(placement, placement, every, device, choice)
+        self.slot_to_expert = rows.slot_to_expert
+        self.expert_to_slots = rows.expert_to_slots
+        self.replica_counts = rows.replica_counts
+        self.turns = rows.turns
+        self.num_turns = rows.num_turns
 
     def commit(self, placement: Placement, layers: Iterable[int] | None = None) -> None:
         """Switch layers to what `placement` says of them.
@@ -40,14 +54,14 @@ class PlacementMaps:
         Raises: PlacementError if the shapes differ.
         """
         device = self.slot_to_expert.device
-        self.switch(prepare_maps(self.placement, placement, layers, device))
+        self.switch(prepare_maps(self.placement, placement, layers, device, self.choice))
 
     def switch(self, prepared: PreparedMaps) -> None:
         """Switch to what was prepared from the placement that stands.
 
         Collective: none; every rank at the same step.
         """
-        for name in _NAMES:
+        for name in (*_NAMES, *_TURNS):
             rows = getattr(prepared, name)
             getattr(self, name).index_copy_(0, prepared.index, rows)
             if rows.is_cuda:
@@ -68,6 +82,8 @@ class PreparedMaps:
         slot_to_expert: [l, P] int64.
         expert_to_slots: [l, E, P - E + 1] int64.
         replica_counts: [l, E] int64.
+        turns: [l, E, W] int64.
+        num_turns: [l, E] int64.
     """
 
     placement: Placement
@@ -75,13 +91,20 @@ class PreparedMaps:
     slot_to_expert: Tensor
     expert_to_slots: Tensor
     replica_counts: Tensor
+    turns: Tensor
+    num_turns: Tensor
 
 
 _NAMES = ("slot_to_expert", "expert_to_slots", "replica_counts")
+_TURNS = ("turns", "num_turns")
 
 
 def prepare_maps(
-    standing: Placement, target: Placement, layers: Iterable[int] | None, device: torch.device
+    standing: Placement,
+    target: Placement,
+    layers: Iterable[int] | None,
+    device: torch.device,
+    choice: ReplicaChoice = SPREAD,
 ) -> PreparedMaps:
     """Make what `PlacementMaps.switch` takes.
 
@@ -90,6 +113,7 @@ def prepare_maps(
         target: of the same layers, experts and topology.
         layers: to be switched to `target`; None for all.
         device: of the maps.
+        choice: that of the maps.
     Collective: none.
     Raises: PlacementError if the shapes differ.
     """
@@ -103,6 +127,9 @@ def prepare_maps(
     table = standing.slot_to_expert.copy()
     table[chosen] = target.slot_to_expert[chosen]
     rows = {name: torch.tensor(getattr(target, name)[chosen], device=device) for name in _NAMES}
+    turns = choice.take_turns(target, chosen)
+    rows |= {"turns": torch.tensor(turns.slots, device=device)}
+    rows |= {"num_turns": torch.tensor(turns.counts, device=device)}
     return PreparedMaps(
         placement=Placement(table, target.num_experts, target.topology),
         index=torch.tensor(chosen, device=device),

@@ -381,11 +381,19 @@ def _make_forward(
             )
         # Looked up at each call: generations change between two of them.
         maps, dispatcher, recorder = binding.maps, binding.dispatcher, binding.recorder
-        slot_TK = choose_slots(maps, row, expert_TK.long(), routing.first_position, valid_T)
-        recorder.record(row, slot_TK)
+        position = routing.first_position
+        if on_cpu:
+            slot_TK = choose_slots(maps, row, expert_TK.long(), position, valid_T)
+            recorder.record(row, slot_TK)
+        else:
+            turns, num_turns = maps.turns[row], maps.num_turns[row]
+            slot_TK = recorder.choose_and_record(
+                row, expert_TK, turns, num_turns, position, valid_T
+            )
         dispatched = dispatcher.dispatch(hidden_TD, slot_TK)
+        hidden_ND = dispatched.hidden_ND
         started_s = time.thread_time()
-        output_ND = compute(dispatched.hidden_ND, dispatched.slot_N, expert_TK.shape[1])
+        output_ND = compute(hidden_ND, dispatched.slot_N, expert_TK.shape[1])
         if on_cpu:
             routing.expert_cpu_s += time.thread_time() - started_s
         return dispatcher.combine(output_ND, weight_TK, dispatched)
