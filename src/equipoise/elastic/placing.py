@@ -102,8 +102,9 @@ class _Layer:
         for expert in range(self._num_experts):
             if not self._counts[expert]:
                 self._put(expert)
-        while any([self._fill(number) for number in self._newcomers]):
-            pass
+        going = self._newcomers
+        while going:
+            going = [number for number in going if self._fill(number)]
         return self._slots
 
     def _keep(self, slots: list[int], counts: list[int]) -> list[int]:

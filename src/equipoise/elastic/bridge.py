@@ -1,0 +1,224 @@
+"""Weights on their way to the next generation, while the serving one serves from them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from equipoise.comm import create_eplb_communicator
+from equipoise.comm.base import EplbCommunicator
+from equipoise.comm.groups import RankGroup
+from equipoise.config import EPLBConfig
+from equipoise.elastic.shared_weights import SharedTensor
+from equipoise.elastic.traffic import RESTORE, Fetch, split_batches
+
+logger = logging.getLogger(__name__)
+
+_BATCH_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
+_OVER_NCCL = ("pynccl", "torch_nccl")
+
+Weights = Sequence[Sequence[Sequence[Tensor]]]
+"""Per set of layers, per layer, the tensors [S, ...] of a rank's slots."""
+
+Restore = Callable[[int, int, int], Sequence[Tensor]]
+"""Gives the tensors of an expert that no slot holds, by set, layer and expert."""
+
+
+@dataclass
+class Staged:
+    """An expert that waits for the switch.
+
+    Attributes:
+        fetch: what it is.
+        tensors: its, each without the first dimension.
+    """
+
+    fetch: Fetch
+    tensors: list[Tensor]
+
+
+@dataclass
+class Haul:
+    """What a rank has brought.
+
+    Attributes:
+        staged: experts for slots that are in use until the switch.
+        received_bytes: from other ranks.
+        restored: experts that were held nowhere.
+    """
+
+    staged: list[Staged] = field(default_factory=list)
+    received_bytes: int = 0
+    restored: int = 0
+
+
+class Bridge:
+    """Wires between all participants of a change. Owner: the thread that builds.
+
+    Args:
+        group: of the participants.
+        config: says the wire. One over NCCL is not taken beside a forward pass that uses NCCL
+            too; nixl is then, where every rank has it, else torch_gloo.
+        given: what this rank's slots hold, or will where they hold nothing yet.
+    Collective: every participant.
+    Raises: as `create_eplb_communicator`.
+    """
+
+    def __init__(self, group: RankGroup, config: EPLBConfig, given: Weights) -> None:
+        self._group = group
+        name = config.communicator
+        if name in _OVER_NCCL:
+            logger.info("a change of the membership moves weights beside NCCL: not by %s", name)
+            name = "auto"
+        self._given = given
+        self._wires: list[EplbCommunicator] = []
+        try:
+            self._wires.extend(create_eplb_communicator(group, name, one) for one in given)
+        except BaseException:
+            self.close()
+            raise
+
+    def haul(
+        self,
+        fetches: Sequence[Fetch],
+        target: Weights,
+        keeps: Sequence[bool],
+        restore: Restore,
+        check: Callable[[], None],
+    ) -> Haul:
+        """Bring every expert that this rank gets, and give what others get.
+
+        Args:
+            fetches: of all participants.
+            target: this rank's tensors in the next generation; empty of a leaver.
+            keeps: per set, whether those are in use already, so that experts are staged.
+            restore: gives what nobody holds.
+            check: called between exchanges; what it raises ends them.
+        Collective: every participant.
+        Raises: TransferError if a peer fails; whatever `restore` or `check` raise.
+        """
+        haul, rank = Haul(), self._group.rank
+        batch_bytes = _BATCH_BYTES.get(self._group.device.type, 1 << 30)
+        for index, wire in enumerate(self._wires):
+            of_set = [fetch for fetch in fetches if fetch.set == index]
+            for batch in split_batches([one for one in of_set if one.travels], batch_bytes):
+                check()
+                landed = self._exchange(wire, batch, target, keeps)
+                for fetch, tensors in landed:
+                    haul.received_bytes += fetch.num_bytes
+                    _settle(fetch, tensors, target, keeps, haul)
+            for fetch in of_set:
+                if fetch.member == rank and not fetch.travels:
+                    check()
+                    self._bring_own(fetch, target, keeps, restore, haul)
+        return haul
+
+    def share(
+        self,
+        shared: Sequence[SharedTensor],
+        givers: Sequence[int],
+        takers: Sequence[int],
+        check: Callable[[], None],
+    ) -> int:
+        """Bring newcomers what every rank has; those that serve share the giving.
+
+        Args:
+            shared: the same on every rank, with its tensors where this rank gives or takes.
+            givers: places of participants that have it.
+            takers: places of those that do not.
+            check: as for `haul`.
+        Returns:
+            Bytes that this rank has received.
+        Collective: every participant.
+        Raises: TransferError if a peer fails; what `check` raises.
+        """
+        rank, wire = self._group.rank, self._wires[0]
+        received = batched = 0
+        jobs = [(place, taker) for taker in takers for place in range(len(shared))]
+        for turn, (place, taker) in enumerate(jobs):
+            one = shared[place]
+            giver = givers[(place + taker) % len(givers)]
+            # No element, nothing to send: its shape was told.
+            if one.num_bytes:
+                assert rank not in (giver, taker) or one.tensor is not None
+                if rank == giver and one.tensor is not None:
+                    wire.add_send(one.tensor, taker)
+                if rank == taker and one.tensor is not None:
+                    wire.add_recv(one.tensor, giver)
+                    received += one.num_bytes
+                batched += one.num_bytes
+            if batched >= _BATCH_BYTES["cpu"] or turn == len(jobs) - 1:
+                check()
+                wire.execute()
+                batched = 0
+        return received
+
+    def interrupt(self) -> None:
+        """Any thread: have exchanges fail soon."""
+        for wire in self._wires:
+            wire.interrupt()
+
+    def close(self) -> None:
+        """Let go of the wires and the group; twice is fine. Collective: none."""
+        for wire in self._wires:
+            wire.close()
+        self._group.close()
+
+    def _exchange(
+        self,
+        wire: EplbCommunicator,
+        batch: Sequence[Fetch],
+        target: Weights,
+        keeps: Sequence[bool],
+    ) -> list[tuple[Fetch, list[Tensor]]]:
+        rank = self._group.rank
+        landed = []
+        for fetch in batch:
+            if fetch.source == rank:
+                for tensor in self._given[fetch.set][fetch.layer]:
+                    wire.add_send(tensor[fetch.held_in], fetch.member)
+            if fetch.member == rank:
+                tensors = _find_landing(fetch, target, keeps)
+                for tensor in tensors:
+                    wire.add_recv(tensor, fetch.source)
+                landed.append((fetch, tensors))
+        wire.execute()
+        return landed
+
+    def _bring_own(
+        self, fetch: Fetch, target: Weights, keeps: Sequence[bool], restore: Restore, haul: Haul
+    ) -> None:
+        if fetch.source == RESTORE:
+            source = restore(fetch.set, fetch.layer, fetch.expert)
+            haul.restored += 1
+        else:
+            held = self._given[fetch.set][fetch.layer]
+            source = [tensor[fetch.held_in] for tensor in held]
+        tensors = _find_landing(fetch, target, keeps)
+        for into, tensor in zip(tensors, source, strict=True):
+            into.copy_(tensor)
+        _settle(fetch, tensors, target, keeps, haul)
+
+
+def _find_landing(fetch: Fetch, target: Weights, keeps: Sequence[bool]) -> list[Tensor]:
+    """Memory for an expert: its first slot where nobody uses it yet, else memory of its own."""
+    slots = target[fetch.set][fetch.layer]
+    if keeps[fetch.set]:
+        return [torch.empty_like(tensor[0]) for tensor in slots]
+    return [tensor[fetch.slots[0]] for tensor in slots]
+
+
+def _settle(
+    fetch: Fetch, tensors: list[Tensor], target: Weights, keeps: Sequence[bool], haul: Haul
+) -> None:
+    """An expert has come: keep it for the switch, or fill its other slots."""
+    if keeps[fetch.set]:
+        haul.staged.append(Staged(fetch, tensors))
+        return
+    for slots, tensor in zip(target[fetch.set][fetch.layer], tensors, strict=True):
+        for slot in fetch.slots[1:]:
+            slots[slot].copy_(tensor)

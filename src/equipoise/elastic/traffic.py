@@ -1,0 +1,115 @@
+"""Which experts and shared weights each member of the next generation gets, and from whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from equipoise.elastic.membership import MembershipPlan
+
+RESTORE = -1
+"""Source of an expert that no participant's slots hold."""
+
+
+class Fetch(NamedTuple):
+    """One expert that one member brings into slots of its own.
+
+    Attributes:
+        set: of layers.
+        layer: of the set.
+        expert: which.
+        member: number of the member, which is its place among the participants too.
+        slots: local slots that get it, ascending.
+        source: place among the participants of who gives it: the member itself where its slots hold
+            it already, or RESTORE.
+        held_in: local slot of the source that holds it; -1 for RESTORE.
+        num_bytes: of the expert.
+    """
+
+    set: int
+    layer: int
+    expert: int
+    member: int
+    slots: tuple[int, ...]
+    source: int
+    held_in: int
+    num_bytes: int
+
+    @property
+    def travels(self) -> bool:
+        """Whether it goes from one participant to another."""
+        return bool(self.source not in (RESTORE, self.member))
+
+
+def list_fetches(plan: MembershipPlan) -> list[Fetch]:
+    """All that members bring into their slots, in an order that all participants share.
+
+    A member that keeps its number of slots keeps its tensors, and brings what changes; others fill
+    new ones, from their own too. Of several holders the one that gives least so far gives.
+
+    Collective: none; the same on every participant.
+    """
+    names = plan.participants
+    given = [0] * len(names)
+    fetches: list[Fetch] = []
+    for index, shape in enumerate(plan.serving.shapes):
+        held = [plan.find_holding(name).slots[index] for name in names]
+        num_slots = plan.placements[index].topology.slots_per_rank
+        table = plan.placements[index].slot_to_expert
+        for layer, num_bytes in enumerate(shape.expert_bytes):
+            before = [one[layer].tolist() for one in held]
+            holders = _find_holders(before)
+            for member in range(len(plan.members)):
+                wanted = table[layer, member * num_slots : (member + 1) * num_slots].tolist()
+                for expert, slots in _find_changes(before[member], wanted):
+                    source = _choose(holders.get(expert, []), member, given)
+                    held_in = before[source].index(expert) if source != RESTORE else -1
+                    fetch = Fetch(index, layer, expert, member, slots, source, held_in, num_bytes)
+                    if fetch.travels:
+                        given[source] += num_bytes
+                    fetches.append(fetch)
+    return fetches
+
+
+def keeps_tensors(plan: MembershipPlan, name: str, index: int) -> bool:
+    """Whether a member's tensors of a set of layers stay: it has as many slots as before."""
+    num_slots = plan.placements[index].topology.slots_per_rank
+    return plan.find_holding(name).slots[index].shape[1] == num_slots
+
+
+def split_batches(fetches: Sequence[Fetch], most_bytes: int) -> Iterator[list[Fetch]]:
+    """Cut fetches that travel into batches of at most so many bytes, or of one fetch."""
+    batch: list[Fetch] = []
+    total = 0
+    for fetch in fetches:
+        if batch and total + fetch.num_bytes > most_bytes:
+            yield batch
+            batch, total = [], 0
+        batch.append(fetch)
+        total += fetch.num_bytes
+    if batch:
+        yield batch
+
+
+def _find_holders(before: Sequence[Sequence[int]]) -> dict[int, list[int]]:
+    holders: dict[int, list[int]] = {}
+    for place, slots in enumerate(before):
+        for expert in set(slots):
+            holders.setdefault(expert, []).append(place)
+    return holders
+
+
+def _find_changes(before: list[int], wanted: list[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
+    stays = len(before) == len(wanted)
+    changed: dict[int, list[int]] = {}
+    for slot, expert in enumerate(wanted):
+        if expert >= 0 and not (stays and before[slot] == expert):
+            changed.setdefault(expert, []).append(slot)
+    for expert in sorted(changed):
+        yield expert, tuple(changed[expert])
+
+
+def _choose(holders: Sequence[int], member: int, given: Sequence[int]) -> int:
+    if member in holders:
+        return member
+    return min(holders, key=lambda place: (given[place], place), default=RESTORE)
