@@ -15,7 +15,7 @@ check: ## ruff, mypy --strict, import-linter
 	@scripts/check
 
 venv: ## make .venv alone
-	@scripts/venv hf,nixl
+	@scripts/venv hf,nixl,server
 
 clean: ## remove .venv and caches
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

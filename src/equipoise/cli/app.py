@@ -17,6 +17,8 @@ from equipoise.cli.plan import plan
 from equipoise.cli.policies import policies
 from equipoise.cli.replay import replay
 from equipoise.cli.run import run
+from equipoise.cli.serve import serve
+from equipoise.cli.top import top
 
 EPLB_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
 """So that `--eplb-config.FIELD VALUE` gets through; the command refuses whatever else is left."""
@@ -58,7 +60,11 @@ app.command(
     context_settings=EPLB_ARGUMENTS,
     short_help="Print the balancing options in force, and from where.",
 )(config)
-for command in (inspect, plan, replay, policies, doctor):
+app.command(
+    context_settings=EPLB_ARGUMENTS,
+    short_help="Serve a model over HTTP, as OpenAI's clients expect it.",
+)(serve)
+for command in (top, inspect, plan, replay, policies, doctor):
     app.command()(command)
 bench = typer.Typer(
     no_args_is_help=True,

@@ -1,0 +1,1 @@
+"""HTTP in front of a service: OpenAI's endpoints, and those that operators need."""

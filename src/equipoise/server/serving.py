@@ -1,0 +1,214 @@
+"""A server from its port to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import TextIO
+
+import uvicorn
+from prometheus_client import CollectorRegistry
+
+from equipoise.elastic.service import Service
+from equipoise.errors import ConfigError
+from equipoise.server.answers import Mailbox
+from equipoise.server.app import make_app
+from equipoise.server.backend import Backend
+from equipoise.server.log import JsonLog, LogHandler
+from equipoise.server.settings import ServerSettings
+
+KEEP_ALIVE_S = 75
+"""How long a connection may be idle. Above the minute after which usual proxies end theirs: a
+request must not meet the end of its connection."""
+FLUSH_S = 5.0
+"""When all requests have ended, for the last bytes to clients that read slowly."""
+BACKLOG = 1024
+
+
+class HttpServer:
+    """Serves HTTP.
+
+    Its port is bound at once, so that a taken one is told before the model is loaded.
+
+    Args:
+        settings: where, for whom, how much.
+        log_stream: gets a line of JSON for each request; stays the caller's.
+    Raises: ConfigError if the address cannot be bound to.
+    """
+
+    def __init__(self, settings: ServerSettings, log_stream: TextIO) -> None:
+        self._settings, self._log_stream = settings, log_stream
+        self._socket = _bind(settings.host, settings.port)
+        self._stop: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._lock = threading.Lock()
+        self._is_stopped = False
+
+    @property
+    def url(self) -> str:
+        """Where it is found."""
+        host, port = self._socket.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def run(self, make_service: Callable[[], Service], on_ready: Callable[[Service], None]) -> bool:
+        """Serve until a signal or `stop` says that it is enough.
+
+        SIGTERM or SIGINT: no new requests, those in flight finish within the deadline. A second
+        one ends at once.
+
+        Args:
+            make_service: makes what serves, in a thread; meanwhile the server lives but is not
+                ready. It is closed at the end.
+            on_ready: called once it serves.
+        Returns:
+            Whether all requests ended by themselves.
+        Raises: whatever `make_service` raises.
+        """
+        return asyncio.run(self._run(make_service, on_ready))
+
+    def stop(self) -> None:
+        """As SIGTERM; from any thread, at any time."""
+        with self._lock:
+            self._is_stopped = True
+            if self._loop is not None and self._stop is not None:
+                with contextlib.suppress(RuntimeError):  # it has ended
+                    self._loop.call_soon_threadsafe(self._stop.set)
+
+    async def _run(
+        self, make_service: Callable[[], Service], on_ready: Callable[[Service], None]
+    ) -> bool:
+        loop = asyncio.get_running_loop()
+        stop, hurry = asyncio.Event(), asyncio.Event()
+        with self._lock:
+            self._loop, self._stop = loop, stop
+            if self._is_stopped:
+                stop.set()
+        log = JsonLog(self._log_stream)
+        backend = Backend(Mailbox(loop), self._settings.model_name)
+        gate = make_app(backend, self._settings, log, CollectorRegistry())
+        server = _Uvicorn(_configure(gate, self._settings))
+        try:
+            with _listening_to_signals(stop, hurry), _logging_to(log):
+                http = loop.create_task(server.serve([self._socket]))
+                try:
+                    return await self._serve(backend, make_service, on_ready, stop, hurry, log)
+                finally:
+                    server.should_exit = True
+                    server.force_exit = hurry.is_set()
+                    await http
+        finally:
+            self._socket.close()
+            log.close()
+
+    async def _serve(
+        self,
+        backend: Backend,
+        make_service: Callable[[], Service],
+        on_ready: Callable[[Service], None],
+        stop: asyncio.Event,
+        hurry: asyncio.Event,
+        log: JsonLog,
+    ) -> bool:
+        # Not ended while it begins: what it has begun would be nobody's.
+        await backend.start(make_service)
+        log.write("ready", url=self.url, model=backend.model_name)
+        on_ready(backend.service)
+        await stop.wait()
+        log.write("ending")
+        ending = asyncio.ensure_future(backend.end(self._settings.limits.drain_timeout_s))
+        hurrying = asyncio.ensure_future(hurry.wait())
+        await asyncio.wait({ending, hurrying}, return_when=asyncio.FIRST_COMPLETED)
+        if not ending.done():
+            await asyncio.to_thread(backend.service.close)
+        hurrying.cancel()
+        drained = await ending
+        log.write("ended", drained=drained)
+        return drained
+
+
+class _Uvicorn(uvicorn.Server):
+    """Whose signals are ours: uvicorn ends with the signal that it got, not with 0."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _configure(gate: object, settings: ServerSettings) -> uvicorn.Config:
+    return uvicorn.Config(
+        gate,  # type: ignore[arg-type]
+        lifespan="off",
+        ws="none",
+        loop="none",
+        http="httptools",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=settings.limits.num_connections,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=int(FLUSH_S),
+        backlog=BACKLOG,
+    )
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError(f"--host {host}: {error.strerror}") from error
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.listen(BACKLOG)
+    except OSError as error:
+        bound.close()
+        raise ConfigError(
+            f"--host {host} --port {port}: cannot be bound to: {error.strerror}; --port 0 takes a "
+            "free one"
+        ) from error
+    return bound
+
+
+@contextlib.contextmanager
+def _listening_to_signals(stop: asyncio.Event, hurry: asyncio.Event) -> Iterator[None]:
+    """Only in the main thread, which alone can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def hear() -> None:
+        (hurry if stop.is_set() else stop).set()
+
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        loop.add_signal_handler(number, hear)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+@contextlib.contextmanager
+def _logging_to(log: JsonLog) -> Iterator[None]:
+    handler = LogHandler(log)
+    loggers = [logging.getLogger(name) for name in ("uvicorn.error", "asyncio")]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+            logger.propagate = True
