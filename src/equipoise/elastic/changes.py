@@ -1,0 +1,523 @@
+"""Drives changes of the membership through their stages, one change at a time.
+
+What ranks are told, and whose word ends each stage:
+
+| stage | told | ends with |
+| --- | --- | --- |
+| launching | newcomers start | each `warm` |
+| describing | serving ranks: pause balancing, say what you hold | each `holding` |
+| preparing | all: the plan | members `switched`, leavers `left`: the decision is theirs |
+| aborting | all: abort | serving ranks `aborted` or `switched`, newcomers gone |
+| registering | nothing: their steps fail | survivors `lost` |
+| retiring | leavers end | their processes gone |
+
+Whatever fails before the decision leaves the serving generation as it is; a death in it, or behind
+the decision, ends in `registering`, where survivors make the next one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from equipoise.elastic.channel import Message
+from equipoise.elastic.membership import Deadlines, MembershipPlan, Serving
+from equipoise.elastic.orders import Change, settle_names
+from equipoise.elastic.placing import Redundancy
+from equipoise.elastic.planning import plan_change, plan_recovery, rehearse
+from equipoise.elastic.roster import RankRecord, Roster, sort_names
+from equipoise.elastic.service import Busy, Phase, ScaleReport
+from equipoise.elastic.spec import ServiceSpec
+from equipoise.errors import ConfigError, EquipoiseError, MembershipError
+
+logger = logging.getLogger(__name__)
+
+MOST_RECOVERIES = 3
+"""Recoveries in a row, with no step served between them, after which a service gives up."""
+
+
+@dataclass(frozen=True)
+class Hands:
+    """What a change needs done by the controller.
+
+    Attributes:
+        launch: start a rank of that name.
+        release: take a rank's requests back, to be run elsewhere.
+        give_up: end the service, with the reason.
+        count_steps: forward passes that ranks have served so far.
+    """
+
+    launch: Callable[[str], RankRecord]
+    release: Callable[[RankRecord], None]
+    give_up: Callable[[str], None]
+    count_steps: Callable[[], int]
+
+
+class Changes:
+    """The change under way, those that wait, and what came of the last. Owner: the controller.
+
+    Args:
+        spec: of the service.
+        roster: its ranks.
+        hands: of the controller.
+
+    Attributes:
+        generation: that serves; -1 before the first.
+        phase: of the last change.
+        reason: why it failed, or what is under way.
+        num_scalings: changes that were asked for and done.
+        num_recoveries: changes that deaths made necessary, done.
+        placements: of the generation that serves, per set of layers, as placement files have them.
+    """
+
+    def __init__(self, spec: ServiceSpec, roster: Roster, hands: Hands) -> None:
+        self._spec, self._roster, self._hands = spec, roster, hands
+        self.generation = -1
+        self._last_generation = -1
+        self.phase: Phase = "idle"
+        self.reason = ""
+        self.num_scalings = self.num_recoveries = 0
+        self.placements: list[Any] = []
+        self._current: Change | None = None
+        self._queue: deque[Change] = deque()
+        self._wanted = spec.num_ranks
+        self._steps_at_recovery = -1
+        self._num_in_a_row = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no change is under way."""
+        return self._current is None
+
+    @property
+    def num_waiting(self) -> int:
+        """Changes that wait for the one under way."""
+        return len(self._queue)
+
+    @property
+    def leaving(self) -> Sequence[str]:
+        """Names of ranks that are about to leave, and get no more requests."""
+        return self._current.leaving if self._current is not None else ()
+
+    def begin(self) -> Change:
+        """Start the ranks of the first generation."""
+        change = Change("begin")
+        self._current = change
+        self.phase = "preparing"
+        self.reason = str(change)
+        self._launch(change, self._roster.pick_names(self._spec.num_ranks))
+        return change
+
+    def ask(self, change: Change, busy: Busy) -> None:
+        """Take up a change that is asked for, or have it wait.
+
+        Raises: ConfigError if it cannot be asked for; MembershipError if it is refused.
+        """
+        if self._current is None:
+            self._take_up(change)
+        elif busy == "refuse":
+            raise MembershipError(f"a change is under way ({self.reason}): ask again later")
+        else:
+            self._queue.append(change)
+
+    def preview(self, change: Change) -> ScaleReport:
+        """What is known of a change that has only been asked for."""
+        return self._report(change, done=False)
+
+    def hear(self, record: RankRecord, message: Message) -> None:
+        """A rank has said something that may be about a change."""
+        said = message["say"]
+        if said == "warm":
+            record.is_warm = True
+        elif said in ("serving", "switched"):
+            self._note_serving(record, message)
+        elif said == "lost":
+            record.is_lost = True
+            record.told["holding"] = message
+            if self._current is None or self._current.stage != "registering":
+                self._register(f"{record.name} says: {message['reason']}")
+        elif said == "holding":
+            record.told["holding"] = message
+        change = self._current
+        if change is None or said not in _ENDS[change.stage]:
+            return
+        if said == "aborted" and change.stage == "preparing":
+            self._abort(change, f"{record.name}: {message['reason']}")
+            return
+        change.awaited.discard(record.name)
+        self._advance(change)
+
+    def lose(self, record: RankRecord) -> None:
+        """A rank has died; `record.detail` says how."""
+        change = self._current
+        was_serving = record.number is not None
+        record.number = None
+        if change is not None:
+            change.awaited.discard(record.name)
+        if change is not None and change.kind == "begin":
+            self._end(change, MembershipError(record.detail))
+            self._hands.give_up(record.detail)
+        elif change is None or was_serving:
+            if was_serving:
+                self._register(record.detail)
+        elif change.stage == "retiring":
+            self._advance(change)
+        elif record.name in change.leaving and change.switched:
+            # It left before it could say so, or died on its way out: the others have gone on.
+            self._advance(change)
+        else:
+            self._abort(change, record.detail)
+
+    def tick(self, now: float) -> None:
+        """Time has passed."""
+        change = self._current
+        if change is None or now < change.deadline:
+            return
+        late = ", ".join(sorted(change.awaited))
+        text = f"{late} not in time ({change.stage})"
+        if change.stage in ("launching", "describing", "preparing"):
+            if change.kind == "begin":
+                self._end(change, MembershipError(text))
+                self._hands.give_up(text)
+            else:
+                self._abort(change, text)
+            return
+        # Whoever hangs here holds the others up: it is given up, which `lose` hears of.
+        change.deadline = now + self._spec.silence_s
+        for name in list(change.awaited):
+            record = self._roster.find(name)
+            if record is not None and record.state != "dead":
+                record.detail = f"{name} was given up: {text}"
+                record.handle.stop(kill=True)
+
+    def close(self, error: EquipoiseError) -> None:
+        """No change goes on, and none that waits begins."""
+        for change in [self._current, *self._queue]:
+            if change is not None and not change.answer.done():
+                change.answer.set_exception(error)
+        self._current = None
+        self._queue.clear()
+
+    # What follows takes a change from stage to stage.
+
+    def _take_up(self, change: Change) -> None:
+        serving = [record.name for record in self._roster.serving()]
+        free = self._roster.pick_names(max(0, (change.to or 0) - len(serving)))
+        change.joining, change.leaving = settle_names(change, serving, free)
+        if change.dry_run:
+            change.deadline = time.monotonic() + self._spec.change_s
+            self._current = change
+            self._describe(change)
+            return
+        if not change.joining and not change.leaving:
+            change.answer.set_result(self._report(change, done=True))
+            return
+        self._current = change
+        self.phase, self.reason = "preparing", str(change)
+        logger.info("%s", self.reason)
+        self._launch(change, change.joining)
+
+    def _launch(self, change: Change, names: Sequence[str]) -> None:
+        change.stage = "launching"
+        change.deadline = time.monotonic() + self._spec.start_s
+        change.joining = list(names)
+        change.awaited = set(names)
+        for name in names:
+            try:
+                self._hands.launch(name).state = "starting"
+            except EquipoiseError as error:
+                self._abort(change, str(error))
+                return
+        if not names:
+            self._advance(change)
+
+    def _advance(self, change: Change) -> None:
+        """Go on, once nobody is waited for."""
+        if change.awaited:
+            return
+        if change.stage == "launching":
+            change.warm_at = time.monotonic()
+            if change.kind == "begin":
+                self._begin_generation(change)
+            else:
+                self._describe(change)
+        elif change.stage == "describing":
+            self._prepare(change)
+        elif change.stage == "preparing":
+            self._retire(change)
+        elif change.stage == "aborting":
+            self._finish_abort(change)
+        elif change.stage == "registering":
+            self._recover(change)
+        else:
+            self._finish(change)
+
+    def _begin_generation(self, change: Change) -> None:
+        change.stage = "preparing"
+        change.deadline = time.monotonic() + self._spec.start_s
+        change.awaited = set(change.joining)
+        self._last_generation += 1
+        for number, name in enumerate(change.joining):
+            self._tell(
+                [name],
+                {
+                    "do": "begin",
+                    "generation": self._last_generation,
+                    "number": number,
+                    "names": change.joining,
+                    "device_group": self._choose_device_group(change.joining),
+                },
+            )
+
+    def _describe(self, change: Change) -> None:
+        change.stage = "describing"
+        change.deadline = time.monotonic() + self._spec.change_s
+        serving = [record.name for record in self._roster.serving()]
+        change.awaited = set(serving)
+        self._tell(serving, {"do": "pause", "paused": True})
+        self._tell(serving, {"do": "describe"})
+
+    def _prepare(self, change: Change) -> None:
+        change.stage = "preparing"
+        try:
+            plan = self._plan(change)
+        except EquipoiseError as error:
+            self._abort(change, str(error))
+            return
+        if change.dry_run:
+            self._end(change, self._rehearse(change, plan))
+            return
+        self._last_generation += 1
+        change.plan = plan
+        participants = list(plan.participants)
+        change.awaited = set(participants)
+        change.switched.clear()
+        change.deadline = time.monotonic() + self._spec.change_s + self._spec.timeout_s
+        members = [member.name for member in plan.members]
+        self._tell(
+            participants,
+            {
+                "do": "prepare",
+                "plan": plan.to_json(),
+                "device_group": self._choose_device_group(members),
+            },
+        )
+
+    def _plan(self, change: Change) -> MembershipPlan:
+        spec, serving = self._spec, self._roster.serving()
+        parts = [Serving.from_json(one.told["holding"]["serving"]) for one in serving]
+        deadlines = Deadlines(spec.change_s, spec.timeout_s, spec.timeout_s)
+        redundancy = Redundancy.of(spec.config, spec.slots_per_rank)
+        generation = self._last_generation + 1
+        if change.kind == "recover":
+            return plan_recovery(Serving.join(parts), generation, redundancy, deadlines)
+        names = {record.name for record in serving} - set(change.leaving) | set(change.joining)
+        members = sort_names(names)
+        return plan_change(Serving.join(parts), members, generation, redundancy, deadlines)
+
+    def _rehearse(self, change: Change, plan: MembershipPlan) -> ScaleReport:
+        expected = rehearse(plan, self._spec.device)
+        return ScaleReport(
+            dry_run=True,
+            done=False,
+            generation=self.generation,
+            joining=tuple(change.joining),
+            leaving=tuple(change.leaving),
+            staying=tuple(one.name for one in plan.members if not one.is_newcomer),
+            bytes=expected.bytes,
+            peak_bytes_per_rank=dict(expected.peak_bytes_per_rank),
+            pause_s=expected.pause_s,
+            notes=expected.notes,
+        )
+
+    def _retire(self, change: Change) -> None:
+        """All members serve in the next generation."""
+        assert change.plan is not None or change.kind == "begin"
+        change.decided_at = change.decided_at or time.monotonic()
+        self.generation = self._last_generation
+        self.phase = "retiring"
+        for name in change.leaving:
+            record = self._roster.find(name)
+            if record is not None and record.state != "dead":
+                record.number, record.state = None, "leaving"
+                self._hands.release(record)
+        for record in self._roster.serving():
+            record.is_lost = False
+        change.stage = "retiring"
+        change.deadline = time.monotonic() + self._spec.timeout_s
+        alive = {record.name for record in self._roster.living()}
+        change.awaited = {name for name in change.leaving if name in alive}
+        self._advance(change)
+
+    def _finish(self, change: Change) -> None:
+        if change.kind == "recover":
+            self.num_recoveries += 1
+        elif change.kind == "scale":
+            self.num_scalings += 1
+            self._wanted = len(self._roster.serving())
+        self._end(change, self._report(change, done=True))
+        missing = self._wanted - len(self._roster.serving())
+        if change.kind == "recover" and self._spec.respawn and missing > 0:
+            self._queue.appendleft(Change("scale", to=self._wanted))
+
+    def _abort(self, change: Change, why: str) -> None:
+        """Call a change off; if it was decided already, ranks say so and it goes on."""
+        if change.stage == "aborting":
+            self._advance(change)
+            return
+        change.why = why
+        told = change.plan is not None
+        change.stage = "aborting"
+        change.deadline = time.monotonic() + self._spec.timeout_s
+        for name in change.joining:
+            if name not in change.switched:
+                self._end_newcomer(name, why)
+        if told:
+            serving = [record.name for record in self._roster.serving()]
+            change.awaited = set(serving) - change.switched
+            self._tell(serving, {"do": "abort", "reason": why})
+        else:
+            change.awaited = set()
+        self._advance(change)
+
+    def _finish_abort(self, change: Change) -> None:
+        if change.kind == "recover":
+            self._register(change.why)
+            return
+        if change.switched:
+            # The decision stood before the abort came: survivors of what went wrong go on.
+            self._register(change.why)
+            return
+        self._end(change, MembershipError(f"not done: {change.why}; the others serve on"))
+
+    def _register(self, why: str) -> None:
+        """Wait until all who live have noticed that the generation is no more."""
+        before = self._current
+        if before is not None and before.stage == "registering":
+            before.why = f"{before.why}; {why}" if why not in before.why else before.why
+            self._advance(before)
+            return
+        if before is not None and before.kind != "recover":
+            self._give_up_newcomers(before, why)
+            if not before.answer.done():
+                before.answer.set_exception(MembershipError(f"not done: {why}"))
+        change = Change("recover", why=why)
+        self._current = change
+        self.phase, self.reason = "preparing", str(change)
+        logger.warning("%s", self.reason)
+        if before is not None and before.plan is not None:
+            alive = [record.name for record in self._roster.serving()]
+            self._tell(alive, {"do": "abort", "reason": why})
+        change.stage = "registering"
+        change.deadline = time.monotonic() + self._spec.timeout_s + self._spec.silence_s
+        change.awaited = {one.name for one in self._roster.serving() if not one.is_lost}
+        self._advance(change)
+
+    def _recover(self, change: Change) -> None:
+        survivors = self._roster.serving()
+        if not survivors:
+            self._end(change, MembershipError(change.why))
+            self._hands.give_up(f"no rank is left: {change.why}")
+            return
+        steps = self._hands.count_steps()
+        self._num_in_a_row = self._num_in_a_row + 1 if steps == self._steps_at_recovery else 1
+        self._steps_at_recovery = steps
+        if self._num_in_a_row > MOST_RECOVERIES:
+            self._end(change, MembershipError(change.why))
+            self._hands.give_up(f"{MOST_RECOVERIES} recoveries in a row failed: {change.why}")
+            return
+        self._prepare(change)
+
+    def _end(self, change: Change, outcome: ScaleReport | EquipoiseError) -> None:
+        """What becomes of a change; then the next one."""
+        if self._current is change:
+            self._current = None
+        if not change.dry_run:
+            self.phase, self.reason = "idle", ""
+        if isinstance(outcome, EquipoiseError):
+            if not change.dry_run:
+                self.phase, self.reason = "failed", str(outcome)
+            logger.warning("%s", outcome)
+            change.answer.set_exception(outcome)
+        elif not change.answer.done():
+            change.answer.set_result(outcome)
+        serving = [record.name for record in self._roster.serving()]
+        self._tell(serving, {"do": "pause", "paused": False})
+
+    def start_next(self) -> None:
+        """Take up what waits, if nothing is under way."""
+        while self._current is None and self._queue:
+            change = self._queue.popleft()
+            try:
+                self._take_up(change)
+            except (ConfigError, MembershipError) as error:
+                change.answer.set_exception(error)
+
+    def _note_serving(self, record: RankRecord, message: Message) -> None:
+        record.state, record.number = "serving", int(message["number"])
+        record.is_lost = False
+        record.pause_s = float(message.get("pause_s", 0.0))
+        if record.number == 0:
+            self.placements = message["placements"]
+        change = self._current
+        if change is not None:
+            change.switched.add(record.name)
+            change.decided_at = change.decided_at or time.monotonic()
+            if change.stage == "preparing":
+                self.phase = "committing"
+
+    def _give_up_newcomers(self, change: Change, why: str) -> None:
+        for name in change.joining:
+            if name not in change.switched:
+                self._end_newcomer(name, why)
+
+    def _end_newcomer(self, name: str, why: str) -> None:
+        record = self._roster.find(name)
+        if record is not None and record.state != "dead" and record.number is None:
+            record.state, record.detail = "leaving", why
+            record.tell({"do": "stop"})
+            record.handle.stop()
+
+    def _report(self, change: Change, *, done: bool) -> ScaleReport:
+        serving = self._roster.serving()
+        now = time.monotonic()
+        return ScaleReport(
+            dry_run=False,
+            done=done,
+            generation=self.generation,
+            joining=tuple(change.joining),
+            leaving=tuple(change.leaving),
+            staying=tuple(r.name for r in serving if r.name not in change.joining),
+            bytes=0 if change.plan is None else rehearse(change.plan).bytes,
+            pause_s=max((r.pause_s for r in serving if r.name not in change.joining), default=0.0),
+            prepare_s=(change.decided_at or now) - change.warm_at,
+            total_s=now - change.warm_at,
+        )
+
+    def _choose_device_group(self, names: Sequence[str]) -> str:
+        """What carries tokens: NCCL refuses two ranks on one GPU, gloo does not."""
+        records = [self._roster.find(name) for name in names]
+        devices = [record.seat.device for record in records if record is not None]
+        alone = len(set(devices)) == len(devices)
+        return "nccl" if devices[0].startswith("cuda") and alone else "gloo"
+
+    def _tell(self, names: Sequence[str], message: Message) -> None:
+        for name in names:
+            record = self._roster.find(name)
+            if record is not None:
+                record.tell(message)
+
+
+_ENDS: dict[str, tuple[str, ...]] = {
+    "launching": ("warm",),
+    "describing": ("holding",),
+    "preparing": ("serving", "switched", "left", "aborted"),
+    "aborting": ("aborted", "switched", "lost"),
+    "registering": ("lost",),
+    "retiring": (),
+}
+"""Which words end a rank's part in each stage."""

@@ -1,0 +1,477 @@
+"""The process that outlives ranks: starts them, gives them requests, and changes who serves.
+
+One thread owns all that is known of ranks. Whatever happens (a rank says something or has gone,
+somebody asks for something) is put into its queue as a call, and done in turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+from equipoise.elastic.changes import Changes, Hands
+from equipoise.elastic.channel import Channel, ChannelClosed, Listener, Message
+from equipoise.elastic.launcher import Launcher, RankSeat
+from equipoise.elastic.orders import Change
+from equipoise.elastic.requests import Delivery, RequestTable, read_delta
+from equipoise.elastic.roster import RankRecord, Roster, describe_exit
+from equipoise.elastic.service import (
+    Busy,
+    Deliver,
+    ModelFacts,
+    ScaleReport,
+    ServiceClosed,
+    ServiceRequest,
+    ServiceStatus,
+    ServiceTotals,
+)
+from equipoise.elastic.spec import ServiceSpec
+from equipoise.elastic.store import open_store
+from equipoise.errors import ConfigError, MembershipError
+from equipoise.models.families import check_weights, read_config, read_model_shape
+from equipoise.policy import find_policy
+from equipoise.topology import choose_num_redundant
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+TICK_S = 0.05
+"""Between two looks at what nobody says: processes that have ended, silences, deadlines."""
+CALL_S = 10.0
+"""Longest that a caller waits for the controller's thread, which never waits itself."""
+LEAVE_S = 10.0
+"""How long ranks have to leave when the service ends."""
+
+
+class Controller:
+    """A `Service` over ranks that come, go and die.
+
+    Args:
+        spec: what to serve.
+        launcher: starts ranks.
+    Collective: none; its ranks meet among themselves.
+    Raises: ConfigError, ModelError or PlacementError if it cannot be served; OSError if the
+        interface cannot be listened on.
+    """
+
+    def __init__(self, spec: ServiceSpec, launcher: Launcher) -> None:
+        self.facts = _find_facts(spec)
+        if "on_failure" not in spec.config.model_fields_set:
+            # Serving does not end with balancing; the next generation balances again.
+            disabled = spec.config.model_copy(update={"on_failure": "disable"})
+            spec = replace(spec, config=disabled)
+        self._spec, self._launcher = spec, launcher
+        self._token = secrets.token_hex(16)
+        self._requests = RequestTable(spec.queue_limit)
+        self._roster = Roster()
+        self._changes = Changes(
+            spec,
+            self._roster,
+            Hands(self._launch, self._release, self._give_up, lambda: self._num_steps),
+        )
+        self._events: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._closing: str | None = None
+        self._has_failed = False
+        self._stop_by: float | None = None
+        self._is_over = threading.Event()
+        self._num_steps = self._num_deaths = self._num_rebalances = self._num_moves = 0
+        self._balancedness: float | None = None
+        self._store = open_store(spec.interface, spec.timeout_s)
+        self._listener = Listener(
+            (spec.interface, 0), self._token, self._greet, name="equipoise-controller"
+        )
+        self._thread = threading.Thread(target=self._run, name="equipoise-controller", daemon=True)
+
+    def start(self, timeout_s: float | None = None) -> None:
+        """Start the ranks of the first generation, and return when they serve.
+
+        Args:
+            timeout_s: longest wait; None for what the spec gives them.
+        Raises: MembershipError, naming the rank, if they do not come to serve; all have ended then.
+        """
+        self._thread.start()
+        try:
+            change = self._call(self._changes.begin)
+            change.answer.result(2 * self._spec.start_s if timeout_s is None else timeout_s)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, FutureTimeout):
+                raise MembershipError("the ranks did not come to serve in time") from error
+            raise
+
+    def submit(self, request: ServiceRequest, deliver: Deliver) -> None:
+        """Take a request. As `Service.submit`."""
+        self._check_open()
+        _check_request(request, self.facts)
+        self._requests.add(request, deliver)
+        self._post(_look)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request. As `Service.cancel`."""
+        self._post(lambda: self._cancel(request_id))
+
+    def status(self) -> ServiceStatus:
+        """How it is. As `Service.status`."""
+        return self._describe() if self._is_over.is_set() else self._call(self._describe)
+
+    def placement(self) -> dict[str, Any]:
+        """Which expert each slot holds. As `Service.placement`."""
+        self._check_open()
+        placements = self._call(lambda: list(self._changes.placements))
+        if not placements:
+            raise ServiceClosed("no rank serves yet")
+        first: dict[str, Any] = placements[0]
+        return first if len(placements) == 1 else {"sets": placements}
+
+    def scale(
+        self,
+        to: int | None = None,
+        remove: Sequence[str] = (),
+        *,
+        dry_run: bool = False,
+        busy: Busy = "queue",
+        wait: bool = True,
+        timeout_s: float = 600.0,
+    ) -> ScaleReport:
+        """Change the set of ranks. As `Service.scale`."""
+        self._check_open()
+        if (to is None) == (not remove):
+            raise ConfigError("say either how many ranks there shall be, or which shall leave")
+        if to is not None and to < 1:
+            raise ConfigError(f"at least 1 rank must serve, got {to}")
+        change = Change("scale", to=to, remove=tuple(remove), dry_run=dry_run)
+        self._call(lambda: self._changes.ask(change, busy))
+        if not wait and not dry_run:
+            return self._call(lambda: self._changes.preview(change))
+        try:
+            return change.answer.result(timeout_s)
+        except FutureTimeout:
+            raise TimeoutError(f"not done within {timeout_s:g} s; it goes on") from None
+
+    def rebalance(self) -> None:
+        """Have a rebalance begin. As `Service.rebalance`."""
+        self._check_open()
+        self._call(self._rebalance)
+
+    def drain(self, deadline_s: float) -> bool:
+        """Take no more requests, and wait for those taken. As `Service.drain`."""
+        self._closing = self._closing or "it drains"
+        return self._requests.wait_empty(deadline_s)
+
+    def close(self) -> None:
+        """End all ranks. As `Service.close`."""
+        self._closing = self._closing or "it was closed"
+        if self._thread.is_alive():
+            self._post(self._stop_ranks)
+            self._is_over.wait(LEAVE_S + self._spec.beat_s)
+        self._end()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(CALL_S)
+
+    def _greet(self, channel: Channel, hello: Message) -> None:
+        """In a thread of the connection: pass on what a rank says."""
+        record = self._call(lambda: self._welcome(channel, hello))
+        if record is None:
+            logger.warning("a rank that is not of this service was hung up on: %s", hello)
+            return
+        try:
+            while True:
+                self._post(partial(self._hear, record, channel.receive()))
+        except ChannelClosed:
+            self._post(lambda: self._miss(record, channel))
+
+    def _post(self, event: Callable[[], object]) -> None:
+        self._events.put(event)
+
+    def _call(self, function: Callable[[], T]) -> T:
+        """Have the controller's thread do something, and wait for what comes of it."""
+        answer: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(function())
+            except BaseException as error:
+                answer.set_exception(error)
+
+        self._post(run)
+        try:
+            return answer.result(CALL_S)
+        except FutureTimeout:
+            raise ServiceClosed("the controller does not answer: it has ended") from None
+
+    def _check_open(self) -> None:
+        if self._closing is not None:
+            raise ServiceClosed(f"no more is taken: {self._closing}")
+
+    def _end(self) -> None:
+        """Let everything go; twice is fine."""
+        self._is_over.set()
+        self._deliver(self._requests.fail(self._closing or "it was closed"))
+        self._listener.close()
+        self._launcher.close()
+
+    # What follows runs on the controller's thread.
+
+    def _run(self) -> None:
+        next_tick = time.monotonic()
+        while not self._is_over.is_set():
+            with contextlib.suppress(queue.Empty):
+                self._events.get(timeout=max(0.0, next_tick - time.monotonic()))()
+            if time.monotonic() >= next_tick:
+                next_tick = time.monotonic() + TICK_S
+                self._tick()
+            self._changes.start_next()
+            self._assign()
+
+    def _welcome(self, channel: Channel, hello: Message) -> RankRecord | None:
+        """Take a rank's call; None from one that is not, or no longer, known."""
+        record = self._roster.find(str(hello.get("name")), str(hello.get("incarnation")))
+        if record is None or record.state == "dead":
+            return None
+        channel.peer = record.name
+        is_back = record.has_called
+        record.channel, record.has_called = channel, True
+        record.hear()
+        if is_back:
+            # What was under way between the two may be lost: it begins anew from what is known.
+            record.tell({"do": "evict"})
+            self._release(record)
+        else:
+            store = [self._spec.interface, self._store.port]
+            record.tell({"do": "welcome", "spec": self._spec.to_json(), "store": store})
+        return record
+
+    def _miss(self, record: RankRecord, channel: Channel) -> None:
+        """A rank has hung up: its process ends, or it calls again."""
+        if record.channel is channel:
+            record.channel = None
+        if record.state != "dead":
+            self._look_after(record, time.monotonic())
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        for record in self._roster.living():
+            self._look_after(record, now)
+        self._changes.tick(now)
+        if self._stop_by is None:
+            return
+        if not self._roster.living():
+            self._is_over.set()
+        elif now >= self._stop_by:
+            for record in self._roster.living():
+                record.handle.stop(kill=True)
+
+    def _look_after(self, record: RankRecord, now: float) -> None:
+        code = record.handle.exit_code
+        if code is not None:
+            self._bury(record, record.detail or describe_exit(record.name, code), code)
+        elif record.has_called and now - record.heard_at > self._spec.silence_s:
+            silence = f"{record.name} gave no sign of life for {self._spec.silence_s:g} s"
+            record.detail = f"{silence}, and was given up"
+            # A process that was stopped wakes to nothing: neither its peers nor its channel remain.
+            record.handle.stop(kill=True)
+            self._bury(record, record.detail, None)
+
+    def _bury(self, record: RankRecord, how: str, code: int | None) -> None:
+        """A rank's process has ended, or is given up."""
+        left_well = record.state == "leaving" and record.number is None
+        record.state, record.detail = "dead", how
+        if record.channel is not None:
+            record.channel.close()
+            record.channel = None
+        if self._stop_by is not None:
+            return
+        if not left_well:
+            self._num_deaths += 1
+            logger.warning("%s", how)
+        self._release(record)
+        self._changes.lose(record)
+        if left_well and code == 0:
+            self._roster.forget(record)
+
+    def _assign(self) -> None:
+        most = self._spec.max_batch_size
+        leaving = self._changes.leaving
+        ready = {
+            one.name: most
+            for one in self._roster.serving()
+            if one.state == "serving" and not one.is_lost and one.name not in leaving
+        }
+        was_idle = not self._requests.num_held
+        given = self._requests.assign(ready)
+        if not given:
+            return
+        for name in ready:
+            mine = [one.to_json() for one in given if one.rank == name]
+            record = self._roster.find(name)
+            if record is not None and mine:
+                record.tell({"do": "submit", "requests": mine})
+            elif record is not None and was_idle:
+                record.tell({"do": "wake"})
+
+    def _hear(self, record: RankRecord, message: Message) -> None:
+        """A rank has said something."""
+        if record.state == "dead":
+            return
+        record.hear()
+        said = message["say"]
+        if said == "beat":
+            steps = int(message.get("steps", 0))
+            # Ranks step together: the first speaks for all.
+            self._num_steps += steps - record.steps_seen if record.number == 0 else 0
+            record.facts, record.steps_seen = message, steps
+        elif said == "deltas":
+            self._take_deltas(record, message)
+        elif said == "rebalanced":
+            self._num_rebalances += 1
+            self._num_moves += message["moves"]
+            self._balancedness = message["balancedness"]
+            self._changes.placements = message["placements"]
+        elif said == "failed":
+            logger.debug("%s", message["traceback"])
+            record.detail = f"{record.name}: {message['reason']}"
+        else:
+            self._changes.hear(record, message)
+
+    def _take_deltas(self, record: RankRecord, message: Message) -> None:
+        for values in message["deltas"]:
+            attempt, delta = read_delta(values)
+            self._deliver(self._requests.take(record.name, attempt, delta))
+
+    def _deliver(self, deliveries: list[Delivery]) -> None:
+        for deliver, event in deliveries:
+            try:
+                deliver(event)
+            except Exception:
+                logger.exception("what takes the tokens of %s raised", event.request_id)
+
+    def _cancel(self, request_id: str) -> None:
+        deliveries, name = self._requests.cancel(request_id)
+        self._deliver(deliveries)
+        record = None if name is None else self._roster.find(name)
+        if record is not None:
+            record.tell({"do": "cancel", "ids": [request_id]})
+
+    def _rebalance(self) -> None:
+        if not self._changes.is_idle:
+            raise MembershipError("the membership changes: experts are balanced again behind that")
+        for record in self._roster.serving()[:1]:
+            record.tell({"do": "rebalance"})
+
+    def _launch(self, name: str) -> RankRecord:
+        device = self._launcher.find_device([one.seat.device for one in self._roster.living()])
+        seat = RankSeat(
+            name,
+            secrets.token_hex(8),
+            self._spec.interface,
+            self._listener.port,
+            self._token,
+            device,
+        )
+        record = RankRecord(seat, self._launcher.start(seat), self._launcher.host)
+        self._roster.add(record)
+        return record
+
+    def _release(self, record: RankRecord) -> None:
+        self._requests.release(record.name)
+
+    def _give_up(self, reason: str) -> None:
+        """The service cannot go on: say so to all who wait, and end."""
+        logger.error("the service ends: %s", reason)
+        self._closing, self._has_failed = f"it has failed: {reason}", True
+        self._deliver(self._requests.fail(reason))
+        self._stop_ranks()
+
+    def _stop_ranks(self) -> None:
+        self._stop_by = time.monotonic() + LEAVE_S
+        self._changes.close(ServiceClosed(self._closing or "it was closed"))
+        for record in self._roster.living():
+            if record.channel is None:
+                record.handle.stop()
+            record.tell({"do": "stop"})
+
+    def _describe(self) -> ServiceStatus:
+        spec, changes = self._spec, self._changes
+        held = self._requests.held()
+        serving = [one for one in self._roster.serving() if one.state == "serving"]
+        is_ready = bool(serving) and not self._closing and not any(r.is_lost for r in serving)
+        totals = ServiceTotals(
+            **self._requests.counts(),
+            steps=self._num_steps,
+            scalings=changes.num_scalings,
+            recoveries=changes.num_recoveries,
+            deaths=self._num_deaths,
+            rebalances=self._num_rebalances,
+            moves=self._num_moves,
+        )
+        return ServiceStatus(
+            model=self.facts,
+            generation=changes.generation,
+            phase="failed" if self._has_failed else changes.phase,
+            reason=(self._closing or "") if self._has_failed else changes.reason,
+            ready=is_ready,
+            balancing=is_ready and changes.is_idle,
+            balancedness=self._balancedness,
+            ranks=tuple(
+                one.describe(held.get(one.name, 0), spec.max_batch_size, spec.silence_s)
+                for one in self._roster
+            ),
+            queue_length=self._requests.num_waiting,
+            queue_limit=spec.queue_limit,
+            running=sum(held.values()),
+            changes_waiting=changes.num_waiting,
+            totals=totals,
+        )
+
+
+def _look() -> None:
+    """Nothing but a reason to look what there is to do."""
+
+
+def _find_facts(spec: ServiceSpec) -> ModelFacts:
+    shape = read_model_shape(spec.model)
+    check_weights(spec.model)
+    config = read_config(spec.model)
+    config = config.get("text_config", config)
+    longest = config.get("max_position_embeddings")
+    if longest is not None and spec.max_len > longest:
+        raise ConfigError(f"max_len of {spec.max_len}: the model takes {longest} tokens at most")
+    requested = spec.config.num_redundant_experts
+    choose_num_redundant(
+        shape.num_experts, spec.num_ranks, None if requested == "auto" else requested
+    )
+    find_policy(spec.config.policy)
+    return ModelFacts(
+        name=spec.model.name,
+        directory=spec.model,
+        max_len=spec.max_len,
+        vocabulary_size=int(config["vocab_size"]),
+        max_batch_size=spec.max_batch_size,
+    )
+
+
+def _check_request(request: ServiceRequest, facts: ModelFacts) -> None:
+    if not request.tokens:
+        raise ConfigError(f"request {request.id!r} is empty: it needs at least one token")
+    if len(request.tokens) + request.sampling.max_new_tokens > facts.max_len:
+        raise ConfigError(
+            f"request {request.id!r} has {len(request.tokens)} tokens and asks for "
+            f"{request.sampling.max_new_tokens} more: {facts.max_len} are served"
+        )
+    wrong = [t for t in request.tokens if not 0 <= t < facts.vocabulary_size]
+    if wrong:
+        raise ConfigError(
+            f"request {request.id!r} has token {wrong[0]}: tokens are 0 to "
+            f"{facts.vocabulary_size - 1}"
+        )

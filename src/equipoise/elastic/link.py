@@ -1,0 +1,146 @@
+"""A rank's side of the channel to its controller.
+
+One thread reads, one writes and gives signs of life; the forward thread waits for neither.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+from equipoise.elastic.channel import Channel, ChannelClosed, Message, connect
+from equipoise.elastic.launcher import RankSeat
+
+logger = logging.getLogger(__name__)
+
+BEAT_S = 0.2
+"""Between two signs of life, until the rank knows better."""
+RETRY_S = 0.2
+"""Between two calls for a controller that has gone."""
+
+
+class ControllerLink:
+    """What the controller says, in order, and what is said to it.
+
+    When the controller is gone, what is said waits; the link calls for it until another one
+    answers, or too long has passed.
+
+    Args:
+        seat: of this rank.
+        describe: makes what a sign of life says; called by the writing thread.
+    Raises: ChannelClosed if the controller does not answer.
+    """
+
+    def __init__(self, seat: RankSeat, describe: Callable[[], Message]) -> None:
+        self._seat, self._describe = seat, describe
+        self._beat_s, self._orphan_s = BEAT_S, 0.0
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._has_channel = threading.Event()
+        self._is_closed = threading.Event()
+        self._lock = threading.Lock()
+        self._channel = self._call()
+        self._has_channel.set()
+        self._reader = threading.Thread(target=self._read, name="equipoise-link-in", daemon=True)
+        self._writer = threading.Thread(target=self._write, name="equipoise-link-out", daemon=True)
+        self._reader.start()
+        self._writer.start()
+
+    def set_times(self, beat_s: float, orphan_s: float) -> None:
+        """How often to give signs of life, and how long to call for a controller that has gone."""
+        with self._lock:
+            self._beat_s, self._orphan_s = beat_s, orphan_s
+
+    def say(self, message: Message) -> None:
+        """Have a message sent, behind those before it; waits for nobody."""
+        self._outbox.put(message)
+
+    def receive(self, timeout_s: float) -> Message | None:
+        """The next message of the controller; None if none comes in time.
+
+        Beside its own there are `{"do": "orphaned"}` when it is gone, and `{"do": "abandoned"}`
+        when none has answered for long enough.
+        """
+        try:
+            if timeout_s <= 0:
+                return self._inbox.get_nowait()
+            return self._inbox.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+
+    def close(self, wait_s: float = 2.0) -> None:
+        """Hang up, once what was said has been sent or the wait is over."""
+        self._outbox.put(None)
+        self._writer.join(wait_s)
+        self._is_closed.set()
+        self._has_channel.set()
+        with self._lock:
+            self._channel.close()
+
+    def _call(self) -> Channel:
+        seat = self._seat
+        hello = {
+            "token": seat.token,
+            "name": seat.name,
+            "incarnation": seat.incarnation,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "device": seat.device,
+        }
+        return connect((seat.host, seat.port), hello, peer="the controller")
+
+    def _read(self) -> None:
+        while not self._is_closed.is_set():
+            try:
+                self._inbox.put(self._channel.receive())
+            except ChannelClosed as error:
+                self._has_channel.clear()
+                if self._is_closed.is_set():
+                    return
+                logger.warning("%s: %s; calling for another", self._seat.name, error)
+                self._inbox.put({"do": "orphaned"})
+                if not self._call_again():
+                    self._inbox.put({"do": "abandoned"})
+                    return
+
+    def _call_again(self) -> bool:
+        with self._lock:
+            deadline = time.monotonic() + self._orphan_s
+        while time.monotonic() < deadline:
+            try:
+                channel = self._call()
+            except ChannelClosed:
+                if self._is_closed.wait(RETRY_S):
+                    return False
+                continue
+            with self._lock:
+                self._channel = channel
+            self._has_channel.set()
+            return True
+        return False
+
+    def _write(self) -> None:
+        next_beat = time.monotonic()
+        while not self._is_closed.is_set():
+            self._has_channel.wait()
+            try:
+                left = max(0.0, next_beat - time.monotonic())
+                message = self._outbox.get(timeout=left) if left else self._outbox.get_nowait()
+            except queue.Empty:
+                message = self._describe()
+                with self._lock:
+                    next_beat = time.monotonic() + self._beat_s
+            if message is None:
+                return
+            with self._lock:
+                channel = self._channel
+            try:
+                channel.send(message)
+            except ChannelClosed:
+                # What the lost frame held is asked for again by the controller that comes next.
+                self._has_channel.clear()

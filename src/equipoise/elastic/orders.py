@@ -1,0 +1,95 @@
+"""Changes of the membership that are asked for, and how they are checked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Literal
+
+from equipoise.elastic.membership import MembershipPlan
+from equipoise.elastic.service import ScaleReport
+from equipoise.errors import ConfigError
+
+Stage = Literal["launching", "describing", "preparing", "aborting", "registering", "retiring"]
+
+
+@dataclass
+class Change:
+    """A change of the membership, from the asking to its end. Owner: the controller's thread.
+
+    Attributes:
+        kind: `begin` makes the first generation, `scale` was asked for, `recover` follows deaths.
+        to: ranks that there shall be, as asked for.
+        remove: names that shall leave, as asked for.
+        dry_run: whether it is only rehearsed.
+        answer: gets the report, or the error.
+        stage: how far it is.
+        joining: names of newcomers.
+        leaving: names of leavers.
+        awaited: names of ranks whose word is waited for.
+        deadline: of the stage, monotonic.
+        plan: what ranks prepare.
+        why: it was called off, or is needed.
+        warm_at: when its newcomers were there, monotonic; decides what a change itself takes.
+        decided_at: when the first rank had switched.
+        switched: names of ranks that serve in the next generation.
+    """
+
+    kind: Literal["begin", "scale", "recover"]
+    to: int | None = None
+    remove: tuple[str, ...] = ()
+    dry_run: bool = False
+    answer: Future[ScaleReport] = field(default_factory=Future)
+    stage: Stage = "launching"
+    joining: list[str] = field(default_factory=list)
+    leaving: list[str] = field(default_factory=list)
+    awaited: set[str] = field(default_factory=set)
+    deadline: float = float("inf")
+    plan: MembershipPlan | None = None
+    why: str = ""
+    warm_at: float = field(default_factory=time.monotonic)
+    decided_at: float | None = None
+    switched: set[str] = field(default_factory=set)
+
+    def __str__(self) -> str:
+        if self.kind == "begin":
+            return "starting the first generation"
+        if self.kind == "recover":
+            return f"recovering: {self.why}"
+        parts = []
+        if self.joining:
+            parts.append(f"{', '.join(self.joining)} coming")
+        if self.leaving:
+            parts.append(f"{', '.join(self.leaving)} leaving")
+        return "; ".join(parts)
+
+
+def settle_names(
+    change: Change, serving: Sequence[str], new_names: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Who comes and who goes, of a change that was asked for.
+
+    Args:
+        change: what was asked for.
+        serving: names of ranks that serve, in the order of their numbers.
+        new_names: for as many newcomers as may be.
+    Returns:
+        Names of newcomers and of leavers.
+    Raises: ConfigError if it cannot be asked for, saying what could.
+    """
+    if change.remove:
+        unknown = [name for name in change.remove if name not in serving]
+        if unknown:
+            raise ConfigError(
+                f"{', '.join(unknown)} {'does' if len(unknown) == 1 else 'do'} not serve: there "
+                f"are {', '.join(serving)}"
+            )
+        leaving = list(dict.fromkeys(change.remove))
+        if len(leaving) == len(serving):
+            raise ConfigError("all ranks would leave: at least one must stay")
+        return [], leaving
+    assert change.to is not None
+    more = change.to - len(serving)
+    return list(new_names[: max(0, more)]), list(serving[change.to :]) if more < 0 else []

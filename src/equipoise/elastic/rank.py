@@ -1,0 +1,100 @@
+"""What the process of a rank does, from its start to its end."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import traceback
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from equipoise.elastic.channel import ChannelClosed, Message
+from equipoise.elastic.launcher import RankSeat
+from equipoise.elastic.link import ControllerLink
+from equipoise.elastic.rank_loop import RankLoop
+from equipoise.elastic.spec import ServiceSpec
+from equipoise.errors import EquipoiseError
+
+logger = logging.getLogger(__name__)
+
+FIRST_WORD_S = 30.0
+"""How long a rank waits for what it is to serve."""
+
+
+class Pulse:
+    """What a rank's signs of life say: set by the forward thread, read by the link's."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._message: Message = {"say": "beat"}
+
+    def set(self, **facts: Any) -> None:
+        """From now on."""
+        with self._lock:
+            self._message = {"say": "beat", **facts}
+
+    def read(self) -> Message:
+        """As it was last set."""
+        with self._lock:
+            return self._message
+
+
+def run_rank(seat: RankSeat) -> int:
+    """Serve as a rank until the controller says that it is over.
+
+    Args:
+        seat: what it was started with.
+    Returns:
+        The exit code: 0 where it left as it was told to.
+    Collective: with the other ranks of each of its generations.
+    """
+    pulse = Pulse()
+    try:
+        link = ControllerLink(seat, pulse.read)
+    except ChannelClosed as error:
+        logger.error("%s: %s", seat.name, error)
+        return 1
+    try:
+        return _serve(seat, link, pulse)
+    except BaseException as error:
+        expected = isinstance(error, EquipoiseError)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # torch appends its C++ stack; the first line is what happened.
+        text = " ".join(lines) if expected else ": ".join([type(error).__name__, *lines[:1]])
+        shown = "".join(traceback.format_exception(error))
+        link.say({"say": "failed", "reason": text, "expected": expected, "traceback": shown})
+        return 1
+    finally:
+        link.close()
+
+
+def _serve(seat: RankSeat, link: ControllerLink, pulse: Pulse) -> int:
+    welcome = link.receive(FIRST_WORD_S)
+    if welcome is None or welcome.get("do") != "welcome":
+        logger.error("%s: the controller did not say what to serve: %s", seat.name, welcome)
+        return 1
+    spec = ServiceSpec.from_json(welcome["spec"])
+    link.set_times(spec.beat_s, spec.orphan_s)
+    torch.set_num_threads(seat.num_threads)
+    device = torch.device(seat.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    host, port = welcome["store"]
+    timeout = timedelta(seconds=spec.timeout_s)
+    store = TCPStore(host, port, is_master=False, timeout=timeout)
+    _warm_up(spec)
+    link.say({"say": "warm"})
+    loop = RankLoop(seat.name, spec, device, store, link, pulse.set)
+    return loop.run()
+
+
+def _warm_up(spec: ServiceSpec) -> None:
+    """Load what serving needs, before anybody waits for this rank."""
+    from equipoise.models.families import read_model_shape
+    from equipoise.policy import get_policy
+
+    read_model_shape(spec.model)
+    get_policy(spec.config.policy)

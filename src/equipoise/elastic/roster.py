@@ -1,0 +1,157 @@
+"""Ranks as the controller sees them. Owner: the controller's thread."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from equipoise.elastic.channel import Channel, ChannelClosed, Message
+from equipoise.elastic.launcher import RankHandle, RankSeat
+from equipoise.elastic.service import RankState, RankStatus
+
+
+@dataclass
+class RankRecord:
+    """One rank, from its start until it is forgotten.
+
+    Attributes:
+        seat: what it was started with.
+        handle: its process.
+        state: what it does.
+        has_called: whether it has ever been heard of.
+        is_warm: whether it has loaded what serving needs.
+        number: in the serving generation; None while it is in none.
+        channel: to it; None before it has called, and after it has gone.
+        facts: what its last sign of life said.
+        heard_at: when something came from it last, monotonic.
+        longest_silence_s: between two things that came from it.
+        pause_s: between its last step before and its first behind the last switch.
+        steps_seen: forward passes that it has told of.
+        is_lost: whether its step has failed, so that it waits for a recovery.
+        told: facts that it was asked for, by what it said.
+        detail: why it is dead.
+    """
+
+    seat: RankSeat
+    handle: RankHandle
+    host: str
+    state: RankState = "starting"
+    has_called: bool = False
+    is_warm: bool = False
+    number: int | None = None
+    channel: Channel | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    heard_at: float = field(default_factory=time.monotonic)
+    longest_silence_s: float = 0.0
+    pause_s: float = 0.0
+    is_lost: bool = False
+    steps_seen: int = 0
+    told: dict[str, Message] = field(default_factory=dict)
+    detail: str = ""
+
+    @property
+    def name(self) -> str:
+        """That it keeps."""
+        return self.seat.name
+
+    def hear(self) -> None:
+        """Something came from it."""
+        now = time.monotonic()
+        self.longest_silence_s = max(self.longest_silence_s, now - self.heard_at)
+        self.heard_at = now
+
+    def tell(self, message: Message) -> None:
+        """Send it something; a rank that has gone shows elsewhere."""
+        if self.channel is not None:
+            with contextlib.suppress(ChannelClosed):
+                self.channel.send(message)
+
+    def describe(self, held: int, max_batch_size: int, silence_s: float) -> RankStatus:
+        """As its users see it."""
+        return RankStatus(
+            name=self.name,
+            number=self.number,
+            pid=self.handle.pid,
+            host=self.host,
+            device=self.seat.device,
+            state=self.state,
+            steps=int(self.facts.get("steps", 0)),
+            running=held,
+            room=max(0, max_batch_size - held) if self.state == "serving" else 0,
+            near_deadline=round(self.longest_silence_s / silence_s, 3),
+            pause_s=self.pause_s,
+            detail=self.detail,
+        )
+
+
+class Roster:
+    """All ranks by name; one that has died stays until it is forgotten or its name comes back."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, RankRecord] = {}
+
+    def __iter__(self) -> Iterator[RankRecord]:
+        return iter([self._records[name] for name in sort_names(self._records)])
+
+    def add(self, record: RankRecord) -> None:
+        """A rank that was started, in place of a dead one of its name."""
+        self._records[record.name] = record
+
+    def find(self, name: str, incarnation: str | None = None) -> RankRecord | None:
+        """The rank of that name, if it is that incarnation."""
+        record = self._records.get(name)
+        if record is None or incarnation not in (None, record.seat.incarnation):
+            return None
+        return record
+
+    def forget(self, record: RankRecord) -> None:
+        """One that has left as it should."""
+        if self._records.get(record.name) is record:
+            del self._records[record.name]
+
+    def living(self) -> list[RankRecord]:
+        """All but the dead."""
+        return [record for record in self if record.state != "dead"]
+
+    def serving(self) -> list[RankRecord]:
+        """Members of the serving generation that live, by their numbers."""
+        members = [record for record in self.living() if record.number is not None]
+        return sorted(members, key=lambda record: record.number or 0)
+
+    def pick_names(self, count: int) -> list[str]:
+        """Names for newcomers: the lowest numbers that no living rank has."""
+        taken = {record.name for record in self.living()}
+        names: list[str] = []
+        number = 0
+        while len(names) < count:
+            name = f"rank-{number}"
+            if name not in taken:
+                names.append(name)
+            number += 1
+        return names
+
+
+def describe_exit(name: str, code: int | None) -> str:
+    """How a process ended, for people."""
+    if code is None:
+        return f"{name} hung up"
+    if code >= 0:
+        return f"{name} ended with exit code {code}"
+    try:
+        return f"{name} was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"{name} was killed by signal {-code}"
+
+
+def sort_names(names: Iterable[str]) -> list[str]:
+    """In the order of their numbers: "rank-10" behind "rank-9"."""
+    return sorted(names, key=_order)
+
+
+def _order(name: str) -> tuple[int, str]:
+    digits = name.rpartition("-")[2]
+    return (int(digits) if digits.isdecimal() else 0, name)

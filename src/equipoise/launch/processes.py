@@ -1,0 +1,104 @@
+"""Single ranks as processes of this machine, started and ended at any time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from multiprocessing.process import BaseProcess
+from typing import Literal
+
+from equipoise.elastic.launcher import RankHandle, RankSeat
+from equipoise.errors import ConfigError, MembershipError
+from equipoise.launch.local import STOP_S, preload_ranks
+
+
+class LocalLauncher:
+    """Starts ranks from a forkserver that has loaded torch, as `run_local` does.
+
+    They outlive this process if it is killed: what they do then is theirs to decide.
+
+    Args:
+        device: kind of device; GPUs are given to the rank that finds fewest others there.
+    """
+
+    def __init__(self, device: Literal["cpu", "cuda"] = "cpu") -> None:
+        self._device = device
+        self._processes: list[BaseProcess] = []
+        preload_ranks()
+
+    @property
+    def host(self) -> str:
+        """This machine."""
+        return "localhost"
+
+    def find_device(self, taken: list[str]) -> str:
+        """The CPU, or the GPU with the fewest ranks. As `Launcher.find_device`."""
+        if self._device == "cpu":
+            return "cpu"
+        import torch  # here, so that a service on the CPU does not wait for it
+
+        gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        if not gpus:
+            raise ConfigError("device cuda: torch sees no CUDA device here; ask for cpu")
+        return min(gpus, key=taken.count)
+
+    def start(self, seat: RankSeat) -> RankHandle:
+        """Fork a rank. As `Launcher.start`."""
+        context = multiprocessing.get_context("forkserver")
+        process = context.Process(
+            name=f"equipoise-{seat.name}", target=_run, args=(seat,), daemon=True
+        )
+        try:
+            process.start()
+        except (OSError, EOFError) as error:
+            raise MembershipError(f"{seat.name} could not be started: {error}") from error
+        self._processes = [one for one in self._processes if one.exitcode is None]
+        self._processes.append(process)
+        return _LocalRank(process)
+
+    def close(self) -> None:
+        """End what still runs, by SIGTERM and then by SIGKILL. Twice is fine."""
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join(STOP_S)
+            if process.is_alive():
+                process.kill()
+                process.join(STOP_S)
+        self._processes.clear()
+
+
+class _LocalRank:
+    def __init__(self, process: BaseProcess) -> None:
+        self._process = process
+        assert process.pid is not None
+        self.pid: int = process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.exitcode
+
+    def stop(self, *, kill: bool = False) -> None:
+        if kill:
+            self._process.kill()
+        else:
+            self._process.terminate()
+
+    def wait(self, timeout_s: float) -> int | None:
+        self._process.join(timeout_s)
+        return self._process.exitcode
+
+
+def _run(seat: RankSeat) -> None:
+    # The parent pickles this function, and need not import what a rank imports.
+    from equipoise.elastic.rank import run_rank
+
+    # Ctrl-C reaches the whole terminal; it is for the controller to end the ranks.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    code = run_rank(seat)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of a group that a dead peer left hanging must not keep the process.
+    os._exit(code)
