@@ -170,7 +170,7 @@ class Rebalance:
 
     def _find_busy_s(self, number: int) -> float:
         """Seconds that a peer may still be at staging a chunk when this rank is done with it."""
-        return find_busy_s(self._chunks[number][1], self._group) + self._pace.span_s
+        return find_busy_s(self._chunks[number][1].busiest_bytes, self._group) + self._pace.span_s
 
     def _perform(self, worker: Worker) -> Answer:
         match worker.do:

@@ -21,7 +21,7 @@ from equipoise.placement import Placement
 from equipoise.plan.transfer_plan import TransferPlan, make_plan
 from equipoise.transfer.budget import StagingBudget, choose_budget, find_spare
 from equipoise.transfer.executor import rearrange_expert_weights_inplace
-from equipoise.transfer.staging import ChunkShare, measure_experts, share_plan
+from equipoise.transfer.staging import PlanShares, measure_experts, share_plan
 
 Staging = Literal["as is free", "one buffer", "two of a layer"]
 Limit = Literal["one NCCL message", "one READ in place", "bare READs of the same chunks"]
@@ -221,7 +221,7 @@ class _Course:
             communicator.close()
         peak = torch.tensor(max(peaks) + max(0, others))
         self._group.all_reduce(peak, "max")
-        most = max(share.num_bytes for share in self._share(staging))
+        most = int(self._share(staging).num_bytes.max())
         return WireMeasured(
             self._case.name,
             backend,
@@ -260,7 +260,7 @@ class _Course:
             self._group.device,
         )
 
-    def _share(self, staging: Staging) -> list[ChunkShare]:
+    def _share(self, staging: Staging) -> PlanShares:
         buffer_bytes = self._budget(staging).buffer_bytes
         return share_plan(self._plan, self._group.rank, self._sizes, buffer_bytes)
 

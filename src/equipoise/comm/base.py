@@ -164,6 +164,13 @@ class EplbCommunicator(ABC):
         Raises: as `execute`.
         """
 
+    def advance(self) -> None:  # noqa: B027 - where a wire gets on by itself, that is all
+        """Bring what was started as far as it goes without waiting; never needed.
+
+        Collective: none.
+        Raises: as `execute`.
+        """
+
     @abstractmethod
     def finish(self) -> None:
         """Return when the oldest exchange that was started, and not finished, has ended.

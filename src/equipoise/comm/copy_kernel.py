@@ -17,6 +17,9 @@ _WORD_BYTES = 8
 _BLOCK = 1024
 # Programs that share a span: enough to fill a GPU when a few experts move.
 _NUM_LANES = 32
+# Of all spans together, where a wire reads and writes the same memory: copies that take all of its
+# bandwidth slow the wire down by more than they gain.
+_GENTLE_PROGRAMS = 64
 
 
 @triton.jit(do_not_specialize=["num_spans", "first_span"])
@@ -75,7 +78,7 @@ class KernelTable:
         table = np.concatenate([each.ravel() for each in tables])
         self._table: Tensor = torch.from_numpy(table).pin_memory().to(device, non_blocking=True)
 
-    def launch(self, part: int) -> None:
+    def launch(self, part: int, *, gently: bool) -> None:
         """Enqueue the copies of a part on the current stream."""
         device = self._table.device
         # Another stream may have made it: it must outlive this one's use of it.
@@ -86,6 +89,5 @@ class KernelTable:
                 (_copy_words, _copy_bytes), rows, self._starts, strict=True
             ):
                 if part + 1 < len(starts) and (count := starts[part + 1] - starts[part]):
-                    kernel[(count, _NUM_LANES)](
-                        columns, len(columns) // 3, starts[part], BLOCK=_BLOCK
-                    )
+                    lanes = max(1, _GENTLE_PROGRAMS // count) if gently else _NUM_LANES
+                    kernel[(count, lanes)](columns, len(columns) // 3, starts[part], BLOCK=_BLOCK)

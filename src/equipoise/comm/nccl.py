@@ -191,7 +191,7 @@ class NcclStagedCommunicator(QueuedCommunicator[_Flight]):
                 event = self._freed[half]
                 if event is not None:
                     self._packing.wait_event(event)
-                packs.run(number)
+                packs.run(number, gently=bool(self._under_way) or number > 0)
                 packed = self._packing.record_event()
             with torch.cuda.stream(self._wire):
                 self._wire.wait_event(packed)

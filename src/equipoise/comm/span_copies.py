@@ -57,13 +57,16 @@ class SpanCopies:
         columns = (destinations.address, sources.address, sources.num_bytes)
         self._copies = list(zip(*(column.tolist() for column in columns), strict=True))
 
-    def run(self, part: int = 0) -> None:
+    def run(self, part: int = 0, *, gently: bool = False) -> None:
         """Do the copies of a part, or enqueue them on the current stream; none behind the last.
 
+        Args:
+            part: which.
+            gently: on a GPU, leave most of its memory's bandwidth to others.
         Collective: none.
         """
         if self._table is not None:
-            self._table.launch(part)
+            self._table.launch(part, gently=gently)
         elif part + 1 < len(self._edges):
             for copy in self._copies[self._edges[part] : self._edges[part + 1]]:
                 ctypes.memmove(*copy)

@@ -33,7 +33,7 @@ def agree(
     """
     words = [amount, _REFUSES if problem else _READY, *map(_digest, facts.values())]
     heard = [t.tolist() for t in group.all_gather(torch.tensor(words, dtype=torch.int64))]
-    least = min(theirs[0] for theirs in heard)
+    least = int(min(theirs[0] for theirs in heard))
     told = [tuple(theirs[1:]) for theirs in heard]
     if problem is not None:
         raise problem

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ from equipoise.transfer.budget import choose_budget, find_spare, settle
 from equipoise.transfer.mover import ChunkMover, Verify
 from equipoise.transfer.pipeline import Pipeline
 from equipoise.transfer.profile import reserve_buffers
-from equipoise.transfer.staging import ChunkShare, measure_experts, share_plan
+from equipoise.transfer.staging import ChunkShare, PlanShares, measure_experts, share_plan
 
 _ALIGNMENT = 256
 
@@ -140,14 +140,14 @@ def rearrange_expert_weights_inplace(
 
 def _move_all(
     mover: ChunkMover,
-    shares: Sequence[ChunkShare],
+    shares: PlanShares,
     staging: Tensor,
     verify: Verify,
     on_commit: Callable[[IntArray], None] | None,
 ) -> None:
     """Move chunk after chunk; where there is room, some travel while one is committed."""
     pipeline = Pipeline(mover, shares, staging)
-    patience_s = max(find_busy_s(share, mover.group) for share in shares)
+    patience_s = find_busy_s(int(shares.busiest_bytes.max()), mover.group)
     with pipeline.open(patience_s):
         for number, share in enumerate(shares):
             problem = pipeline.receive()
@@ -167,9 +167,9 @@ def _move_all(
                 )
 
 
-def _make_staging(shares: Sequence[ChunkShare], num_buffers: int, device: torch.device) -> Tensor:
+def _make_staging(shares: PlanShares, num_buffers: int, device: torch.device) -> Tensor:
     """[buffers, bytes] uint8, each aligned."""
-    most = -(-max(share.num_bytes for share in shares) // _ALIGNMENT) * _ALIGNMENT
+    most = -(-int(shares.num_bytes.max()) // _ALIGNMENT) * _ALIGNMENT
     return torch.empty(min(num_buffers, len(shares)), most, dtype=torch.uint8, device=device)
 
 
@@ -184,7 +184,7 @@ def _compare(
     group = mover.group
     try:
         status = torch.tensor([problem is not None])
-        fared = group.all_gather(status, busy_s=find_busy_s(share, group))
+        fared = group.all_gather(status, busy_s=find_busy_s(share.busiest_bytes, group))
         failed = [rank for rank, theirs in enumerate(fared) if bool(theirs)]
         if not failed and verify != "off":
             return mover.verify(share, staging, verify)
@@ -200,9 +200,15 @@ def _compare(
     return problem
 
 
-def find_busy_s(share: ChunkShare, group: RankGroup) -> float:
-    """Seconds that a peer may still be in its exchange when this rank has ended its own."""
-    return 2 * group.timeout.total_seconds() + share.busiest_bytes / SLOWEST_BYTES_PER_S
+def find_busy_s(busiest_bytes: int, group: RankGroup) -> float:
+    """Seconds that a peer may still be in its exchange when this rank has ended its own.
+
+    Args:
+        busiest_bytes: most that any rank sends and receives in it.
+        group: of the ranks.
+    Collective: none.
+    """
+    return 2 * group.timeout.total_seconds() + busiest_bytes / SLOWEST_BYTES_PER_S
 
 
 def check_fit(placement: Placement, expert_weights: ExpertWeights, group: RankGroup) -> None:

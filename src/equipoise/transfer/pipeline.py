@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -111,7 +112,8 @@ class Pipeline:
         Collective: none; every rank, once the chunk is committed.
         """
         assert self._last is not None, "what was not received is not committed"
-        self._last.copies.run()
+        is_last = self._num_filled + 1 == len(self._shares)
+        self._last.copies.run(gently=len(self._buffers) > 1 and not is_last)
         with self._changed:
             if self._device.type == "cuda":
                 stream = torch.cuda.current_stream(self._device)
@@ -122,13 +124,16 @@ class Pipeline:
     def _run(self) -> None:
         try:
             with self._own_stream():
-                started: list[_Received] = []
+                started: deque[_Received] = deque()
                 for number in range(len(self._shares)):
-                    if not self._holds and not self._await_buffer(number):
+                    # A chunk that is held waits for the one before it: that has the wire first.
+                    landing = number - 1 if self._holds else number
+                    if not self._await_buffer(landing):
                         return
+                    self._mover.communicator.advance()
                     started.append(self._start(number))
                     if len(started) > self._num_ahead:
-                        self._finish(started.pop(0))
+                        self._finish(started.popleft())
                 for left in started:
                     self._finish(left)
         except BaseException as error:
@@ -138,6 +143,8 @@ class Pipeline:
 
     def _await_buffer(self, number: int) -> bool:
         """Whether there is a buffer for a chunk, rather than an end."""
+        if number < 0:
+            return True
         # Where nothing travels ahead, what is not committed yet may never be followed.
         needed = number + 1 - (len(self._buffers) if self._num_ahead else 1)
         with self._changed:
@@ -155,12 +162,15 @@ class Pipeline:
             if self._num_filled < number + 1 - len(self._buffers):
                 return False
             event = self._freed[number % len(self._buffers)]
-        return event is None or event.query()
+        return event is None or bool(event.query())  # type: ignore[no-untyped-call]
 
     def _start(self, number: int) -> _Received:
         share, buffer = self._shares[number], self.find_buffer(number)
         self._mover.start(share, buffer, partial(self._is_free, number) if self._holds else None)
-        return _Received(self._mover.prepare(share, buffer))
+        received = _Received(self._mover.prepare(share, buffer))
+        # By now what the peers have to say may have come.
+        self._mover.communicator.advance()
+        return received
 
     def _finish(self, oldest: _Received) -> None:
         self._mover.communicator.finish()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 from torch import Tensor
@@ -122,7 +123,7 @@ def share_plan(
     staging_bytes: int | None,
     *,
     in_place: bool = False,
-) -> list[ChunkShare]:
+) -> PlanShares:
     """Cut a plan into chunks, and work out one rank's share of each.
 
     Args:
@@ -152,8 +153,8 @@ def share_chunks(
     expert_bytes: IntArray,
     *,
     in_place: bool = False,
-) -> list[ChunkShare]:
-    """Work out one rank's share of each chunk, of all of them at once.
+) -> PlanShares:
+    """Work out one rank's share of each chunk.
 
     Args:
         plan: what moves.
@@ -163,46 +164,86 @@ def share_chunks(
         in_place: as for `share_plan`.
     Collective: none.
     """
-    num_chunks = len(chunks)
-    chunk_of_layer = np.full(plan.old.num_layers, num_chunks)
-    for number, layers in enumerate(chunks):
-        chunk_of_layer[layers] = number
-    chunk, source = chunk_of_layer[plan.layer], plan.src_rank
-    inside = chunk < num_chunks
-    sent = np.flatnonzero(inside & (source == rank) & (plan.dst_rank != rank))
-    sent = sent[np.lexsort((plan.dst_rank[sent], chunk[sent]))]
-    ours = np.flatnonzero(inside & (plan.dst_rank == rank))
-    # Own experts last; the sort is stable, so layers and experts keep the plan's order.
-    ours = ours[np.lexsort((source[ours], source[ours] == rank, chunk[ours]))]
-    received = ours[source[ours] != rank]
-    into = _find_empty(plan, received) if in_place else np.full(len(received), -1)
-    staged = ours[~np.isin(ours, received[into >= 0])] if in_place else ours
-    writes, write_staged = _find_writes(plan, staged)
-    busiest = _find_busiest(plan, chunk, num_chunks, expert_bytes)
-    cuts = [_cut(chunk[rows], num_chunks) for rows in (sent, received, staged)]
-    write_cut = np.searchsorted(write_staged, cuts[2])
-    slots = plan.write_slot[writes] % plan.new.topology.slots_per_rank
-    shares = []
-    for number, layers in enumerate(chunks):
-        sends, receives, stages = (slice(*cut[number : number + 2]) for cut in cuts)
-        filled = slice(*write_cut[number : number + 2])
-        rows = staged[stages]
-        sizes = expert_bytes[plan.layer[rows]]
-        shares.append(
-            ChunkShare(
-                layers=layers,
-                sent=sent[sends],
-                received=received[receives],
-                received_into=into[receives],
-                staged=_lay_out(rows, source[rows], plan.layer[rows], sizes),
-                write_staged=write_staged[filled] - stages.start,
-                write_slot=slots[filled],
-                remote_bytes=int(sizes[source[rows] != rank].sum()),
-                num_bytes=int(sizes.sum()),
-                busiest_bytes=int(busiest[number]),
-            )
+    return PlanShares(plan, rank, chunks, expert_bytes, in_place=in_place)
+
+
+class PlanShares(Sequence[ChunkShare]):
+    """One rank's shares of all chunks; rows are sorted at once, each share is cut when asked for.
+
+    Any thread may ask; the same share is cut again each time.
+
+    Args:
+        plan: as for `share_chunks`, and so are the others.
+
+    Attributes:
+        num_bytes: [chunks] int64, bytes that this rank stages.
+        busiest_bytes: [chunks] int64, most that any rank sends and receives.
+    """
+
+    def __init__(
+        self,
+        plan: TransferPlan,
+        rank: int,
+        chunks: Sequence[IntArray],
+        expert_bytes: IntArray,
+        *,
+        in_place: bool,
+    ) -> None:
+        self._chunks, self._rank, self._layer = chunks, rank, plan.layer
+        num_chunks = len(chunks)
+        chunk_of_layer = np.full(plan.old.num_layers, num_chunks)
+        for number, layers in enumerate(chunks):
+            chunk_of_layer[layers] = number
+        chunk, source = chunk_of_layer[plan.layer], plan.src_rank
+        inside = chunk < num_chunks
+        sent = np.flatnonzero(inside & (source == rank) & (plan.dst_rank != rank))
+        self._sent = sent = sent[np.lexsort((plan.dst_rank[sent], chunk[sent]))]
+        ours = np.flatnonzero(inside & (plan.dst_rank == rank))
+        # Own experts last; the sort is stable, so layers and experts keep the plan's order.
+        ours = ours[np.lexsort((source[ours], source[ours] == rank, chunk[ours]))]
+        self._received = received = ours[source[ours] != rank]
+        self._into = _find_empty(plan, received) if in_place else np.full(len(received), -1)
+        self._staged = staged = ours
+        if in_place:
+            self._staged = staged = ours[~np.isin(ours, received[self._into >= 0])]
+        self._source, self._sizes = source[staged], expert_bytes[plan.layer[staged]]
+        writes, self._write_staged = _find_writes(plan, staged)
+        self._cuts = [_cut(chunk[rows], num_chunks) for rows in (sent, received, staged)]
+        self._write_cut = np.searchsorted(self._write_staged, self._cuts[2])
+        self._slots = plan.write_slot[writes] % plan.new.topology.slots_per_rank
+        self.busiest_bytes = _find_busiest(plan, chunk, num_chunks, expert_bytes)
+        self.num_bytes = np.diff(np.concatenate(([0], np.cumsum(self._sizes)))[self._cuts[2]])
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    @overload
+    def __getitem__(self, number: int) -> ChunkShare: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[ChunkShare]: ...
+
+    def __getitem__(self, number: int | slice) -> ChunkShare | list[ChunkShare]:
+        if isinstance(number, slice):
+            return [self._cut_out(each) for each in range(len(self))[number]]
+        return self._cut_out(range(len(self))[number])
+
+    def _cut_out(self, number: int) -> ChunkShare:
+        sends, receives, stages = (slice(*cut[number : number + 2]) for cut in self._cuts)
+        filled = slice(*self._write_cut[number : number + 2])
+        rows, source, sizes = self._staged[stages], self._source[stages], self._sizes[stages]
+        return ChunkShare(
+            layers=self._chunks[number],
+            sent=self._sent[sends],
+            received=self._received[receives],
+            received_into=self._into[receives],
+            staged=_lay_out(rows, source, self._layer[rows], sizes),
+            write_staged=self._write_staged[filled] - stages.start,
+            write_slot=self._slots[filled],
+            remote_bytes=int(sizes[source != self._rank].sum()),
+            num_bytes=int(self.num_bytes[number]),
+            busiest_bytes=int(self.busiest_bytes[number]),
         )
-    return shares
 
 
 def _cut(chunk: IntArray, num_chunks: int) -> IntArray:
