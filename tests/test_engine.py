@@ -8,20 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from equipoise.balancer import EplbState
-from equipoise.comm import create_eplb_communicator
 from equipoise.comm.groups import RankGroup
 from equipoise.config import EPLBConfig
-from equipoise.dispatch import create_dispatcher
-from equipoise.dispatch.maps import PlacementMaps
-from equipoise.engine.engine import Engine, EngineLimits, Request
-from equipoise.engine.figures import StepFigures
-from equipoise.errors import ModelError
+from equipoise.engine.engine import Engine, EngineLimits
+from equipoise.engine.figures import StepResult
+from equipoise.engine.requests import Delta, Request, SamplingParams
+from equipoise.errors import ConfigError
 from equipoise.job.ledger import merge_steps
-from equipoise.load.recorder import LoadRecorder
-from equipoise.models.experts import ExpertParallelModel, make_expert_parallel
+from equipoise.models.parallel import ParallelModel, parallelize
 from equipoise.placement import place_in_order
-from equipoise.policy import get_policy
 from equipoise.topology import Topology
 from tests.ranks import Rank, processes
 from tests.test_models import (
@@ -34,7 +29,6 @@ from tests.test_models import (
     make_model,
 )
 
-CPU = torch.device("cpu")
 MAX_NEW = 14
 
 
@@ -43,37 +37,44 @@ def draw_prompts(lengths: list[int]) -> list[tuple[int, ...]]:
     return [tuple(torch.randint(2, VOCABULARY, (n,), generator=random).tolist()) for n in lengths]
 
 
-def spread_model(group: RankGroup, family: str) -> ExpertParallelModel:
+def spread_model(group: RankGroup, family: str, **config: Any) -> ParallelModel:
+    settings = {"policy": "deepseek", "communicator": "torch_gloo", "use_async": False} | config
     topology = Topology(group.size, EXPERTS // group.size + 1)
-    placement = place_in_order(LAYERS, EXPERTS, topology)
-    return make_expert_parallel(
+    return parallelize(
         make_model(family),
-        PlacementMaps(placement, CPU),
-        group.rank,
-        create_dispatcher("torch", group, topology),
-        LoadRecorder(LAYERS, topology.num_slots, CPU),
+        group,
+        EPLBConfig(window_size=8, **settings),
+        placement=place_in_order(LAYERS, EXPERTS, topology),
     )
 
 
-def balance(spread: ExpertParallelModel, group: RankGroup, step_interval: int) -> EplbState:
-    config = EPLBConfig(
-        window_size=8, step_interval=step_interval, communicator="torch_gloo", use_async=False
-    )
-    state = EplbState(config, group, get_policy("deepseek"))
-    communicator = create_eplb_communicator(group, "torch_gloo", spread.expert_weights)
-    state.add_model("tiny", spread.expert_weights, spread.maps, spread.recorder, communicator)
-    return state
+def make_request(number: int, tokens: tuple[int, ...], **sampling: Any) -> Request:
+    return Request(str(number), tokens, SamplingParams(**({"max_new_tokens": MAX_NEW} | sampling)))
 
 
-def run_until_idle(engine: Engine, group: RankGroup) -> list[StepFigures]:
+def run_until_idle(engine: Engine, group: RankGroup) -> list[StepResult]:
     """In lockstep: everybody steps as long as anybody has work."""
-    figures = []
+    results = []
     working = torch.tensor([1])
     while working:
-        figures.append(engine.step()[0])
+        results.append(engine.step())
         working = torch.tensor([int(engine.has_work)])
         group.all_reduce(working, "max")
-    return figures
+    return results
+
+
+def join(results: list[StepResult]) -> dict[str, list[int]]:
+    """Tokens by request, of deltas that must be in order and whole."""
+    tokens: dict[str, list[int]] = {}
+    ended: set[str] = set()
+    for delta in (delta for result in results for delta in result.deltas):
+        assert delta.request_id not in ended
+        assert delta.position == len(tokens.setdefault(delta.request_id, []))
+        tokens[delta.request_id] += delta.tokens
+        if delta.finish_reason is not None:
+            ended.add(delta.request_id)
+    assert ended == set(tokens)
+    return tokens
 
 
 def generate(family: str, prompts: list[tuple[int, ...]], end: int | None) -> list[list[int]]:
@@ -93,7 +94,7 @@ def generate(family: str, prompts: list[tuple[int, ...]], end: int | None) -> li
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 @processes()
 def test_tokens_are_those_of_generate_while_experts_move(rank: Rank, num_ranks: int) -> None:
-    """Mixed lengths, more prompts than rows, uneven ranks, texts that end early."""
+    """Mixed lengths, more prompts than rows, prompts in chunks, uneven ranks, early ends."""
     group = rank.make_group()
     for family in FAMILIES:
         compare_with_generate(family, group)
@@ -103,37 +104,43 @@ def test_tokens_are_those_of_generate_while_experts_move(rank: Rank, num_ranks: 
 def compare_with_generate(family: str, group: RankGroup) -> None:
     prompts = draw_prompts([5, 1, 17, 9, 30, 2, 8, 3, 21])
     end = generate(family, prompts[:1], None)[0][4]
-    requests = [Request(i, 0, prompts[i]) for i in range(group.rank, len(prompts), group.size)]
+    requests = [make_request(i, prompts[i]) for i in range(group.rank, len(prompts), group.size)]
     want = generate(family, [request.tokens for request in requests], end)
     assert group.rank != 0 or min(map(len, want)) < MAX_NEW
 
-    spread = spread_model(group, family)
-    initial = spread.maps.placement
-    limits = EngineLimits(2, MAX_NEW, 30 + MAX_NEW, frozenset([end]), keep_logits=True)
-    engine = Engine(spread, group.rank, limits, balance(spread, group, step_interval=5))
-    engine.submit(requests)
-    run_until_idle(engine, group)
+    parallel = spread_model(group, family, step_interval=5)
+    initial = parallel.spread.maps.placement
+    limits = EngineLimits(
+        3, 30 + MAX_NEW, prefill_chunk=7, end_tokens=frozenset([end]), keep_logits=True
+    )
+    engine = Engine(parallel, limits)
+    engine.submit(*requests)
+    results = run_until_idle(engine, group)
 
     assert [request.generated for request in requests] == want
+    assert join(results) == {request.id: request.generated for request in requests}
     for request in requests:
         assert [int(row.argmax()) for row in request.logits] == request.generated
     if group.size > 1:
-        assert spread.maps.placement != initial
+        assert parallel.spread.maps.placement != initial
+    parallel.close()
 
 
 @processes(2)
 def test_a_rank_without_prompts_takes_part(rank: Rank) -> None:
     group = rank.make_group()
     prompts = draw_prompts([4, 6])
-    spread = spread_model(group, "olmoe")
-    engine = Engine(spread, rank.rank, EngineLimits(1, MAX_NEW, 20))
-    requests = [Request(i, 0, prompt) for i, prompt in enumerate(prompts)]
-    engine.submit(requests if rank.rank == 1 else [])
-    figures = run_until_idle(engine, group)
+    parallel = spread_model(group, "olmoe")
+    engine = Engine(parallel, EngineLimits(1, 20, keep_load=True))
+    requests = [make_request(i, prompt) for i, prompt in enumerate(prompts)]
     if rank.rank == 1:
-        assert [r.generated for r in requests] == generate("olmoe", prompts, None)
+        engine.submit(*requests)
+    results = run_until_idle(engine, group)
+    if rank.rank == 1:
+        assert [r.generated for r in requests] == generate("olmoe", prompts, 1)
     else:
-        assert not any(step.num_tokens or step.slot_count.any() for step in figures)
+        assert not any(result.deltas or result.figures.num_tokens for result in results)
+        assert not any(result.figures.loads[0].slot_count.any() for result in results)
     group.barrier()
 
 
@@ -141,11 +148,13 @@ def test_a_rank_without_prompts_takes_part(rank: Rank) -> None:
 def test_merged_figures_count_every_token_once(rank: Rank) -> None:
     """Prompts of 5 and 7 tokens on rank 0, kind 0; one of 3 on rank 1, kind 1; 4 new tokens."""
     group = rank.make_group()
-    spread = spread_model(group, "qwen3_moe")
-    engine = Engine(spread, rank.rank, EngineLimits(2, 4, 20))
-    lengths = [5, 7] if rank.rank == 0 else [3]
-    engine.submit(Request(i, rank.rank, p) for i, p in enumerate(draw_prompts(lengths)))
-    figures = [engine.step()[0] for _ in range(6)]
+    parallel = spread_model(group, "qwen3_moe")
+    engine = Engine(parallel, EngineLimits(2, 20, keep_load=True))
+    for number, tokens in enumerate(draw_prompts([5, 7] if rank.rank == 0 else [3])):
+        request = make_request(number, tokens, max_new_tokens=4, ignore_end=True)
+        request.kind = rank.rank
+        engine.submit(request)
+    figures = [engine.step().figures for _ in range(6)]
     assert not engine.has_work
     records, anybody_works = merge_steps(
         group,
@@ -167,7 +176,7 @@ def test_merged_figures_count_every_token_once(rank: Rank) -> None:
         expected = [record.num_tokens * TOP_K] * LAYERS
         assert record.slot_count.sum(axis=1).tolist() == expected
         assert record.logical_count.sum(axis=1).tolist() == expected
-        for layer, row in enumerate(spread.maps.placement.slot_to_expert):
+        for layer, row in enumerate(parallel.spread.maps.placement.slot_to_expert):
             for expert in range(EXPERTS):
                 held = record.slot_count[layer][row == expert].sum()
                 assert record.logical_count[layer, expert] == held
@@ -177,10 +186,12 @@ def test_merged_figures_count_every_token_once(rank: Rank) -> None:
 
 def test_a_kind_is_named_while_it_runs_alone() -> None:
     group = make_lone_group()
-    spread = spread_model(group, "mixtral")
-    engine = Engine(spread, 0, EngineLimits(1, 2, 12))
-    engine.submit(Request(i, i, prompt) for i, prompt in enumerate(draw_prompts([3, 4])))
-    figures = [engine.step()[0] for _ in range(5)]
+    engine = Engine(spread_model(group, "mixtral"), EngineLimits(1, 12, keep_load=True))
+    for kind, tokens in enumerate(draw_prompts([3, 4])):
+        request = make_request(kind, tokens, max_new_tokens=2, ignore_end=True)
+        request.kind = kind
+        engine.submit(request)
+    figures = [engine.step().figures for _ in range(5)]
     records, anybody_works = merge_steps(
         group, figures, first_step=1, in_pass="on", kinds=("prose", "code"), has_work=False
     )
@@ -191,24 +202,99 @@ def test_a_kind_is_named_while_it_runs_alone() -> None:
 def test_all_slots_of_an_expert_get_their_share() -> None:
     """One token per step, as in decoding: replicas still take turns."""
     group = make_lone_group()
-    topology = Topology(1, 2 * EXPERTS)
-    spread = make_expert_parallel(
-        make_model("qwen3_moe"),
-        PlacementMaps(place_in_order(LAYERS, EXPERTS, topology), CPU),
-        0,
-        create_dispatcher("torch", group, topology),
-        LoadRecorder(LAYERS, topology.num_slots, CPU),
+    placement = place_in_order(LAYERS, EXPERTS, Topology(1, 2 * EXPERTS))
+    config = EPLBConfig(communicator="torch_gloo", use_async=False)
+    parallel = parallelize(make_model("qwen3_moe"), group, config, placement=placement)
+    engine = Engine(parallel, EngineLimits(1, 64, keep_load=True), balance=False)
+    engine.submit(make_request(0, draw_prompts([4])[0], max_new_tokens=60, ignore_end=True))
+    results = run_until_idle(engine, group)
+    counts = sum(result.figures.loads[0].slot_count.numpy() for result in results[1:])
+    first, second = np.split(counts, 2, axis=1)
+    assert abs(first.sum() - second.sum()) <= 0.1 * counts.sum()
+
+
+@pytest.mark.parametrize("window", [3, 16])
+def test_a_window_is_kept(window: int) -> None:
+    """Shorter than a chunk, and than a request."""
+    model: Any = make_model("mixtral")
+    model.config.sliding_window = window
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = window
+    prompts = draw_prompts([30, 6])
+    want = []
+    for prompt in prompts:
+        tokens = list(prompt)
+        for _ in range(MAX_NEW):
+            tokens.append(
+                int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax())
+            )
+        want.append(tokens[len(prompt) :])
+    plainly = generate("mixtral", prompts, None)
+    assert want != plainly
+
+    group = make_lone_group()
+    config = EPLBConfig(communicator="torch_gloo", use_async=False)
+    engine = Engine(parallelize(model, group, config), EngineLimits(2, 44, prefill_chunk=8))
+    requests = [make_request(i, prompt, ignore_end=True) for i, prompt in enumerate(prompts)]
+    engine.submit(*requests)
+    run_until_idle(engine, group)
+    assert [request.generated for request in requests] == want
+
+
+def test_ends_are_told_for_what_they_are() -> None:
+    group = make_lone_group()
+    parallel = spread_model(group, "olmoe")
+    prompts = draw_prompts([6] * 9)
+    all_tokens = generate("olmoe", prompts, None)
+    prompt, tokens = max(zip(prompts, all_tokens, strict=True), key=lambda it: len(set(it[1])))
+    first, end = next((i, token) for i, token in enumerate(tokens) if token != tokens[0])
+    engine = Engine(parallel, EngineLimits(4, 40, end_tokens=frozenset([end])))
+    engine.submit(
+        make_request(0, prompt),
+        make_request(1, prompt, ignore_end=True),
+        make_request(2, prompt, max_new_tokens=1),
+        make_request(3, prompt, ignore_end=True),
     )
-    engine = Engine(spread, 0, EngineLimits(1, 60, 64))
-    engine.submit([Request(0, 0, draw_prompts([4])[0])])
-    figures = run_until_idle(engine, group)
-    counts = np.array([step.slot_count.numpy() for step in figures[1:]]).sum(axis=0)
-    first, second = counts[:, :EXPERTS].sum(), counts[:, EXPERTS:].sum()
-    assert abs(first - second) <= 0.1 * (first + second)
+    results = [engine.step()]
+    engine.cancel("3")
+    engine.cancel("nobody")
+    results += run_until_idle(engine, group)
+    ends = {d.request_id: d for r in results for d in r.deltas if d.finish_reason is not None}
+    assert ends["0"] == Delta("0", first, (end,), "stop")
+    assert ends["1"].finish_reason == "length"
+    assert ends["2"] == Delta("2", 0, (tokens[0],), "length")
+    assert ends["3"] == Delta("3", 1, (), "cancelled")
+    assert join(results)["1"] == tokens
 
 
-def test_a_window_shorter_than_a_request_is_refused() -> None:
-    spread = spread_model(make_lone_group(), "mixtral")
-    spread.model.config.sliding_window = 16
-    with pytest.raises(ModelError, match="last 16 tokens only, and a request may have 20: windows"):
-        Engine(spread, 0, EngineLimits(1, 4, 20))
+def test_requests_that_cannot_be_served_are_refused() -> None:
+    engine = Engine(spread_model(make_lone_group(), "olmoe"), EngineLimits(2, 20))
+    engine.submit(make_request(0, (5, 6), max_new_tokens=3))
+    half = make_request(3, (5,), max_new_tokens=2)
+    half.generated = [7, 8]
+    for request, message in (
+        (make_request(0, (5,)), "request '0' has not ended yet: take another id"),
+        (make_request(1, ()), "request '1' is empty: it needs at least one token"),
+        (make_request(2, (5,) * 7), "'2' has 7 tokens and asks for 14 more, the engine takes 20"),
+        (half, "request '3' has all of its tokens already"),
+        (make_request(4, (5,), stop=("x",)), "'4' has stop strings, and the engine no tokenizer"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            engine.submit(make_request(9, (5,)), request)
+    assert engine.num_requests == 1
+    for name in ("max_batch_size", "max_len", "prefill_chunk"):
+        values = {"max_batch_size": 1, "max_len": 1, "prefill_chunk": 1} | {name: 0}
+        with pytest.raises(ConfigError, match=f"{name} must be at least 1, got 0"):
+            EngineLimits(**values)
+
+
+def test_memory_is_known_before_it_is_taken(caplog: pytest.LogCaptureFixture) -> None:
+    """Keys and values of 2 heads of 8 numbers of 4 bytes, in each layer."""
+    parallel = spread_model(make_lone_group(), "qwen3_moe")
+    with caplog.at_level("INFO", "equipoise.engine.cache"):
+        engine = Engine(parallel, EngineLimits(3, 50))
+    assert engine.memory.token_bytes == 2 * 2 * 8 * 4 * LAYERS
+    assert engine.memory.num_bytes == 3 * 50 * engine.memory.token_bytes
+    assert "keys and values of 3 sequences of 50 tokens take 0.00 GiB" in caplog.text
+    with pytest.raises(ConfigError, match=r"take [0-9.]+ GiB, and cpu has [0-9.]+ GiB free: ask"):
+        Engine(parallel, EngineLimits(1 << 20, 1 << 20))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from equipoise.config import EPLBConfig
-from equipoise.engine.engine import Request
+from equipoise.engine.requests import Request
 from equipoise.errors import ConfigError, EquipoiseError, ModelError, PlacementError
 from equipoise.job.check import check_outputs
 from equipoise.job.job import MERGE_STEPS, run_job
@@ -252,8 +252,8 @@ def test_a_wrong_token_is_found_with_its_margin() -> None:
         )[0]
         logits = plain(whole[None, :-1]).logits[0, len(prompt) - 1 :]
         generated = whole[len(prompt) :].tolist()
-        on[number] = Request(number, 0, prompt, list(generated), list(logits))
-        off[number] = Request(number, 0, prompt, list(generated))
+        on[number] = Request(str(number), prompt, generated=list(generated), logits=list(logits))
+        off[number] = Request(str(number), prompt, generated=list(generated))
     group = make_lone_group()
     vocabulary = plain.config.vocab_size
     right = check_outputs(group, plain, prompts, off, on, vocabulary)

@@ -1,83 +1,156 @@
 """Keys and values of sequences that join and leave between steps.
 
-Axis letters: B rows of a step, H key-value heads, T tokens per row, D head dimension.
+Axis letters: B sequences, N tokens of a step, H key-value heads, D head dimension.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+from equipoise.errors import ConfigError
 
-class RowCache:
-    """What a Hugging Face decoder asks of a cache, with one row per sequence.
+logger = logging.getLogger(__name__)
 
-    Rows in use are the first ones, so that a step reads them as a view; a row that is freed is
-    filled by the last one. Memory is taken once, at the first step of each layer.
+_GIB = 1 << 30
 
-    Attention masks are the engine's: it gives them whole, so a model asks for no sizes here.
 
-    Args:
-        num_rows: sequences that fit.
-        max_len: tokens of each.
+@dataclass(frozen=True)
+class LayerShape:
+    """What one token leaves in one layer.
+
+    Attributes:
+        key: (H, D).
+        value: (H, D); its D may be another.
+        dtype: of both.
     """
 
-    def __init__(self, num_rows: int, max_len: int) -> None:
-        self._shape = (num_rows, max_len)
-        self._layers: list[tuple[Tensor, Tensor]] = []
-        self._first_row = 0
-        self._positions: Tensor | None = None
-        self._length = 0
+    key: tuple[int, int]
+    value: tuple[int, int]
+    dtype: torch.dtype
 
-    def prefill(self, first_row: int) -> None:
-        """The next forward pass fills rows from `first_row` on, from position 0 on."""
-        self._first_row, self._positions = first_row, None
+    @property
+    def num_bytes(self) -> int:
+        """Of one token."""
+        return (self.key[0] * self.key[1] + self.value[0] * self.value[1]) * self.dtype.itemsize
 
-    def decode(self, positions: Tensor, length: int) -> None:
-        """The next forward pass adds a token to each row in use.
 
-        Args:
-            positions: [B] int64, where each row's token goes; B rows are in use.
-            length: tokens of the longest row, the new one included.
+@dataclass(frozen=True)
+class CacheMemory:
+    """What a cache takes, known before it is taken.
+
+    Attributes:
+        num_rows: sequences that fit.
+        max_len: tokens of each.
+        token_bytes: of one token, all layers.
+        free_bytes: that the device had left before; None where that cannot be found out.
+        device: where.
+    """
+
+    num_rows: int
+    max_len: int
+    token_bytes: int
+    free_bytes: int | None
+    device: torch.device
+
+    @property
+    def num_bytes(self) -> int:
+        """All of it."""
+        return self.num_rows * self.max_len * self.token_bytes
+
+    def check(self) -> None:
+        """Say what will be taken.
+
+        Raises: ConfigError if it does not fit.
         """
-        self._positions, self._length = positions, length
-
-    def move(self, source: int, into: int) -> None:
-        """Make one row a copy of another."""
-        for pair in self._layers:
-            for tensor in pair:
-                tensor[into].copy_(tensor[source])
-
-    def update(
-        self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object
-    ) -> tuple[Tensor, Tensor]:
-        """Take a layer's new keys and values; called by the model's attention.
-
-        Args:
-            keys: [B, H, T, D].
-            values: [B, H, T, D].
-            layer_idx: which layer.
-        Returns:
-            Keys and values to attend to, each [B, H, length, D].
-        """
-        if layer_idx == len(self._layers):
-            self._layers.append((self._allocate(keys), self._allocate(values)))
-        if self._positions is None:
-            rows = slice(self._first_row, self._first_row + keys.shape[0])
-            for stored, new in zip(self._layers[layer_idx], (keys, values), strict=True):
-                stored[rows, :, : new.shape[2]] = new
-            return keys, values
-        num_rows = keys.shape[0]
-        row = torch.arange(num_rows, device=keys.device)
-        for stored, new in zip(self._layers[layer_idx], (keys, values), strict=True):
-            stored[row, :, self._positions] = new[:, :, 0]
-        stored_keys, stored_values = self._layers[layer_idx]
-        return (
-            stored_keys[:num_rows, :, : self._length],
-            stored_values[:num_rows, :, : self._length],
+        needed = (
+            f"keys and values of {self.num_rows} sequences of {self.max_len} tokens take "
+            f"{self.num_bytes / _GIB:.2f} GiB"
         )
+        if self.free_bytes is None:
+            logger.info("%s", needed)
+            return
+        free = f"{self.free_bytes / _GIB:.2f} GiB free"
+        if self.num_bytes > self.free_bytes:
+            raise ConfigError(
+                f"{needed}, and {self.device} has {free}: ask for fewer sequences at once, or "
+                "for shorter ones"
+            )
+        logger.info("%s; %s has %s", needed, self.device, free)
 
-    def _allocate(self, like: Tensor) -> Tensor:
-        num_rows, max_len = self._shape
+
+class KVCache:
+    """A row of fixed length for each sequence, in every layer.
+
+    Rows in use are the first ones, so that a step reads them as a view; a row that is freed is
+    filled by another one. Memory is taken once, when the cache is made.
+
+    Args:
+        shapes: by number of the layer.
+        memory: how much it is.
+    """
+
+    def __init__(self, shapes: Mapping[int, LayerShape], memory: CacheMemory) -> None:
+        self.memory = memory
+        room = (memory.num_rows, memory.max_len)
         # Zeros, not whatever was there: a masked NaN is still a NaN after the product.
-        return like.new_zeros(num_rows, like.shape[1], max_len, like.shape[3])
+        self._layers = {
+            number: tuple(
+                torch.zeros(room[0], heads, room[1], size, dtype=shape.dtype, device=memory.device)
+                for heads, size in (shape.key, shape.value)
+            )
+            for number, shape in shapes.items()
+        }
+
+    def store(
+        self, layer: int, rows: Tensor, positions: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Take a layer's new keys and values.
+
+        Args:
+            layer: its number.
+            rows: [N] int64, each token's row.
+            positions: [N] int64, its place in the row.
+            key: [1, H, N, D].
+            value: [1, H, N, D].
+        Returns:
+            All keys and values of the layer, each [rows, H, max_len, D].
+        Collective: none; no host sync.
+        """
+        keys, values = self._layers[layer]
+        keys[rows, :, positions] = key[0].transpose(0, 1)
+        values[rows, :, positions] = value[0].transpose(0, 1)
+        return keys, values
+
+    def move(self, source: int, into: int, length: int) -> None:
+        """Make the first tokens of one row a copy of another's. Collective: none."""
+        for pair in self._layers.values():
+            for tensor in pair:
+                tensor[into, :, :length] = tensor[source, :, :length]
+
+
+def find_memory(
+    shapes: Mapping[int, LayerShape], num_rows: int, max_len: int, device: torch.device
+) -> CacheMemory:
+    """What a cache of these layers takes, and what there is. Collective: none."""
+    token_bytes = sum(shape.num_bytes for shape in shapes.values())
+    return CacheMemory(num_rows, max_len, token_bytes, _find_free_bytes(device), device)
+
+
+def _find_free_bytes(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What torch keeps of freed memory serves a cache as well.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + kept
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    kib = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(kib[0]) * 1024 if kib else None

@@ -1,4 +1,4 @@
-"""What a step did on this rank, in figures.
+"""What a step did on this rank.
 
 Axis letters: L layers, P slots.
 """
@@ -9,12 +9,22 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from equipoise.balancer import RebalanceOutcome
+from equipoise.engine.requests import Delta
 from equipoise.placement import Placement
 
-NO_KIND = -1
-"""Kind of a step in which a rank, or every rank, has nothing running."""
-MIXED = -2
-"""Kind of a step in which several kinds of text are running."""
+
+@dataclass(frozen=True)
+class SetLoad:
+    """Tokens of one set of layers.
+
+    Attributes:
+        placement: the one that the step ran on.
+        slot_count: [L, P] int64 on the device, this rank's tokens by the slot they were sent to.
+    """
+
+    placement: Placement
+    slot_count: Tensor
 
 
 @dataclass(frozen=True)
@@ -22,19 +32,34 @@ class StepFigures:
     """One step of one rank.
 
     Attributes:
-        placement: the one that the step ran on.
-        slot_count: [L, P] int64 on the device, this rank's tokens by the slot they were sent to.
         num_tokens: this rank's, without padding.
         num_new_tokens: generated.
-        kind: index of the kind of text that runs, NO_KIND or MIXED.
+        kinds: of the requests that it was for.
         expert_cpu_s: CPU seconds of this rank's experts.
+        loads: of each set of layers, where the engine keeps them.
         step_s: wall seconds, balancing included.
+        balance_s: of these, in the balancer's step: what rebalancing costs this thread.
     """
 
-    placement: Placement
-    slot_count: Tensor
-    num_tokens: int
-    num_new_tokens: int
-    kind: int
-    expert_cpu_s: float
-    step_s: float
+    num_tokens: int = 0
+    num_new_tokens: int = 0
+    kinds: frozenset[int] = frozenset()
+    expert_cpu_s: float = 0.0
+    loads: tuple[SetLoad, ...] = ()
+    step_s: float = 0.0
+    balance_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step or a tick gave.
+
+    Attributes:
+        deltas: of this rank's requests.
+        figures: of this rank.
+        outcomes: rebalances that ended at this step, alike on all ranks.
+    """
+
+    deltas: tuple[Delta, ...]
+    figures: StepFigures
+    outcomes: tuple[RebalanceOutcome, ...]

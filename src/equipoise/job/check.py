@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from equipoise.comm.groups import RankGroup
-from equipoise.engine.engine import Request
+from equipoise.engine.requests import Request
 from equipoise.job.records import CheckRecord, Divergence
 
 

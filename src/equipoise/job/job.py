@@ -9,14 +9,10 @@ from typing import Any
 import torch
 
 from equipoise.balancer import EplbState, RebalanceOutcome
-from equipoise.comm import create_eplb_communicator
-from equipoise.comm.base import EplbCommunicator
 from equipoise.comm.groups import RankGroup
-from equipoise.dispatch import create_dispatcher
-from equipoise.dispatch.base import TokenDispatcher
-from equipoise.dispatch.maps import PlacementMaps
-from equipoise.engine.engine import Engine, EngineLimits, Request
+from equipoise.engine.engine import Engine, EngineLimits
 from equipoise.engine.figures import StepFigures
+from equipoise.engine.requests import Request, SamplingParams
 from equipoise.errors import ConfigError
 from equipoise.job.check import check_outputs
 from equipoise.job.ledger import merge_steps
@@ -36,14 +32,9 @@ from equipoise.job.records import (
 )
 from equipoise.job.spec import JobSpec
 from equipoise.job.texts import encode_all, list_kinds
-from equipoise.load.recorder import LoadRecorder
-from equipoise.models.checkpoint import Checkpoint
-from equipoise.models.experts import ExpertParallelModel, SetPlan
-from equipoise.models.families import read_model_shape
-from equipoise.models.loading import load_model, load_spread, load_tokenizer
-from equipoise.placement import place_in_order
-from equipoise.policy import get_policy
-from equipoise.topology import Topology, choose_num_redundant
+from equipoise.models.families import read_config, read_model_shape
+from equipoise.models.loading import load_model, load_tokenizer
+from equipoise.models.parallel import ParallelModel, parallelize
 
 MERGE_STEPS = 16
 """Steps between two meetings of the ranks beyond the model's own: there figures are merged, and
@@ -64,17 +55,25 @@ class _Job:
     kinds: tuple[str, ...]
     prompts: list[tuple[int, ...]]
     held_out: list[Text]
-    spread: ExpertParallelModel
-    dispatcher: TokenDispatcher
-    communicator: EplbCommunicator
-    balancer: EplbState
+    parallel: ParallelModel
     limits: EngineLimits
-    num_parameters: int
 
     def say(self, record: Record) -> None:
         """Emit on rank 0."""
         if self.group.rank == 0:
             self.emit(record)
+
+    def close_balancer(self, wait_s: float | None = None) -> None:
+        """End balancing; the model can still be called."""
+        if self.parallel.state.close(wait_s=wait_s):
+            for communicator in self.parallel.communicators:
+                communicator.close()
+
+    def close(self, wait_s: float | None = None) -> None:
+        """Release the wires."""
+        self.close_balancer(wait_s)
+        for dispatcher in self.parallel.dispatchers:
+            dispatcher.close()
 
     def owned(self) -> list[int]:
         """Prompts of this rank."""
@@ -105,64 +104,45 @@ def run_job(spec: JobSpec, group: RankGroup, emit: Emit) -> None:
         _run(job)
     except BaseException:
         # Not waiting for a worker that may be in an exchange: the error comes first.
-        if job.balancer.close(wait_s=0.0):
-            job.communicator.close()
+        job.close(wait_s=0.0)
         raise
-    finally:
-        job.dispatcher.close()
 
 
 def _run(job: _Job) -> None:
     job.say(_describe(job))
     # The first forward pass of a process pays for late imports; neither pass shall.
-    Engine(job.spread, job.group.rank, job.limits).step()
-    off, off_s = _serve(job, "off", None, keep_logits=False)
+    Engine(job.parallel, EngineLimits(1, 1), balance=False).step()
+    off, off_s = _serve(job, "off", None)
     before = _score(job)
-    spread = job.spread
-    job.balancer.add_model(
-        "model", spread.expert_weights, spread.maps, spread.recorder, job.communicator
-    )
-    on, on_s = _serve(job, "on", job.balancer, keep_logits=job.spec.check)
+    on, on_s = _serve(job, "on", job.parallel.state)
     # A rebalance that is still under way shall not move experts under what follows.
-    job.balancer.close()
-    job.communicator.close()
+    job.close_balancer()
     after = _score(job)
     plain_scores, check = _check(job, off, on) if job.spec.check else (None, None)
     samples = _gather_samples(job, on)
     losses = _list_losses(job, before, after, plain_scores)
     job.say(ResultRecord(check, losses, {"off": off_s, "on": on_s}, samples))
+    job.close()
 
 
 def _prepare(spec: JobSpec, group: RankGroup, emit: Emit) -> _Job:
     _compare_with_group(spec, group)
-    shape = read_model_shape(spec.model)
-    requested = spec.config.num_redundant_experts
-    num_redundant = choose_num_redundant(
-        shape.num_experts, spec.num_ranks, None if requested == "auto" else requested
-    )
-    topology = Topology(spec.num_ranks, (shape.num_experts + num_redundant) // spec.num_ranks)
-    placement = place_in_order(shape.num_layers, shape.num_experts, topology)
-    policy = get_policy(spec.config.policy)
-
+    # Also refuses families that the engine does not serve.
+    read_model_shape(spec.model)
     tokenizer = load_tokenizer(spec.model)
-    checkpoint = Checkpoint(spec.model, _dtype(spec), group.device, attention="sdpa")
-    longest = getattr(checkpoint.model.config, "max_position_embeddings", None)
+    longest = read_config(spec.model).get("max_position_embeddings")
     prompts = encode_all(tokenizer, spec.prompts, "prompt", spec.max_new_tokens, longest)
     held_out = encode_all(tokenizer, spec.held_out, "held-out text", 0, longest)
     kinds = list_kinds(spec.prompts, spec.held_out)
-    num_parameters = checkpoint.num_parameters
-
-    dispatcher = create_dispatcher("torch", group, topology)
-    plan = SetPlan(
-        layers=checkpoint.layers,
-        maps=PlacementMaps(placement, group.device),
-        dispatcher=dispatcher,
-        recorder=LoadRecorder(shape.num_layers, topology.num_slots, group.device),
+    parallel = parallelize(
+        spec.model,
+        group,
+        spec.config,
+        dtype=_dtype(spec),
+        attention="sdpa",
+        # Ranks read alike: rank 0 speaks for all.
+        progress=_Progress(emit) if group.rank == 0 else None,
     )
-    # Ranks read alike: rank 0 speaks for all.
-    progress = _Progress(emit) if group.rank == 0 else None
-    spread = load_spread(checkpoint, [plan], group, progress)
-    balancer = EplbState(spec.config, group, policy)
     return _Job(
         spec=spec,
         group=group,
@@ -174,19 +154,12 @@ def _prepare(spec: JobSpec, group: RankGroup, emit: Emit) -> _Job:
             Text(kinds.index(text.kind), tokens)
             for text, tokens in zip(spec.held_out, held_out, strict=True)
         ],
-        spread=spread,
-        dispatcher=dispatcher,
-        communicator=create_eplb_communicator(
-            balancer.transfer_group, spec.config.communicator, spread.expert_weights
-        ),
-        balancer=balancer,
+        parallel=parallel,
         limits=EngineLimits(
             max_batch_size=spec.max_batch_size,
-            max_new_tokens=spec.max_new_tokens,
             max_len=max(map(len, prompts)) + spec.max_new_tokens,
-            end_tokens=_find_end_tokens(spread.model),
+            keep_load=True,
         ),
-        num_parameters=num_parameters,
     )
 
 
@@ -222,42 +195,48 @@ def _dtype(spec: JobSpec) -> torch.dtype:
     return dtype
 
 
-def _find_end_tokens(model: Any) -> frozenset[int]:
-    end = model.generation_config.eos_token_id
-    if end is None:
-        return frozenset()
-    return frozenset([end] if isinstance(end, int) else end)
-
-
 def _describe(job: _Job) -> JobRecord:
     spec, device = job.spec, job.group.device
-    chosen = f" ({job.communicator.reason})" if spec.config.communicator == "auto" else ""
+    weights, maps = job.parallel.spread.expert_weights, job.parallel.spread.maps
+    (wire,) = job.parallel.communicators
+    chosen = f" ({wire.reason})" if spec.config.communicator == "auto" else ""
     return JobRecord(
         model=str(spec.model),
         device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
         dtype=spec.dtype,
-        communicator=job.communicator.name + chosen,
+        communicator=wire.name + chosen,
         policy=spec.config.policy,
         num_prompts=len(spec.prompts),
         kinds=job.kinds,
-        placement=job.spread.maps.placement,
-        num_parameters=job.num_parameters,
-        expert_bytes=sum(t[0].numel() * t.element_size() for t in job.spread.expert_weights[0]),
+        placement=maps.placement,
+        num_parameters=_count_parameters(job.parallel),
+        expert_bytes=sum(t[0].numel() * t.element_size() for t in weights[0]),
     )
 
 
+def _count_parameters(parallel: ParallelModel) -> int:
+    """Of the logical model: in place of this rank's slots, all experts."""
+    assert parallel.checkpoint is not None
+    num_experts = parallel.spread.maps.placement.num_experts
+    tensors = [tensor for weights in parallel.spread.expert_weights for tensor in weights]
+    elsewhere = sum((num_experts - tensor.shape[0]) * tensor[0].numel() for tensor in tensors)
+    return parallel.checkpoint.num_parameters + elsewhere
+
+
 def _serve(
-    job: _Job, in_pass: Pass, balancer: EplbState | None, *, keep_logits: bool
+    job: _Job, in_pass: Pass, balancer: EplbState | None
 ) -> tuple[dict[int, Request], float]:
     """One pass over the prompts; this rank's requests by prompt, and the pass's wall seconds."""
     job.say(PhaseRecord(in_pass))
-    limits = replace(job.limits, keep_logits=keep_logits)
-    engine = Engine(job.spread, job.group.rank, limits, balancer)
+    limits = replace(job.limits, keep_logits=job.spec.check and balancer is not None)
+    engine = Engine(job.parallel, limits, balance=balancer is not None)
     prompts = job.spec.prompts
+    sampling = SamplingParams(max_new_tokens=job.spec.max_new_tokens)
     requests = {
-        i: Request(i, job.kinds.index(prompts[i].kind), job.prompts[i]) for i in job.owned()
+        i: Request(str(i), job.prompts[i], sampling, kind=job.kinds.index(prompts[i].kind))
+        for i in job.owned()
     }
-    engine.submit(requests.values())
+    engine.submit(*requests.values())
     started_s = time.perf_counter()
     num_steps, goes_on = 0, True
     most = job.spec.max_steps
@@ -266,9 +245,9 @@ def _serve(
         figures: list[StepFigures] = []
         outcomes: list[RebalanceOutcome] = []
         for _ in range(num_due):
-            of_step, of_balancer = engine.step()
-            figures.append(of_step)
-            outcomes += of_balancer
+            result = engine.step()
+            figures.append(result.figures)
+            outcomes += result.outcomes
         records, anybody_works = merge_steps(
             job.group,
             figures,
@@ -309,7 +288,7 @@ def _make_rebalance_record(outcome: RebalanceOutcome) -> RebalanceRecord:
 
 def _score(job: _Job) -> Scores:
     job.say(PhaseRecord("loss"))
-    return score_in_lockstep(job.group, job.spread, job.held_out, len(job.kinds))
+    return score_in_lockstep(job.group, job.parallel.spread, job.held_out, len(job.kinds))
 
 
 def _check(
@@ -320,7 +299,7 @@ def _check(
     plain: Any = None
     if job.group.rank == 0:
         plain = load_model(job.spec.model, _dtype(job.spec), job.group.device)
-    vocabulary_size = job.spread.model.config.vocab_size
+    vocabulary_size = job.parallel.model.config.vocab_size
     check = check_outputs(job.group, plain, job.prompts, off, on, vocabulary_size)
     if plain is None:
         return None, check
@@ -334,7 +313,7 @@ def _gather_samples(job: _Job, on: dict[int, Request]) -> tuple[tuple[str, str, 
         firsts.setdefault(prompt.kind, number)
     samples = []
     for kind, number in firsts.items():
-        tokens = torch.full((job.limits.max_new_tokens,), -1)
+        tokens = torch.full((job.spec.max_new_tokens,), -1)
         if number in on:
             generated = torch.tensor(on[number].generated, dtype=torch.int64)
             tokens[: len(generated)] = generated

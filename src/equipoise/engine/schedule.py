@@ -1,0 +1,155 @@
+"""Which sequences run, in which rows of the cache, and what a step does for each."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from equipoise.engine.attention import Chunk
+from equipoise.engine.detokenizer import TextStream
+from equipoise.engine.requests import FinishReason, Request
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request while it is in an engine.
+
+    Attributes:
+        request: its tokens are those of the prompt and generated.
+        stream: its text, where stop strings are looked for.
+        num_cached: tokens, from the first on, whose keys and values are in its row.
+        finish_reason: why it has ended.
+    """
+
+    request: Request
+    stream: TextStream | None = None
+    num_cached: int = 0
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that the model has not seen: one while it decodes."""
+        return self.request.num_tokens - self.num_cached
+
+    def pending(self, num: int) -> list[int]:
+        """The first of these tokens."""
+        tokens, begin = self.request.tokens, self.num_cached
+        if begin >= len(tokens):
+            begin -= len(tokens)
+            return self.request.generated[begin : begin + num]
+        return [*tokens[begin:], *self.request.generated][:num]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step does, sequence by sequence, in the order of its tokens.
+
+    Attributes:
+        decoding: sequences in the first rows, one token each.
+        filling: behind them, sequences that take a chunk of their prompt.
+        chunks: of these.
+    """
+
+    decoding: tuple[Sequence, ...] = ()
+    filling: tuple[Sequence, ...] = ()
+    chunks: tuple[Chunk, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the step, on this rank."""
+        return len(self.decoding) + sum(chunk.length for chunk in self.chunks)
+
+    def __iter__(self) -> Iterator[tuple[Sequence, Chunk]]:
+        for row, sequence in enumerate(self.decoding):
+            yield sequence, Chunk(row, sequence.num_cached, 1)
+        yield from zip(self.filling, self.chunks, strict=True)
+
+
+class Schedule:
+    """First come, first served.
+
+    A sequence is begun where the step's budget still has tokens for it, so that no more than one,
+    the last, is ever part of the way through its prompt. Rows in use are the first ones, decoding
+    sequences before the one that is not.
+
+    Args:
+        num_rows: of the cache.
+        prefill_chunk: tokens of prompts in one step.
+        move: copies the first tokens of one row of the cache to another.
+    """
+
+    def __init__(
+        self, num_rows: int, prefill_chunk: int, move: Callable[[int, int, int], None]
+    ) -> None:
+        self._num_rows, self._prefill_chunk, self._move = num_rows, prefill_chunk, move
+        self._queue: deque[Sequence] = deque()
+        self._rows: list[Sequence] = []
+
+    def __len__(self) -> int:
+        return len(self._rows) + len(self._queue)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        yield from self._rows
+        yield from self._queue
+
+    def add(self, sequence: Sequence) -> None:
+        """Put a sequence at the end of the queue."""
+        self._queue.append(sequence)
+
+    def plan(self) -> Work:
+        """Give the next step its work; what is begun stays in its row, also if the step fails."""
+        num_decoding = 0
+        while num_decoding < len(self._rows) and self._rows[num_decoding].num_pending == 1:
+            num_decoding += 1
+        budget = self._prefill_chunk
+        filling: list[Sequence] = []
+        chunks: list[Chunk] = []
+        row = num_decoding
+        while budget and (row < len(self._rows) or self._admit()):
+            sequence = self._rows[row]
+            length = min(sequence.num_pending, budget)
+            filling.append(sequence)
+            chunks.append(Chunk(row, sequence.num_cached, length))
+            budget -= length
+            row += 1
+        return Work(tuple(self._rows[:num_decoding]), tuple(filling), tuple(chunks))
+
+    def advance(self, work: Work) -> None:
+        """The step has been done: its tokens are cached, and sequences that ended leave."""
+        for sequence, chunk in work:
+            sequence.num_cached += chunk.length
+        for row in reversed(range(len(self._rows))):
+            if self._rows[row].finish_reason is not None:
+                self._free(row)
+
+    def remove(self, request_ids: set[str] | None) -> list[Sequence]:
+        """Take sequences out, running ones first; None takes all."""
+        gone = [one for one in self if request_ids is None or one.request.id in request_ids]
+        for row in reversed(range(len(self._rows))):
+            if self._rows[row] in gone:
+                self._free(row)
+        self._queue = deque(one for one in self._queue if one not in gone)
+        for sequence in gone:
+            sequence.num_cached = 0
+        return gone
+
+    def _admit(self) -> bool:
+        if not self._queue or len(self._rows) == self._num_rows:
+            return False
+        self._rows.append(self._queue.popleft())
+        return True
+
+    def _free(self, row: int) -> None:
+        """Fill a row with the last decoding sequence, and that one's with the one behind it."""
+        last = len(self._rows) - 1
+        if self._rows[last].num_pending > 1 and row < last - 1:
+            self._replace(row, last - 1)
+            row = last - 1
+        if row < last:
+            self._replace(row, last)
+        self._rows.pop()
+
+    def _replace(self, row: int, source: int) -> None:
+        self._rows[row] = self._rows[source]
+        self._move(source, row, self._rows[row].num_cached)
