@@ -36,7 +36,7 @@ def serve(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")
     ] = "float32",
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Of the ranks.")] = "cpu",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Of the ranks.")] = "auto",
     host: Annotated[
         str,
         typer.Option(help="Address; beyond this machine keys are needed.", rich_help_panel=_HTTP),
@@ -126,7 +126,7 @@ def serve(
             "num_ranks": ranks,
             "config": resolve_config(file=config, flags=flags).config,
             "dtype": dtype,
-            "device": device,
+            "device": _find_device(device),
             "max_batch_size": batch_size,
             "queue_limit": queue,
             "timeout_s": timeout,
@@ -168,6 +168,18 @@ def _make_spec(model: Path | None, max_len: int | None, values: dict[str, Any]) 
     return spec
 
 
+def _find_device(asked: str) -> str:
+    if asked == "cpu":
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if asked == "cuda":
+        raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    return "cpu"
+
+
 def _read_longest(directory: Path) -> int | None:
     from equipoise.models.families import read_config
 
@@ -176,26 +188,28 @@ def _read_longest(directory: Path) -> int | None:
 
 
 def _serve(spec: ServiceSpec, settings: ServerSettings, log: Path | None) -> None:
+    from equipoise.elastic.controller import Controller
+    from equipoise.launch.processes import LocalLauncher
     from equipoise.server.serving import HttpServer
+
+    def make_service() -> Service:
+        controller = Controller(spec, launcher)
+        controller.start()
+        return controller
+
+    def tell(service: Service) -> None:
+        typer.echo(f"serving {settings.model_name or service.facts.name} at {server.url}")
 
     with _open_log(log) as stream:
         server = HttpServer(settings, stream)
-
-        def tell(service: Service) -> None:
-            name = settings.model_name or service.facts.name
-            typer.echo(f"serving {name} at {server.url}")
-
-        typer.echo(f"loading {spec.model} on {spec.num_ranks} ranks")
-        drained = server.run(lambda: _make_service(spec), tell)
+        # Before there are threads: what ranks come from is loaded meanwhile.
+        launcher = LocalLauncher(spec.device)
+        ranks = "1 rank" if spec.num_ranks == 1 else f"{spec.num_ranks} ranks"
+        typer.echo(f"loading {spec.model} on {ranks}")
+        drained = server.run(make_service, tell)
     if not drained:
         typer.echo("equipoise: ended with requests unfinished", err=True)
         raise typer.Exit(1)
-
-
-def _make_service(spec: ServiceSpec) -> Service:
-    from equipoise.server.one_rank import OneRankService
-
-    return OneRankService(spec)
 
 
 @contextmanager
