@@ -86,7 +86,7 @@ def choose_and_count(
         return slots
     reads_first = isinstance(first_position, Tensor)
     num_slots = count_P.numel()
-    with torch.cuda.device_of(expert_TK):
+    with torch.cuda.device(expert_TK.device):
         _choose_and_count[(triton.cdiv(num_pairs, _BLOCK),)](
             expert_TK,
             turns_EW,

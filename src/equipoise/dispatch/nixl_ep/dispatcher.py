@@ -1,0 +1,305 @@
+"""Tokens by NIXL-EP's low-latency kernels.
+
+Axis letters: T tokens of this rank, K slots per token, S slots per rank, C places for rows of each
+slot, N rows that are there, D hidden, H hidden as padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from equipoise.comm.groups import RankGroup
+from equipoise.dispatch.base import Dispatched, TokenDispatcher
+from equipoise.dispatch.nixl_ep.all_to_all import BufferShape, NixlEPAll2AllManager, wire_slots
+from equipoise.dispatch.nixl_ep.kernels import MAX_TOP_K
+from equipoise.dispatch.rows import dequant_fp8
+from equipoise.errors import ConfigError, TransferError
+from equipoise.topology import Topology
+
+Fp8 = Literal["no", "float32", "ue8m0"]
+"""How rows travel: as bfloat16, or as FP8 with a scale for each 128 elements, of this kind."""
+
+NUM_HANDLES = 2
+"""Micro-batches that may be in flight: the buffer has two halves."""
+
+
+@dataclass(frozen=True)
+class NixlEPOptions:
+    """What the dispatcher needs to know beside the group.
+
+    Attributes:
+        manager: the buffer of this process, which its owner closes.
+        max_tokens: most tokens of a rank in one dispatch.
+        hidden_size: D of the layers.
+        fp8: how rows travel to the experts; outputs travel home as bfloat16.
+    """
+
+    manager: NixlEPAll2AllManager
+    max_tokens: int
+    hidden_size: int
+    fp8: Fp8 = "no"
+
+
+class Blocks:
+    """Rows that came to this rank: a block per slot, of which as many rows count as came.
+
+    Attributes:
+        values_SCH: [S, C, H] bfloat16, or float8_e4m3fn; rows behind a slot's count are noise.
+        scales: of FP8 rows, as `dequant_fp8` takes them; None for bfloat16.
+        count_S: [S] int32.
+        wire_slot_TK: [T, K], as the kernels were given them.
+        handle: the kernels'.
+    """
+
+    def __init__(self, received: Any, count_S: Tensor, wire_slot_TK: Tensor, handle: Any) -> None:
+        is_pair = isinstance(received, tuple)
+        self.values_SCH: Tensor = received[0] if is_pair else received
+        self.scales: Tensor | None = received[1] if is_pair else None
+        self.count_S = count_S
+        self.wire_slot_TK = wire_slot_TK
+        self.handle = handle
+
+    @property
+    def hidden_SCH(self) -> Tensor:
+        """[S, C, H] bfloat16, dequantised where rows came as FP8."""
+        if self.scales is None:
+            return self.values_SCH
+        return dequant_fp8(self.values_SCH, self.scales)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Something under way; `receive` waits for it on the device.
+
+    Attributes:
+        blocks: what will be there.
+        receive: enqueues the waiting on the current stream; once.
+    """
+
+    blocks: Blocks
+    receive: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class SentHome:
+    """Outputs under way; as `Sent`.
+
+    Attributes:
+        combined_TD: what will be there.
+        receive: enqueues the waiting on the current stream; once.
+    """
+
+    combined_TD: Tensor
+    receive: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class _Handle:
+    """Attributes: blocks as they came, and where row n lies in them: [N] of S * C."""
+
+    blocks: Blocks
+    place_N: Tensor
+
+
+class NixlEPDispatcher(TokenDispatcher):
+    """One generation's use of the buffer.
+
+    `dispatch` and `combine` are those of every backend, and wait for the device once, to know how
+    many rows came. `send`, `send_home` and the blocks between them do not, so they may stand in a
+    captured graph, and two micro-batches may be in flight. The first call of a generation connects
+    its ranks and takes the buffer over from the one before; the kernels give up a rank that does
+    not answer, and `check` tells.
+
+    Args:
+        group: the ranks that exchange tokens.
+        topology: their slots.
+        options: the buffer, and what it is to hold.
+    Collective: every rank of the group.
+    Raises: ConfigError if the buffer cannot hold it; MembershipError if it has no place for a rank.
+    """
+
+    name: ClassVar[str] = "nixl_ep"
+
+    def __init__(self, group: RankGroup, topology: Topology, options: NixlEPOptions) -> None:
+        self._group = group
+        self._topology = topology
+        self._manager = options.manager
+        self._hidden_size = options.hidden_size
+        self._fp8 = options.fp8
+        self.members = self._manager.join(group)
+        self.shape: BufferShape = self._manager.get_handle(
+            max_num_tokens_per_dp_rank=options.max_tokens,
+            token_hidden_size=options.hidden_size,
+            num_experts_per_rank=topology.slots_per_rank,
+        )
+        in_order = self.members == tuple(range(group.size))
+        self._wire_slot_P1: Tensor | None = (
+            None if in_order else wire_slots(self.members, topology.slots_per_rank, group.device)
+        )
+        self._is_entered = False
+        self._num_in_flight = 0
+
+    def enter(self) -> None:
+        """Connect this generation's ranks and serve it; the first dispatch does it otherwise.
+
+        Collective: every rank of the group, between the same two steps of those that serve.
+        Raises: MembershipError if a rank does not come in time.
+        """
+        if self._is_entered:
+            return
+        if self._group.device.type == "cuda":
+            torch.cuda.synchronize(self._group.device)
+        # No rank takes its members over while another still waits for those of before.
+        self._group.barrier()
+        self._manager.stage(self._group, self.members)
+        self._manager.commit(self.members)
+        self._group.barrier()
+        self._is_entered = True
+
+    def dispatch(self, hidden_TD: Tensor, slot_TK: Tensor) -> Dispatched:
+        """As the contract says; rows come ordered by slot."""
+        sent = self._send(hidden_TD, slot_TK, with_hook=False)
+        blocks = sent.blocks
+        hidden_SCH = blocks.hidden_SCH
+        is_row_SC = (
+            torch.arange(hidden_SCH.shape[1], device=hidden_TD.device) < blocks.count_S[:, None]
+        )
+        slot_N, place_N = is_row_SC.nonzero().unbind(1)
+        row_N = slot_N * hidden_SCH.shape[1] + place_N
+        rows = hidden_SCH.flatten(0, 1)[:, : self._hidden_size]
+        return Dispatched(rows, row_N, slot_N, _Handle(blocks, row_N))
+
+    def combine(self, output_ND: Tensor, weight_TK: Tensor, dispatched: Dispatched) -> Tensor:
+        """As the contract says; the kernels sum in float32 and round once."""
+        handle: _Handle = dispatched.handle
+        num_slots, capacity, width = handle.blocks.values_SCH.shape
+        output_SCH = output_ND.new_empty(num_slots * capacity, width)
+        output_SCH[handle.place_N] = _widen(output_ND, width)
+        blocks = output_SCH.view(num_slots, capacity, width)
+        return self._send_home(blocks, weight_TK, handle.blocks, with_hook=False).combined_TD
+
+    def send(
+        self, hidden_TD: Tensor, slot_TK: Tensor, weight_on_input_T1: Tensor | None = None
+    ) -> Sent:
+        """Begin a dispatch; no host sync, once the generation is entered.
+
+        Args:
+            hidden_TD: [T, D] bfloat16, T at most what the buffer holds.
+            slot_TK: [T, K], global slots; -1 goes nowhere. K is at most 11.
+            weight_on_input_T1: [T, 1], where top-1 models weigh what experts read; `send_home` is
+                then given weights of 1.
+        Collective: every rank of the group, in the same order of calls.
+        Raises: ConfigError if the kernels cannot take it; TransferError if two are in flight.
+        """
+        if weight_on_input_T1 is not None:
+            if slot_TK.shape[1] != 1:
+                raise ConfigError(
+                    f"weights go on the input for top-1 alone, not for top-{slot_TK.shape[1]}"
+                )
+            hidden_TD = (hidden_TD * weight_on_input_T1).to(hidden_TD.dtype)
+        return self._send(hidden_TD, slot_TK, with_hook=True)
+
+    def send_home(self, output_SCH: Tensor, weight_TK: Tensor, blocks: Blocks) -> SentHome:
+        """Begin a combine; no host sync.
+
+        Args:
+            output_SCH: [S, C, H] bfloat16, outputs where the blocks had rows; the rest is not read.
+            weight_TK: [T, K], the router's weights.
+            blocks: what was received.
+        Collective: every rank of the group, in the same order of calls.
+        """
+        return self._send_home(output_SCH, weight_TK, blocks, with_hook=True)
+
+    def check(self) -> None:
+        """As the contract says: asks which ranks the kernels gave up. Waits for the device."""
+        lost = self._manager.find_lost() if self._is_entered else []
+        if lost:
+            seconds = self._manager.timeout.total_seconds()
+            names = ", ".join(f"rank {rank}" for rank in lost)
+            raise TransferError(
+                f"rank {self._group.rank}: {names} did not answer within {seconds:.1f} s; the step "
+                "is void",
+                rank=self._group.rank,
+                peer=lost[0],
+            )
+
+    def close(self) -> None:
+        """Disconnect the ranks of this generation that the one that serves now does not have."""
+        serving = self._manager.members
+        if self._is_entered and serving != self.members:
+            self._manager.disconnect(sorted(set(self.members) - set(serving)))
+        self._is_entered = False
+
+    def _send(self, hidden_TD: Tensor, slot_TK: Tensor, *, with_hook: bool) -> Sent:
+        self._check_input(hidden_TD, slot_TK)
+        self.enter()
+        if self._num_in_flight == NUM_HANDLES:
+            raise TransferError(
+                f"{NUM_HANDLES} micro-batches are in flight already: bring one home first",
+                rank=self._group.rank,
+            )
+        hidden_TH = _widen(hidden_TD, self.shape.hidden_size).contiguous()
+        wire_slot_TK = slot_TK if self._wire_slot_P1 is None else self._wire_slot_P1[slot_TK]
+        wire_slot_TK = wire_slot_TK.to(self._manager.index_dtype).contiguous()
+        options = {
+            "use_fp8": self._fp8 != "no",
+            "round_scale": self._fp8 == "ue8m0",
+            "use_ue8m0": self._fp8 == "ue8m0",
+            "return_recv_hook": with_hook,
+        }
+        received, count_S, handle, _, hook = self._manager.use(
+            self.members,
+            lambda buffer: buffer.low_latency_dispatch(
+                hidden_TH, wire_slot_TK, self.shape.max_tokens, **options
+            ),
+        )
+        self._num_in_flight += 1
+        return Sent(Blocks(received, count_S, wire_slot_TK, handle), hook or _nothing)
+
+    def _send_home(
+        self, output_SCH: Tensor, weight_TK: Tensor, blocks: Blocks, *, with_hook: bool
+    ) -> SentHome:
+        combined, _, hook = self._manager.use(
+            self.members,
+            lambda buffer: buffer.low_latency_combine(
+                output_SCH,
+                blocks.wire_slot_TK,
+                weight_TK.float().contiguous(),
+                blocks.handle,
+                return_recv_hook=with_hook,
+            ),
+        )
+        self._num_in_flight -= 1
+        return SentHome(combined[:, : self._hidden_size], hook or _nothing)
+
+    def _check_input(self, hidden_TD: Tensor, slot_TK: Tensor) -> None:
+        num_tokens, width = hidden_TD.shape
+        if hidden_TD.dtype != torch.bfloat16:
+            raise ConfigError(
+                f"nixl_ep carries bfloat16, not {hidden_TD.dtype}: load the model in it, or use "
+                "the torch dispatcher"
+            )
+        if width != self._hidden_size or num_tokens > self.shape.max_tokens:
+            raise ConfigError(
+                f"{num_tokens} tokens x {width} do not fit a NIXL-EP handle for up to "
+                f"{self.shape.max_tokens} x {self._hidden_size}"
+            )
+        if slot_TK.shape[1] > MAX_TOP_K:
+            raise ConfigError(
+                f"NIXL-EP's kernels have at most {MAX_TOP_K} slots per token, not "
+                f"{slot_TK.shape[1]}: use the torch dispatcher"
+            )
+
+
+def _widen(rows: Tensor, width: int) -> Tensor:
+    return rows if rows.shape[1] == width else pad(rows, (0, width - rows.shape[1]))
+
+
+def _nothing() -> None:
+    """There is no hook where the kernel itself waited."""

@@ -1,0 +1,410 @@
+"""NIXL-EP's dispatcher and the owner of its buffer, against a fake that keeps its states."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+
+import pytest
+import torch
+from torch.distributed import HashStore
+
+from equipoise.comm.groups import RankGroup, create_rank_group
+from equipoise.dispatch import create_dispatcher
+from equipoise.dispatch.nixl_ep.all_to_all import NixlEPAll2AllManager
+from equipoise.dispatch.nixl_ep.dispatcher import Fp8, NixlEPDispatcher, NixlEPOptions
+from equipoise.dispatch.nixl_ep.kernels import HIDDEN_SIZES, load_nixl_ep
+from equipoise.dispatch.rows import dequant_fp8, maybe_roundup_layer_hidden_size
+from equipoise.errors import (
+    CommunicatorUnavailable,
+    ConfigError,
+    MembershipError,
+    TransferError,
+)
+from equipoise.topology import Topology
+from tests.fake_nixl_ep import FakeBuffer, FakeFabric, FakeKernels, quantize
+
+CPU = torch.device("cpu")
+SLOTS = 3
+HIDDEN = 2000
+SHAPE = {
+    "max_num_tokens_per_dp_rank": 16,
+    "token_hidden_size": HIDDEN,
+    "num_experts_per_rank": SLOTS,
+}
+
+
+@dataclass
+class Peer:
+    """A rank that is a thread: its buffer lives longer than its groups."""
+
+    manager: NixlEPAll2AllManager
+    store: HashStore
+    group: RankGroup | None = None
+
+    def join(self, rank: int, size: int, generation: int) -> NixlEPDispatcher:
+        self.group = create_rank_group(
+            self.store,
+            rank,
+            size,
+            CPU,
+            generation=generation,
+            timeout=timedelta(seconds=20),
+            device_group="gloo",
+        )
+        options = NixlEPOptions(self.manager, 16, HIDDEN)
+        dispatcher = create_dispatcher("nixl_ep", self.group, Topology(size, SLOTS), options)
+        assert isinstance(dispatcher, NixlEPDispatcher)
+        return dispatcher
+
+
+class Cluster:
+    """Peers that share a store and a fabric."""
+
+    def __init__(self, max_ranks: int = 4, seconds: float = 20.0) -> None:
+        self.store = HashStore()
+        self.fabric = FakeFabric()
+        self.max_ranks = max_ranks
+        self.seconds = seconds
+        self.generation = 0
+
+    def make_peers(self, number: int) -> list[Peer]:
+        return [
+            Peer(
+                NixlEPAll2AllManager(
+                    self.max_ranks,
+                    CPU,
+                    timedelta(seconds=self.seconds),
+                    kernels=FakeKernels(self.fabric),
+                ),
+                self.store,
+            )
+            for _ in range(number)
+        ]
+
+    def form(self, peers: list[Peer]) -> list[NixlEPDispatcher]:
+        """A generation of these ranks, in order."""
+        self.generation += 1
+        return together(
+            [lambda p=p, r=r: p.join(r, len(peers), self.generation) for r, p in enumerate(peers)]
+        )
+
+
+def together(calls: list[Callable[[], object]]) -> list:
+    with ThreadPoolExecutor(len(calls)) as pool:
+        futures = [pool.submit(call) for call in calls]
+        return [future.result(60) for future in futures]
+
+
+def exchange(
+    dispatchers: list[NixlEPDispatcher], seed: int = 0, num_tokens: int = 7
+) -> list[torch.Tensor]:
+    """Every rank's tokens to slots everywhere and home: outputs are right on every rank."""
+    num_slots = len(dispatchers) * SLOTS
+
+    def run(rank: int) -> torch.Tensor:
+        random = torch.Generator().manual_seed(100 * seed + rank)
+        hidden = torch.randn(num_tokens, HIDDEN, generator=random).bfloat16()
+        slots = torch.randint(-1, num_slots, (num_tokens, 4), generator=random)
+        weights = torch.rand(num_tokens, 4, generator=random)
+        dispatcher = dispatchers[rank]
+        dispatched = dispatcher.dispatch(hidden, slots)
+        assert torch.equal(dispatched.slot_N, dispatched.slot_N.sort().values)
+        factor = (dispatched.slot_N + rank * SLOTS + 1).bfloat16()
+        combined = dispatcher.combine(dispatched.hidden_ND * factor[:, None], weights, dispatched)
+        outputs = hidden[:, None] * (slots + 1).bfloat16()[..., None]
+        expected = (outputs.float() * (weights * (slots >= 0))[..., None]).sum(1)
+        torch.testing.assert_close(combined.float(), expected, rtol=2e-2, atol=1e-2)
+        dispatcher.check()
+        return combined
+
+    return together([lambda rank=rank: run(rank) for rank in range(len(dispatchers))])
+
+
+def test_ranks_come_and_go_in_one_buffer() -> None:
+    cluster = Cluster()
+    first = cluster.make_peers(2)
+    two = cluster.form(first)
+    exchange(two)
+    (third,) = cluster.make_peers(1)
+    three = cluster.form([*first, third])
+    exchange(three)
+    assert [d.members for d in three] == [(0, 1, 2)] * 3
+    # Rank 0 leaves; ranks are numbered anew, indices stay.
+    last = cluster.form([first[1], third])
+    exchange(last)
+    assert last[0].members == (1, 2)
+    for old in (*two, *three):
+        old.close()
+    assert first[1].manager.connected == {2}
+    # Its index is free again, for somebody else.
+    (fourth,) = cluster.make_peers(1)
+    again = cluster.form([first[1], third, fourth])
+    exchange(again)
+    assert again[2].members == (1, 2, 0)
+    assert len(cluster.fabric.buffers) == 4
+    (buffer,) = (buffer for buffer in cluster.fabric.buffers if buffer.rank == 1)
+    assert buffer.calls[:2] == ["connect [0] masked", "connect [2] masked"]
+    for peer in (*first, third, fourth):
+        peer.manager.close()
+        peer.manager.close()
+    assert all(buffer.is_destroyed for buffer in cluster.fabric.buffers)
+
+
+def test_several_generations_leave_nothing_behind() -> None:
+    cluster = Cluster()
+    peers = cluster.make_peers(3)
+    for _ in range(3):
+        before = cluster.form(peers)
+        exchange(before)
+        after = cluster.form(peers[:2])
+        exchange(after, 1)
+        for dispatcher in before[:2]:
+            dispatcher.close()
+        peers[2].manager.close()
+        assert peers[0].manager.connected == {1}
+        peers[2] = cluster.make_peers(1)[0]
+    assert not cluster.fabric.messages
+
+
+def test_a_generation_that_is_over_is_refused() -> None:
+    cluster = Cluster()
+    peers = cluster.make_peers(2)
+    old = cluster.form(peers)
+    exchange(old)
+    exchange(cluster.form(peers[:1]))
+    with pytest.raises(MembershipError, match=r"serves the indices \(0,\), not \(0, 1\)"):
+        old[0].dispatch(torch.zeros(1, HIDDEN).bfloat16(), torch.zeros(1, 1, dtype=torch.int64))
+
+
+def test_a_full_buffer_is_refused_by_name() -> None:
+    cluster = Cluster(max_ranks=2)
+    peers = cluster.make_peers(3)
+    with pytest.raises(MembershipError, match=r"2 ranks has 2 places for 3 new ones: .* least 3"):
+        cluster.form(peers)
+
+
+def test_a_rank_that_does_not_answer_is_named_after_the_step() -> None:
+    cluster = Cluster(seconds=1.0)
+    peers = cluster.make_peers(3)
+    dispatchers = cluster.form(peers)
+    exchange(dispatchers)
+
+    def run(rank: int) -> None:
+        hidden, slots = torch.ones(2, HIDDEN).bfloat16(), torch.tensor([[0], [4]])
+        dispatched = dispatchers[rank].dispatch(hidden, slots)
+        dispatchers[rank].combine(dispatched.hidden_ND, torch.ones(2, 1), dispatched)
+        with pytest.raises(TransferError, match=r"rank 1 did not answer within 1\.0 s") as error:
+            dispatchers[rank].check()
+        assert (error.value.rank, error.value.peer) == (rank, 1)
+
+    together([lambda: run(0), lambda: run(2)])
+    # The others go on without it.
+    exchange(cluster.form([peers[0], peers[2]]))
+
+
+def test_a_newcomer_that_does_not_come_is_named_and_the_others_go_on() -> None:
+    cluster = Cluster(seconds=0.5)
+    peers = cluster.make_peers(2)
+    exchange(cluster.form(peers))
+    manager, group = peers[0].manager, peers[0].group
+    assert group is not None
+    with pytest.raises(MembershipError, match=r"waited 0\.5 s for a peer .*NIXL_EP/3"):
+        manager.stage(group, (0, 1, 3))
+    assert manager.connected == {1}
+    exchange(cluster.form(peers), 1)
+
+
+def test_micro_batches_cross_and_a_third_is_refused() -> None:
+    cluster = Cluster()
+    dispatchers = cluster.form(cluster.make_peers(2))
+
+    def run(rank: int) -> None:
+        dispatcher = dispatchers[rank]
+        ones = torch.ones(2, 1)
+        hidden = [torch.full((2, HIDDEN), 1.0 + batch).bfloat16() for batch in range(2)]
+        slots = torch.tensor([[0], [SLOTS]])
+        sent = [dispatcher.send(each, slots) for each in hidden]
+        with pytest.raises(TransferError, match="2 micro-batches are in flight already"):
+            dispatcher.send(hidden[0], slots)
+        home = []
+        for each in sent:
+            each.receive()
+            assert each.blocks.count_S.tolist() == [2, 0, 0]
+            home.append(dispatcher.send_home(each.blocks.hidden_SCH, ones, each.blocks))
+        for each, expected in zip(home, hidden, strict=True):
+            each.receive()
+            assert torch.equal(each.combined_TD, expected)
+
+    together([lambda: run(0), lambda: run(1)])
+
+
+def test_top_1_weighs_the_input_and_others_may_not() -> None:
+    (dispatcher,) = Cluster().form(Cluster().make_peers(1))
+    hidden = torch.ones(1, HIDDEN).bfloat16()
+    sent = dispatcher.send(hidden, torch.tensor([[1]]), torch.tensor([[0.5]]))
+    sent.receive()
+    assert sent.blocks.hidden_SCH[1, 0, 0] == 0.5
+    with pytest.raises(ConfigError, match="for top-1 alone, not for top-2"):
+        dispatcher.send(hidden, torch.tensor([[1, 2]]), torch.tensor([[0.5]]))
+
+
+@pytest.mark.parametrize("fp8", ["float32", "ue8m0"])
+def test_fp8_is_dequantised_for_experts_in_bfloat16(fp8: Fp8) -> None:
+    cluster = Cluster()
+    dispatchers = cluster.form(cluster.make_peers(2))
+
+    def run(rank: int) -> None:
+        dispatchers[rank]._fp8 = fp8
+        hidden = torch.randn(16, HIDDEN, generator=torch.Generator().manual_seed(rank)).bfloat16()
+        slots = torch.arange(16)[:, None] % (2 * SLOTS)
+        dispatched = dispatchers[rank].dispatch(hidden, slots)
+        assert dispatched.hidden_ND.dtype == torch.bfloat16
+        combined = dispatchers[rank].combine(dispatched.hidden_ND, torch.ones(16, 1), dispatched)
+        error = (combined - hidden).float().norm() / hidden.float().norm()
+        assert 0 < error < 0.04
+
+    together([lambda: run(0), lambda: run(1)])
+
+
+def test_no_tokens_and_padding_alone_travel() -> None:
+    cluster = Cluster()
+    dispatchers = cluster.form(cluster.make_peers(2))
+    assert exchange(dispatchers, num_tokens=0)[0].shape == (0, HIDDEN)
+    hidden, nowhere = torch.ones(3, HIDDEN).bfloat16(), torch.full((3, 2), -1)
+
+    def run(rank: int) -> None:
+        dispatched = dispatchers[rank].dispatch(hidden, nowhere)
+        assert not len(dispatched.slot_N)
+        home = dispatchers[rank].combine(dispatched.hidden_ND, torch.ones(3, 2), dispatched)
+        assert not home.any()
+
+    together([lambda: run(0), lambda: run(1)])
+
+
+def test_what_the_kernels_cannot_take_is_refused() -> None:
+    (dispatcher,) = Cluster().form(Cluster().make_peers(1))
+    slots = torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(ConfigError, match=r"carries bfloat16, not torch.float32"):
+        dispatcher.dispatch(torch.zeros(1, HIDDEN), slots)
+    with pytest.raises(ConfigError, match=r"17 tokens x 2000 do not fit .* up to 16 x 2000"):
+        dispatcher.dispatch(torch.zeros(17, HIDDEN).bfloat16(), slots.expand(17, 1))
+    with pytest.raises(ConfigError, match="at most 11 slots per token, not 12"):
+        dispatcher.dispatch(torch.zeros(1, HIDDEN).bfloat16(), slots.expand(1, 12))
+    assert dispatcher.dispatch(torch.zeros(1, HIDDEN).bfloat16(), slots).slot_N.tolist() == [0]
+
+
+def make_manager(fabric: FakeFabric, **options: int) -> NixlEPAll2AllManager:
+    return NixlEPAll2AllManager(
+        options.get("max_ranks", 4),
+        CPU,
+        timedelta(seconds=2),
+        index=options.get("index", 0),
+        kernels=FakeKernels(fabric),
+    )
+
+
+def test_the_same_handle_is_handed_out_and_what_does_not_fit_is_refused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fabric = FakeFabric()
+    manager = make_manager(fabric)
+    handle = manager.get_handle(**SHAPE)
+    assert "NIXL-EP takes 0.00 GB of device memory: 16 tokens x 2048" in caplog.text
+    assert manager.get_handle(**SHAPE) is handle
+    assert (handle.max_tokens, handle.hidden_size) == (16, 2048)
+    smaller = manager.get_handle(**{**SHAPE, "max_num_tokens_per_dp_rank": 7})
+    assert smaller.max_tokens == 8
+    assert len(fabric.buffers) == 1
+    with pytest.raises(ConfigError, match=r"need .* bytes of the NIXL-EP buffer, which has"):
+        manager.get_handle(**{**SHAPE, "max_num_tokens_per_dp_rank": 64})
+    with pytest.raises(ConfigError, match="is for 3 slots per rank, not 4"):
+        manager.get_handle(**{**SHAPE, "num_experts_per_rank": 4})
+    with pytest.raises(ConfigError, match="hidden size of 9000 is above 8192"):
+        manager.get_handle(**{**SHAPE, "token_hidden_size": 9000})
+    manager.close()
+    with pytest.raises(MembershipError, match="was closed"):
+        manager.get_handle(**{**SHAPE, "max_num_tokens_per_dp_rank": 12})
+
+
+def test_states_are_gone_through_in_order() -> None:
+    manager = make_manager(FakeFabric())
+    with pytest.raises(MembershipError, match="get_handle comes first"):
+        manager.commit((0,))
+    manager.get_handle(**SHAPE)
+    manager.commit((0,))
+    with pytest.raises(MembershipError, match=r"\[1\] .* not connected: stage them first"):
+        manager.commit((0, 1))
+    with pytest.raises(MembershipError, match=r"\[0\] .* members of the generation that serves"):
+        manager.disconnect((0,))
+    with pytest.raises(MembershipError, match=r"index 4 does not fit .* at least 5"):
+        manager.commit((0, 4))
+    with pytest.raises(MembershipError, match="must differ, and hold this rank's own index 0"):
+        manager.commit((1, 2))
+    with pytest.raises(ConfigError, match=r"index 7 does not fit .* sized for 4 ranks"):
+        make_manager(FakeFabric(), index=7)
+    with pytest.raises(ConfigError, match="max_ranks must be at least 1, got 0"):
+        make_manager(FakeFabric(), max_ranks=0)
+
+
+def test_a_buffer_of_many_ranks_is_rounded_up_to_whole_nodes() -> None:
+    fabric = FakeFabric()
+    manager = make_manager(fabric, max_ranks=9, index=8)
+    manager.get_handle(**SHAPE)
+    assert fabric.buffers[0].num_ranks == 16
+    manager.commit((8,))
+    assert manager.find_lost() == []
+
+
+def test_the_lock_is_waited_for_no_longer_than_the_deadline() -> None:
+    manager = make_manager(FakeFabric())
+    manager.get_handle(**SHAPE)
+    manager.commit((0,))
+    held, let_go = threading.Event(), threading.Event()
+
+    def hold(_: FakeBuffer) -> None:
+        held.set()
+        let_go.wait(30)
+
+    thread = threading.Thread(target=lambda: manager.use((0,), hold))  # type: ignore[arg-type]
+    thread.start()
+    held.wait(30)
+    with pytest.raises(TransferError, match=r"was not free within 2\.0 s"):
+        manager.find_lost()
+    let_go.set()
+    thread.join(30)
+    assert manager.find_lost() == []
+
+
+def test_hidden_sizes_round_up() -> None:
+    assert [maybe_roundup_layer_hidden_size(d, HIDDEN_SIZES) for d in (1, 2048, 2049, 8192)] == [
+        2048,
+        2048,
+        2560,
+        8192,
+    ]
+
+
+def test_dequantising_undoes_quantising() -> None:
+    row = torch.randn(1024, generator=torch.Generator().manual_seed(0)).bfloat16()
+    row[:128] = 0
+    for round_scale in (False, True):
+        quantized, scale = quantize(row, round_scale)
+        exact = dequant_fp8(quantized[None], scale[None], torch.float32)[0]
+        assert torch.equal(exact, (quantized.float().view(-1, 128) * scale[:, None]).flatten())
+    packed = (scale.view(torch.int32) >> 23).to(torch.uint8).view(torch.int32)
+    assert torch.equal(dequant_fp8(quantized[None], packed[None], torch.float32)[0], exact)
+    least = dequant_fp8(torch.ones(1, 512).to(torch.float8_e4m3fn), torch.zeros(1, 1).int())
+    assert (least.float() == 2.0**-127).all()
+    with pytest.raises(ConfigError, match="must be one for each 128 elements"):
+        dequant_fp8(quantized[None], scale[None, 1:])
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(CommunicatorUnavailable, match="needs a CUDA device"):
+        load_nixl_ep()
