@@ -99,6 +99,11 @@ class EplbState:
         """The group that communicators are made over. Collective: none."""
         return self.group if self._background is None else self._background.group
 
+    @property
+    def models(self) -> tuple[EplbModelState, ...]:
+        """Those under balance, as they were added. Collective: none; forward thread."""
+        return tuple(self._models.values())
+
     def add_model(
         self,
         name: str,

@@ -157,6 +157,16 @@ class Bridge:
                 batched = 0
         return received
 
+    def meet(self, busy_s: float) -> None:
+        """Return when every participant has all that it gets, so that wires may be closed.
+
+        Args:
+            busy_s: seconds that others may still need.
+        Collective: every participant.
+        Raises: MembershipError that names who did not come.
+        """
+        self._group.all_gather(torch.zeros(1, dtype=torch.uint8), busy_s=busy_s)
+
     def interrupt(self) -> None:
         """Any thread: have exchanges fail soon."""
         for wire in self._wires:

@@ -197,6 +197,23 @@ def _plan(
     )
 
 
+def find_room(plan: MembershipPlan, name: str) -> int:
+    """Bytes that a participant needs beside what it holds.
+
+    Args:
+        plan: of the change.
+        name: of the participant.
+    Collective: none.
+    """
+    held = sum(
+        plan.find_holding(name).slots[index].shape[1] * sum(shape.expert_bytes)
+        for index, shape in enumerate(plan.serving.shapes)
+    )
+    if name not in plan.newcomers:
+        held += plan.serving.shared_bytes
+    return int(_find_peak(plan, name, _count_staged(plan).get(name, 0)) - held)
+
+
 def _count_staged(plan: MembershipPlan) -> dict[str, int]:
     """Bytes that each member's switch copies into slots that are in use until then."""
     staged: dict[str, int] = {}

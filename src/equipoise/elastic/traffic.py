@@ -38,7 +38,7 @@ class Fetch(NamedTuple):
     @property
     def travels(self) -> bool:
         """Whether it goes from one participant to another."""
-        return bool(self.source not in (RESTORE, self.member))
+        return self.source not in (RESTORE, self.member)
 
 
 def list_fetches(plan: MembershipPlan) -> list[Fetch]:
@@ -74,7 +74,7 @@ def list_fetches(plan: MembershipPlan) -> list[Fetch]:
 def keeps_tensors(plan: MembershipPlan, name: str, index: int) -> bool:
     """Whether a member's tensors of a set of layers stay: it has as many slots as before."""
     num_slots = plan.placements[index].topology.slots_per_rank
-    return plan.find_holding(name).slots[index].shape[1] == num_slots
+    return bool(plan.find_holding(name).slots[index].shape[1] == num_slots)
 
 
 def split_batches(fetches: Sequence[Fetch], most_bytes: int) -> Iterator[list[Fetch]]:

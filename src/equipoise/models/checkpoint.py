@@ -185,6 +185,14 @@ class Checkpoint:
                 raise ModelError(
                     f"{self.directory}: cannot be loaded: {first_line(error)}"
                 ) from error
+        self.finish_without_loading()
+
+    def finish_without_loading(self) -> None:
+        """What `load_shared` does once the weights are there, for a model that got them elsewhere.
+
+        Collective: none.
+        """
+        model, skeleton = self.model, self._skeleton
         model._weight_conversions = [c for c in skeleton.conversions if c.was_used()]
         self._load_generation_config()
         model.eval().requires_grad_(False)

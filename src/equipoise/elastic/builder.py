@@ -1,0 +1,317 @@
+"""A rank's part of the next generation, made beside what serves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from equipoise.comm.groups import RankGroup, create_rank_group
+from equipoise.config import EPLBConfig
+from equipoise.dispatch import create_dispatcher
+from equipoise.dispatch.base import TokenDispatcher
+from equipoise.dispatch.maps import PlacementMaps
+from equipoise.elastic.bridge import Bridge, Haul, Weights
+from equipoise.elastic.change_store import ChangeStore
+from equipoise.elastic.membership import MembershipPlan
+from equipoise.elastic.newcomer import build_newcomer, find_sets, finish_newcomer
+from equipoise.elastic.planning import describe, find_room
+from equipoise.elastic.room import check_room
+from equipoise.elastic.shared_weights import SharedTensor, list_shared
+from equipoise.elastic.traffic import keeps_tensors, list_fetches
+from equipoise.errors import MembershipError
+from equipoise.load.recorder import LoadRecorder
+from equipoise.models.checkpoint import Checkpoint
+from equipoise.models.experts import ExpertParallelModel, ExpertSet, SetPlan, allocate_slots
+from equipoise.models.parallel import ParallelModel, assemble
+
+
+@dataclass(frozen=True)
+class Home:
+    """What of a rank outlives generations.
+
+    Attributes:
+        name: of the rank.
+        store: a client of the controller's store; generations take clients of their own.
+        device: where its weights are.
+        config: balancing; the same on every rank.
+        timeout: longest wait for another rank once a generation serves.
+        model: directory of the checkpoint; of a newcomer only headers are read.
+        dtype: of the weights; None for that of the configuration.
+        attention: transformers' attention implementation; None lets it choose.
+        device_group: what tokens travel over.
+        dispatcher: what sends them, as `create_dispatcher` knows it.
+    """
+
+    name: str
+    store: Store
+    device: torch.device
+    config: EPLBConfig
+    timeout: timedelta
+    model: Path
+    dtype: torch.dtype | None = None
+    attention: str | None = None
+    device_group: Literal["gloo", "nccl"] = "gloo"
+    dispatcher: str = "torch"
+
+
+class Builder:
+    """Builds, step by step; `close` undoes what was built. Owner: one thread.
+
+    Args:
+        plan: of the change.
+        home: of this rank.
+        serving: what it serves; None of a newcomer.
+        store: the change's.
+
+    Attributes:
+        parallel: the next generation, once it is whole; None of a leaver.
+        haul: what was brought.
+    """
+
+    def __init__(
+        self,
+        plan: MembershipPlan,
+        home: Home,
+        serving: ParallelModel | None,
+        store: ChangeStore,
+    ) -> None:
+        self.parallel: ParallelModel | None = None
+        self.haul = Haul()
+        self._plan, self._home, self._serving, self._store = plan, home, serving, store
+        self._number = plan.find_number(home.name)
+        self._deadline = time.monotonic() + plan.deadlines.prepare_s
+        self._bridge: Bridge | None = None
+        self._group: RankGroup | None = None
+        self._checkpoint = None if serving is None else serving.checkpoint
+        self._dispatchers: list[TokenDispatcher] = []
+
+    def build(self) -> str:
+        """Build all of it.
+
+        Returns:
+            A fingerprint of what will be served; the same on every participant.
+        Collective: every participant of the change.
+        Raises: CalledOff or StoreLost; MembershipError, TransferError, ModelError,
+            CommunicatorUnavailable, or what torch raises where memory is short.
+        """
+        plan, name = self._plan, self._home.name
+        self._check_standing()
+        check_room(find_room(plan, name), self._home.device, f"generation {plan.generation}")
+        checkpoint = self._open_checkpoint()
+        self._store.tell(f"here/{name}", "yes")
+        self._store.hear_all("here", plan.participants, self._deadline)
+        spread = self._spread(checkpoint)
+        self._bring(spread, checkpoint)
+        if spread is not None and self._group is not None:
+            self._store.check()
+            # From here on the parts are the parallel model's to close.
+            self._dispatchers = []
+            self.parallel = assemble(
+                spread,
+                self._group,
+                self._home.config,
+                checkpoint,
+                None if self._serving is None else self._serving.on_commit,
+            )
+        if self._home.device.type == "cuda":
+            torch.cuda.current_stream(self._home.device).synchronize()
+        self._drop_bridge()
+        return self._make_fingerprint()
+
+    def interrupt(self) -> None:
+        """Any thread: have the exchange under way fail soon."""
+        bridge = self._bridge
+        if bridge is not None:
+            bridge.interrupt()
+
+    def close(self) -> None:
+        """Undo what was built; what serves is untouched. Collective: none."""
+        self._drop_bridge()
+        if self.parallel is not None:
+            self.parallel.close()
+        for dispatcher in self._dispatchers:
+            dispatcher.close()
+        if self._group is not None:
+            self._group.close()
+        self.parallel, self.haul, self._group, self._dispatchers = None, Haul(), None, []
+
+    def _check_standing(self) -> None:
+        """Refuse a plan that was made of something else than this rank serves."""
+        plan, name = self._plan, self._home.name
+        if self._serving is None:
+            if name in plan.serving.held:
+                raise MembershipError(f"{name} serves nothing, and the plan counts on what it has")
+            return
+        if self._serving.state.is_rebalancing:
+            raise MembershipError(f"{name}: a rebalance is under way; drain it first")
+        number = self._serving.state.group.rank
+        names = [str(other) for other in range(number)] + [name]
+        mine = describe(self._serving, names, only=name)
+        planned = plan.serving
+        if (mine.shapes, mine.shared_bytes) != (planned.shapes, planned.shared_bytes):
+            raise MembershipError(f"{name} serves another model than the plan is of")
+        if planned.held.get(name) != mine.held[name]:
+            raise MembershipError(f"{name} holds other experts than the plan says")
+
+    def _open_checkpoint(self) -> Checkpoint | None:
+        """A newcomer's; it takes its time, so nobody is waited for before."""
+        home = self._home
+        if self._serving is None:
+            return Checkpoint(home.model, home.dtype, home.device, home.attention)
+        return self._serving.checkpoint
+
+    def _spread(self, checkpoint: Checkpoint | None) -> ExpertParallelModel | None:
+        """The model as the next generation has it, its new slots still empty; None of a leaver."""
+        plan, home, number = self._plan, self._home, self._number
+        if number is None:
+            return None
+        size = len(plan.members)
+        self._group = create_rank_group(
+            _clone(home.store),
+            number,
+            size,
+            home.device,
+            generation=plan.generation,
+            timeout=home.timeout,
+            device_group=home.device_group,
+        )
+        if self._serving is not None:
+            layers = [list(one.layers) for one in self._serving.spread.sets]
+        else:
+            assert checkpoint is not None, "a newcomer has one"
+            layers = find_sets(checkpoint, plan)
+        sets = []
+        for some, placement in zip(layers, plan.placements, strict=True):
+            dispatcher = create_dispatcher(home.dispatcher, self._group, placement.topology)
+            self._dispatchers.append(dispatcher)
+            sets.append(
+                SetPlan(
+                    some,
+                    PlacementMaps(placement, home.device),
+                    dispatcher,
+                    LoadRecorder(placement.num_layers, placement.num_slots, home.device),
+                )
+            )
+        if self._serving is None:
+            assert checkpoint is not None, "as above"
+            return build_newcomer(checkpoint, sets, plan, number)
+        return self._succeed(self._serving.spread, sets)
+
+    def _succeed(self, spread: ExpertParallelModel, sets: Sequence[SetPlan]) -> ExpertParallelModel:
+        return spread.succeed(
+            [
+                ExpertSet(
+                    one.layers,
+                    one.weights
+                    if keeps_tensors(self._plan, self._home.name, index)
+                    else [
+                        allocate_slots(
+                            layer, new.maps.placement.topology.slots_per_rank, self._home.device
+                        )
+                        for layer in one.layers
+                    ],
+                    new.maps,
+                    new.dispatcher,
+                    new.recorder,
+                    one.binding,
+                )
+                for index, (one, new) in enumerate(zip(spread.sets, sets, strict=True))
+            ]
+        )
+
+    def _bring(self, spread: ExpertParallelModel | None, checkpoint: Checkpoint | None) -> None:
+        plan, home, store = self._plan, self._home, self._store
+        place = plan.participants.index(home.name)
+        group = create_rank_group(
+            PrefixStore("bridge/", _clone(home.store)),
+            place,
+            len(plan.participants),
+            home.device,
+            generation=plan.generation,
+            timeout=home.timeout,
+            device_group="gloo",
+        )
+        group.is_beside_nccl = home.device_group == "nccl"
+        target: Weights = [] if spread is None else [one.weights for one in spread.sets]
+        given: Weights = target
+        if self._serving is not None:
+            given = [one.weights for one in self._serving.spread.sets]
+        self._bridge = Bridge(group, home.config, given)
+        keeps = [
+            keeps_tensors(plan, home.name, index) and self._serving is not None
+            for index in range(len(plan.placements))
+        ]
+        shared = self._exchange_shared(spread, checkpoint)
+        newcomers = [plan.participants.index(name) for name in plan.newcomers]
+        givers = [plan.participants.index(name) for name in plan.serving.held]
+        received = self._bridge.share(shared, givers, newcomers, store.check)
+        with _Restorer(self._serving, home) as restore:
+            self.haul = self._bridge.haul(list_fetches(plan), target, keeps, restore, store.check)
+        self.haul.received_bytes += received
+        self._bridge.meet(max(0.0, self._deadline - time.monotonic()))
+
+    def _exchange_shared(
+        self, spread: ExpertParallelModel | None, checkpoint: Checkpoint | None
+    ) -> list[SharedTensor]:
+        """What newcomers need beside experts, listed the same on every participant."""
+        plan, store = self._plan, self._store
+        if not plan.newcomers:
+            return []
+        teller = next(iter(plan.serving.held))
+        if self._serving is not None:
+            mine = list_shared(self._serving.spread)
+            if self._home.name == teller:
+                store.tell("shared", json.dumps([one.to_json() for one in mine]))
+            return mine
+        assert spread is not None, "a newcomer is a member"
+        assert checkpoint is not None, "and has a checkpoint"
+        told = json.loads(store.hear("shared", teller, self._deadline))
+        listed = [SharedTensor.from_json(one) for one in told]
+        return finish_newcomer(checkpoint, spread, listed, self._home.device)
+
+    def _make_fingerprint(self) -> str:
+        facts = (self._plan.to_json(), self._home.config.model_dump_json(), self._home.dispatcher)
+        return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
+
+    def _drop_bridge(self) -> None:
+        bridge, self._bridge = self._bridge, None
+        if bridge is not None:
+            bridge.close()
+
+
+class _Restorer:
+    """Reads experts that no slot holds from the checkpoint, and nothing else of it."""
+
+    def __init__(self, serving: ParallelModel | None, home: Home) -> None:
+        self._serving, self._home = serving, home
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._serving is not None and self._serving.checkpoint is not None:
+            self._serving.checkpoint.close()
+
+    def __call__(self, index: int, layer: int, expert: int) -> Sequence[Tensor]:
+        checkpoint = None if self._serving is None else self._serving.checkpoint
+        if self._serving is None or checkpoint is None:
+            raise MembershipError(
+                f"layer {layer}, expert {expert} is held by nobody, and {self._home.name} has no "
+                "checkpoint to read it from"
+            )
+        return checkpoint.read_expert(self._serving.spread.sets[index].layers[layer], expert)
+
+
+def _clone(store: Store) -> Store:
+    cloned: Store = store.clone()  # type: ignore[attr-defined]
+    return cloned
