@@ -59,7 +59,7 @@ class Cast:
         return self.home.name
 
     def forward(self) -> None:
-        """One forward pass of all serving ranks, each with tokens of its own; as the plain model."""
+        """One pass of all serving ranks, each with tokens of its own; as the plain model."""
         assert self.parallel is not None
         self.forwards += 1
         random = torch.Generator().manual_seed(1000 * self.rank.rank + self.forwards)

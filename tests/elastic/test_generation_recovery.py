@@ -1,0 +1,135 @@
+"""Ranks die; the others form the next generation from what they hold and the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Sequence
+from datetime import timedelta
+
+import pytest
+
+from equipoise import EPLBConfig
+from equipoise.elastic.generation import NextGeneration
+from equipoise.elastic.membership import Deadlines, Serving
+from equipoise.elastic.placing import Redundancy
+from equipoise.elastic.planning import describe, plan_recovery
+from equipoise.elastic.recovery import abandon
+from equipoise.errors import MembershipError, TransferError
+from tests.elastic.scenario import PATIENCE_S, Cast, begin, change, end, join_cast, take_part
+from tests.ranks import Rank, processes
+
+CONFIG = EPLBConfig(window_size=4, step_interval=3, communicator="torch_gloo")
+
+
+def serve_until_it_fails(cast: Cast) -> str:
+    """Serve until a death ends it; what was said."""
+    with pytest.raises((MembershipError, TransferError)) as caught:
+        while True:
+            cast.meet(None)
+            cast.forward()
+    assert cast.parallel is not None
+    abandon(cast.parallel)
+    return str(caught.value)
+
+
+def recover(cast: Cast, number: int, survivors: Sequence[int], attempt: int = 0) -> str:
+    """Survivors tell what they hold, and go on in the next generation."""
+    assert cast.parallel is not None
+    if cast.parallel.state.group.generation < number and attempt == 0:
+        mine = describe(cast.parallel, cast.names, only=cast.name)
+        cast.rank.store.set(f"in/{number}/{cast.name}", json.dumps(mine.to_json()))
+    keys = [f"in/{number}/rank-{one}" for one in survivors]
+    cast.rank.store.wait(keys, timedelta(seconds=PATIENCE_S))
+    parts = [Serving.from_json(json.loads(cast.rank.store.get(key))) for key in keys]
+    plan = plan_recovery(
+        Serving.join(parts), number + attempt, cast.redundancy, Deadlines(20.0, 5.0, 5.0)
+    )
+    serving = cast.parallel
+    next_one = NextGeneration(plan, cast.home, serving)
+    state = next_one.wait(PATIENCE_S)
+    if state != "decided":
+        next_one.drop("called off")
+        assert next_one.wait_closed(PATIENCE_S)
+        return f"aborted: {next_one.reason}"
+    cast.parallel = next_one.switch()
+    cast.retired.append(next_one)
+    cast.names = tuple(f"rank-{one}" for one in survivors)
+    return "switched"
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@processes(4, dies=[1, 2], timeout_s=50.0)
+def test_survivors_go_on_with_what_they_hold_and_the_checkpoint(rank: Rank) -> None:
+    cast = join_cast(rank, CONFIG, Redundancy(), timeout_s=10.0)
+    begin(cast, (0, 1, 2, 3))
+    for _ in range(5):
+        cast.meet(None)
+        cast.forward()
+    if rank.rank == 2:
+        die()
+    serve_until_it_fails(cast)
+    assert recover(cast, 2, (0, 1, 3)) == "switched"
+    cast.check_placements()
+    for _ in range(4):
+        cast.meet(None)
+        cast.forward()
+    if rank.rank == 1:
+        die()
+    serve_until_it_fails(cast)
+    assert recover(cast, 3, (0, 3)) == "switched"
+    assert cast.retired[-1].figures.restored > 0
+    cast.check_placements()
+    cast.meet(None)
+    cast.forward()
+    end(cast)
+
+
+@processes(3, dies=[2], timeout_s=50.0)
+def test_too_few_slots_are_said_to_be_so(rank: Rank) -> None:
+    cast = join_cast(rank, CONFIG, Redundancy(slots_per_rank=3), timeout_s=10.0)
+    begin(cast, (0, 1, 2))
+    cast.meet(None)
+    cast.forward()
+    if rank.rank == 2:
+        die()
+    serve_until_it_fails(cast)
+    with pytest.raises(MembershipError, match="2 ranks of 3 slots cannot hold 8 experts: at least"):
+        recover(cast, 2, (0, 1))
+    end_alone(cast)
+
+
+@processes(4, dies=[1, 2], timeout_s=50.0)
+def test_a_second_death_during_a_recovery_leads_to_another(rank: Rank) -> None:
+    cast = join_cast(rank, CONFIG, Redundancy(), timeout_s=5.0)
+    begin(cast, (0, 1, 2, 3))
+    cast.meet(None)
+    cast.forward()
+    if rank.rank == 2:
+        die()
+    serve_until_it_fails(cast)
+    if rank.rank == 1:
+        # It is thought to be alive: the others plan with it.
+        mine = describe(cast.parallel, cast.names, only=cast.name)
+        rank.store.set(f"in/2/{cast.name}", json.dumps(mine.to_json()))
+        die()
+    assert recover(cast, 2, (0, 1, 3)).startswith("aborted: ")
+    assert recover(cast, 2, (0, 3), attempt=1) == "switched"
+    cast.check_placements()
+    cast.meet(None)
+    cast.forward()
+    # And a replacement comes under the old name? Nobody is left to: the two go on and grow less.
+    assert change(cast, 9, (3,)) == "switched"
+    if cast.parallel is not None:
+        cast.forward()
+    end(cast)
+
+
+def end_alone(cast: Cast) -> None:
+    assert cast.parallel is not None
+    cast.parallel.close()
+    cast.parallel.state.group.close()
