@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 from equipoise import __version__
+from equipoise.cli.bench_dispatch import bench_dispatch
 from equipoise.cli.bench_plan import bench_plan
 from equipoise.cli.bench_stall import bench_stall
+from equipoise.cli.bench_step import bench_step
 from equipoise.cli.bench_transfer import bench_transfer
 from equipoise.cli.config import config
 from equipoise.cli.doctor import doctor
@@ -72,6 +74,8 @@ bench = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bench, name="bench", help="Measure what this machine does, beside what limits it.")
+bench.command("dispatch")(bench_dispatch)
 bench.command("plan")(bench_plan)
 bench.command("stall")(bench_stall)
+bench.command("step")(bench_step)
 bench.command("transfer")(bench_transfer)

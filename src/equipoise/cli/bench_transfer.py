@@ -81,7 +81,7 @@ def bench_transfer(
     from equipoise.bench.transfer_case import QWEN3_30B_EXPERT_BYTES, TransferSpec
 
     is_custom = any(value is not None for value in (layers, slots, expert_bytes))
-    on_gpus = device is Device.CUDA or (device is Device.AUTO and _count_gpus() >= 2)
+    on_gpus = device is Device.CUDA or (device is Device.AUTO and count_gpus() >= 2)
     default_ranks, default_rounds = (2, 6) if on_gpus else (4, 25)
     spec = TransferSpec(
         num_ranks=default_ranks if ranks is None else ranks,
@@ -101,7 +101,8 @@ def bench_transfer(
     show_outcome(compare_transfers(spec), _COLUMNS, json_path)
 
 
-def _count_gpus() -> int:
+def count_gpus() -> int:
+    """That torch sees."""
     import torch
 
     return torch.cuda.device_count()

@@ -1,0 +1,191 @@
+"""Steps of the engine: what balance is worth, and what balancing costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+
+from equipoise.bench.outcome import BenchOutcome, Row, with_goal
+from equipoise.bench.step_case import (
+    SCALED,
+    Compared,
+    LeftOut,
+    Setting,
+    StepSaid,
+    StepSpec,
+    Timed,
+)
+from equipoise.launch.local import run_local
+from equipoise.launch.seats import assign_local_seats
+
+_JOB = "equipoise.bench.step_rank:measure_steps"
+_PACKAGES = ("torch", "transformers", "nixl-cu13")
+_PERCENTILES = (50, 90, 99)
+
+_PREFILL_TOKENS, _STALL_STEPS = 4096, 2000
+"""What the goals are for."""
+
+_NOTES = (
+    "A model of the bundled one's architecture with random weights; its tokens go to experts as "
+    "often as those of gpt-oss-20b went, and experts begin in order. Each step's time is the "
+    "slowest rank's.",
+    "gain: seconds that a step is shorter on the balanced placement, over what a plane through "
+    "measured times of the experts by rows and occupied slots predicts from the measured loads, "
+    "the slowest rank of each layer counting.",
+    "stall: decode steps with rebalances in the background back to back, experts' loads changing "
+    "names between them, and without, in blocks by turns.",
+)
+
+
+def compare_steps(
+    spec: StepSpec, on_said: Callable[[StepSaid], None] = lambda _: None
+) -> BenchOutcome:
+    """Measure steps of the engine, on processes of this machine.
+
+    Args:
+        spec: what to measure.
+        on_said: called with each case as it is done.
+    Collective: none; starts the ranks, and leaves none.
+    Raises: JobFailed, naming the rank, if one fails or dies; ConfigError if there is no GPU where
+        one is asked for.
+    """
+    heard: list[StepSaid] = []
+
+    def hear(said: StepSaid) -> None:
+        heard.append(said)
+        on_said(said)
+
+    run_local(spec, assign_local_seats(spec.num_ranks, spec.device), hear, job=_JOB)
+    (setting,) = (said for said in heard if isinstance(said, Setting))
+    compared = [said for said in heard if isinstance(said, Compared)]
+    left_out = [said for said in heard if isinstance(said, LeftOut)]
+    rows = [row for said in compared for row in _make_rows(said, spec)]
+    notes = [f"{said.case}: not measured, it needs {said.reason}." for said in left_out]
+    notes += [_say_gain(row) for row in rows if "predicted_s" in row]
+    if spec.device == "cpu":
+        notes.append(
+            "Goals are for GPUs: gain at least 0.9 at 4,096 tokens a rank of a model of 24 layers "
+            "and 128 experts, p99 beside rebalances at most 1.05 of p99 without over 2,000 steps "
+            "each, a recorder under 1 percent of a decode step, graphs 1.5 times as fast. On the "
+            "CPU ranks share cores: a slow rank does not keep the others waiting, and workers take "
+            "time from steps."
+        )
+    return BenchOutcome(
+        name="step",
+        setting={
+            "ranks": spec.num_ranks,
+            "device": setting.device,
+            "dtype": setting.dtype,
+            "layers": spec.size.num_layers,
+            "experts": spec.size.num_experts,
+            "top_k": spec.size.top_k,
+            "hidden_size": spec.size.hidden_size,
+            "expert_size": spec.size.expert_size,
+            "prefill_tokens": spec.prefill_tokens,
+            "sequences": spec.decode_size,
+            "steps": spec.num_steps,
+            "stall_steps": spec.num_stall_steps,
+            "dispatcher": spec.dispatcher,
+            "communicator": setting.communicator,
+            "cache_bytes": setting.cache_bytes,
+            "seed": spec.seed,
+        },
+        rows=tuple(rows),
+        notes=(*notes, *_NOTES),
+        versions={name: _find_version(name) for name in _PACKAGES},
+        figures={"left_out": {said.case: said.reason for said in left_out}},
+    )
+
+
+def _make_rows(said: Compared, spec: StepSpec) -> list[Row]:
+    labels = {
+        "prefill": ("as it came", "balanced"),
+        "decode": ("as it came", "balanced"),
+        "recorder": ("not counting", "counting"),
+        "stall": ("no rebalance", "back to back"),
+        "graphs": ("eager", "graphs"),
+    }[said.case]
+    rows = [
+        _describe(said, label, timed)
+        for label, timed in zip(labels, (said.off, said.on), strict=True)
+    ]
+    judged = _judge(said, rows[0], rows[1], spec)
+    return [*rows, judged]
+
+
+def _describe(said: Compared, label: str, timed: Timed) -> Row:
+    values = np.percentile(timed.step_s, _PERCENTILES)
+    row: Row = {
+        "case": said.case,
+        "what": label,
+        "tokens_per_s": timed.num_tokens / float(timed.step_s.sum()),
+        "num_steps": len(timed.step_s),
+        **{f"p{p}_s": float(v) for p, v in zip(_PERCENTILES, values, strict=True)},
+        "mean_s": float(timed.step_s.mean()),
+    }
+    most, mean = timed.rank_tokens.max(axis=2).sum(), timed.rank_tokens.mean(axis=2).sum()
+    if mean > 0:
+        row["imbalance"] = float(most / mean)
+    return row
+
+
+def _judge(said: Compared, off: Row, on: Row, spec: StepSpec) -> Row:
+    row: Row = {"case": said.case, "moves": said.moves, "rebalances": said.rebalances}
+    match said.case:
+        case "prefill" | "decode":
+            return _judge_gain(said, off, on, spec, row)
+        case "recorder":
+            row |= {"what": "cost of counting, share of a step"}
+            row["value"] = on["p50_s"] / off["p50_s"] - 1
+            return with_goal(row, "value", 0.01, at_most=True)
+        case "stall":
+            row |= {"what": "p99 beside rebalances / without", "value": on["p99_s"] / off["p99_s"]}
+            row["p50_ratio"] = on["p50_s"] / off["p50_s"]
+            has_goal = spec.device == "cuda" and spec.num_stall_steps >= _STALL_STEPS
+            return with_goal(row, "value", 1.05, at_most=True) if has_goal else row
+        case "graphs":
+            row |= {"what": "as fast as eager", "value": off["p50_s"] / on["p50_s"]}
+            return with_goal(row, "value", 1.5)
+
+
+def _judge_gain(said: Compared, off: Row, on: Row, spec: StepSpec, row: Row) -> Row:
+    expert_time = said.expert_time
+    assert expert_time is not None
+    predicted = expert_time.predict(said.off) - expert_time.predict(said.on)
+    gained = off["mean_s"] - on["mean_s"]
+    row |= {
+        "what": "gain over the predicted one",
+        "value": gained / predicted if said.case == "prefill" and predicted > 0 else None,
+        "gained_s": gained,
+        "predicted_s": predicted,
+        "expert_time": {
+            "fixed_s": expert_time.fixed_s,
+            "token_s": expert_time.token_s,
+            "slot_s": expert_time.slot_s,
+            "worst_deviation": expert_time.worst,
+        },
+    }
+    is_full = spec.size == SCALED and spec.prefill_tokens == _PREFILL_TOKENS
+    if said.case == "prefill" and spec.device == "cuda" and is_full and predicted > 0:
+        return with_goal(row, "value", 0.9)
+    return row
+
+
+def _say_gain(row: Row) -> str:
+    plane = row["expert_time"]
+    return (
+        f"{row['case']}: balanced steps are {row['gained_s'] * 1e3:.3g} ms shorter, predicted "
+        f"{row['predicted_s'] * 1e3:.3g} ms: a layer's experts take {plane['fixed_s'] * 1e6:.3g} us "
+        f"and {plane['token_s'] * 1e9:.3g} ns a row and {plane['slot_s'] * 1e6:.3g} us an occupied "
+        f"slot, measured times up to {plane['worst_deviation']:.0%} off."
+    )
+
+
+def _find_version(package: str) -> Any:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,194 @@
+"""What `bench step` measures, and what ranks say of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from equipoise.errors import ConfigError
+from equipoise.topology import FloatArray
+
+CaseName = Literal["prefill", "decode", "recorder", "stall", "graphs"]
+CASES: tuple[CaseName, ...] = ("prefill", "decode", "recorder", "stall", "graphs")
+GPU_CASES: tuple[CaseName, ...] = ("recorder", "graphs")
+"""Cases that say nothing on a CPU."""
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A model of the bundled one's architecture, with random weights.
+
+    Attributes:
+        num_layers: L.
+        num_experts: E.
+        top_k: K.
+        hidden_size: D.
+        expert_size: I.
+        num_heads: of queries.
+        num_kv_heads: of keys and values.
+        head_dim: of each.
+        vocabulary: tokens.
+    """
+
+    num_layers: int
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    expert_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocabulary: int
+
+
+BUNDLED = ModelSize(4, 32, 4, 128, 48, 4, 2, 32, 384)
+SCALED = ModelSize(24, 128, 8, 2048, 768, 32, 4, 128, 4096)
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """What is measured; the same on every rank.
+
+    Attributes:
+        size: of the model.
+        device: kind of device.
+        num_ranks: R, processes.
+        cases: which.
+        prefill_tokens: of prompts, per rank and step.
+        prompt_len: tokens of each of these prompts.
+        decode_size: sequences per rank that decode.
+        num_steps: of each kind in a case.
+        num_stall_steps: of each kind in the case of rebalances back to back.
+        dispatcher: what tokens travel by.
+        communicator: what experts travel by.
+        seed: of weights, tokens and routes.
+        timeout_s: longest wait for another rank.
+    Raises: ConfigError.
+    """
+
+    size: ModelSize = BUNDLED
+    device: Literal["cpu", "cuda"] = "cpu"
+    num_ranks: int = 2
+    cases: tuple[CaseName, ...] = CASES
+    prefill_tokens: int = 512
+    prompt_len: int = 64
+    decode_size: int = 16
+    num_steps: int = 40
+    num_stall_steps: int = 200
+    dispatcher: str = "torch"
+    communicator: str = "auto"
+    seed: int = 0
+    timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        for flag, value, least in (
+            ("--ranks", self.num_ranks, 2),
+            ("--layers", self.size.num_layers, 1),
+            ("--prefill-tokens", self.prefill_tokens, self.prompt_len),
+            ("--sequences", self.decode_size, 1),
+            ("--steps", self.num_steps, 10),
+            ("--seed", self.seed, 0),
+        ):
+            if value < least:
+                raise ConfigError(f"{flag} must be at least {least}, got {value}")
+        unknown = set(self.cases) - set(CASES)
+        if unknown:
+            raise ConfigError(f"--case: there are {', '.join(CASES)}, not {sorted(unknown)[0]!r}")
+
+    @property
+    def num_prompts(self) -> int:
+        """Of a step that takes prompts."""
+        return self.prefill_tokens // self.prompt_len
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Steps of one kind.
+
+    Attributes:
+        step_s: [steps] float64, wall seconds of the slowest rank.
+        num_tokens: of all ranks and steps.
+        rank_tokens: [steps, L, R] int64, rows that each rank's experts computed.
+        occupied: [steps, L, R] int64, its slots that had any.
+    """
+
+    step_s: FloatArray
+    num_tokens: int
+    rank_tokens: FloatArray
+    occupied: FloatArray
+
+
+@dataclass(frozen=True)
+class ExpertTime:
+    """Seconds of a layer's experts on one rank: what was measured, and the plane through it.
+
+    Attributes:
+        fixed_s: of any call.
+        token_s: of a row.
+        slot_s: of a slot that has any.
+        worst: largest relative deviation of a measured point from the plane.
+    """
+
+    fixed_s: float
+    token_s: float
+    slot_s: float
+    worst: float
+
+    def predict(self, timed: Timed) -> float:
+        """Seconds of all layers' experts in a step, mean over steps; the slowest rank counts."""
+        seconds = self.fixed_s + self.token_s * timed.rank_tokens + self.slot_s * timed.occupied
+        return float(seconds.max(axis=2).sum(axis=1).mean())
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One case, with something off and on, in one run.
+
+    Attributes:
+        case: which.
+        off: without balancing; without what the case is about.
+        on: with it.
+        expert_time: of the MoE part, where the case predicts something.
+        moves: experts that travelled.
+        rebalances: that ended.
+    """
+
+    case: CaseName
+    off: Timed
+    on: Timed
+    expert_time: ExpertTime | None = None
+    moves: int = 0
+    rebalances: int = 0
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A case that cannot be measured here.
+
+    Attributes:
+        case: which.
+        reason: what it needs.
+    """
+
+    case: CaseName
+    reason: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What was measured on.
+
+    Attributes:
+        device: its name.
+        dtype: of the weights.
+        communicator: the wire, and why.
+        cache_bytes: keys and values, per rank, of the largest engine.
+    """
+
+    device: str
+    dtype: str
+    communicator: str
+    cache_bytes: int
+
+
+StepSaid = Compared | LeftOut | Setting

@@ -1,0 +1,177 @@
+"""A model of the bundled one's architecture whose tokens go where a real trace's went.
+
+Axis letters: L layers, E experts, T tokens, K experts per token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from equipoise.bench.plan_loads import Shape, resample_trace
+from equipoise.bench.step_case import ExpertTime, ModelSize
+from equipoise.bundled.traces import gptoss_routes
+from equipoise.load.trace_files import read_trace
+from equipoise.models.parallel import ParallelModel
+from equipoise.topology import IntArray, Topology
+
+_POOL = 4096
+"""Tokens whose routes are drawn; they come round and round, from another one on in each call."""
+_ROUNDS = 12
+
+
+def build_model(size: ModelSize, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
+    """A whole model with random weights, the same on every rank.
+
+    Collective: none.
+    """
+    transformers: Any = import_module("transformers")
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden_size,
+        intermediate_size=size.expert_size,
+        moe_intermediate_size=size.expert_size,
+        num_hidden_layers=size.num_layers,
+        num_attention_heads=size.num_heads,
+        num_key_value_heads=size.num_kv_heads,
+        head_dim=size.head_dim,
+        num_experts=size.num_experts,
+        num_experts_per_tok=size.top_k,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        norm_topk_prob=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="sdpa"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def draw_shares(size: ModelSize, seed: int) -> IntArray:
+    """[L, E] int64: loads with the skew of the trace that comes along. Collective: none."""
+    shape = Shape("step", size.num_layers, size.num_experts, Topology(1, size.num_experts))
+    windows = resample_trace(read_trace(gptoss_routes()), shape, 1, seed)
+    return np.asarray(windows[0])
+
+
+class Routes:
+    """Sends tokens to experts by given shares, in place of what the router says.
+
+    Weights stay the router's. Owner: the forward thread.
+
+    Args:
+        parallel: a model with one set of layers.
+        shares: [L, E], how often each expert is to be chosen, relative to the others.
+        seed: of what is drawn.
+    """
+
+    def __init__(self, parallel: ParallelModel, shares: IntArray, top_k: int, seed: int) -> None:
+        self._device = parallel.state.group.device
+        self._shares, self._top_k = shares, top_k
+        self._random = torch.Generator(self._device).manual_seed(seed)
+        (one,) = parallel.spread.sets
+        self._pools = [self._draw(row) for row in range(len(one.layers))]
+        self._at = 0
+        for row, layer in enumerate(one.layers):
+            layer.module.forward = self._redirect(row, layer.module.forward)
+
+    def rename_experts(self) -> None:
+        """Have other experts be the busy ones from now on, in every layer alike."""
+        order = torch.randperm(self._shares.shape[1], generator=self._random, device=self._device)
+        for pool in self._pools:
+            pool.copy_(order[pool])
+
+    def _draw(self, row: int) -> Tensor:
+        """[T, K] int64: K different experts per token, each as often as its share says.
+
+        Source: Madow, On the theory of systematic sampling II (1949), with experts laid out in
+        another order for each token.
+        """
+        share = torch.tensor(self._shares[row], dtype=torch.float64, device=self._device)
+        # Nothing is chosen more than once per token: what is above goes to the others.
+        often = share / share.sum() * self._top_k
+        for _ in range(8):
+            often = often.clamp(max=1.0) * (self._top_k / often.clamp(max=1.0).sum())
+        often = often.clamp(max=1.0)
+        size = (_POOL, share.numel())
+        order = torch.rand(size, generator=self._random, device=self._device).argsort(dim=1)
+        laid_out = often[order].cumsum(dim=1)
+        laid_out *= self._top_k / laid_out[:, -1:]
+        first = torch.rand(_POOL, 1, generator=self._random, device=self._device).double()
+        points = first + torch.arange(self._top_k, device=self._device)
+        place = torch.searchsorted(laid_out, points, right=True).clamp_(max=size[1] - 1)
+        return order.gather(1, place)
+
+    def _redirect(self, row: int, inner: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        pool = self._pools[row]
+
+        def forward(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            # Another part of the pool in each layer and call.
+            self._at = (self._at + 997) % _POOL
+            tokens = torch.arange(self._at, self._at + top_k_index.shape[0], device=self._device)
+            return inner(hidden, pool[tokens % _POOL].to(top_k_index.dtype), top_k_weights)
+
+        return forward
+
+
+def measure_experts(parallel: ParallelModel, most_tokens: int) -> ExpertTime:
+    """Seconds of a layer's experts by how many rows come, to how many slots.
+
+    Collective: none; other ranks should be at the same thing, or at rest.
+    """
+    (one,) = parallel.spread.sets
+    module: Any = one.layers[0].module
+    computation = type(module).forward
+    num_slots = one.maps.placement.topology.slots_per_rank
+    device = parallel.state.group.device
+    dtype = next(module.parameters()).dtype
+    hidden = torch.randn(most_tokens, parallel.model.config.hidden_size, dtype=dtype, device=device)
+    weight = hidden.new_ones(most_tokens, 1)
+    points, seconds = [], []
+    for occupied in sorted({max(1, num_slots // 4), max(1, num_slots // 2), num_slots}):
+        for eighths in (2, 3, 4, 6, 8):
+            tokens = most_tokens * eighths // 8
+            if tokens < occupied:
+                continue
+            slot = (torch.arange(tokens, device=device) * occupied // tokens)[:, None]
+
+            def compute(tokens: int = tokens, slot: Tensor = slot) -> object:
+                return computation(module, hidden[:tokens], slot, weight[:tokens])
+
+            points.append([1.0, float(tokens), float(occupied)])
+            seconds.append(_time(compute, device))
+    design = torch.tensor(points, dtype=torch.float64)
+    measured = torch.tensor(seconds, dtype=torch.float64)
+    plane = torch.linalg.lstsq(design, measured[:, None]).solution[:, 0]
+    worst = ((design @ plane - measured).abs() / measured).max()
+    fixed, token, slot_s = plane.tolist()
+    return ExpertTime(fixed, token, slot_s, float(worst))
+
+
+def _time(compute: Callable[[], object], device: torch.device) -> float:
+    """Median seconds."""
+
+    def settle() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    taken = []
+    with torch.inference_mode():
+        for _ in range(_ROUNDS):
+            settle()
+            started_s = time.perf_counter()
+            compute()
+            settle()
+            taken.append(time.perf_counter() - started_s)
+    return float(torch.tensor(taken).median())

@@ -1,0 +1,253 @@
+"""What each rank does when steps of the engine are measured.
+
+Axis letters: L layers, R ranks, S slots per rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from equipoise.bench.step_case import (
+    CaseName,
+    Compared,
+    LeftOut,
+    Setting,
+    StepSaid,
+    StepSpec,
+    Timed,
+)
+from equipoise.bench.step_model import Routes, build_model, draw_shares, measure_experts
+from equipoise.comm.groups import RankGroup
+from equipoise.config import EPLBConfig
+from equipoise.engine.engine import Engine, EngineLimits
+from equipoise.engine.figures import StepResult
+from equipoise.engine.requests import Request, SamplingParams
+from equipoise.models.parallel import ParallelModel, parallelize
+
+BLOCK_STEPS = 50
+_WARM_STEPS = 5
+_DECODE_PROMPT, _DECODE_TOKENS = 16, 240
+_NEVER = 1 << 40
+
+
+def measure_steps(spec: StepSpec, group: RankGroup, emit: Callable[[StepSaid], None]) -> None:
+    """Measure the cases, one after the other, on one model.
+
+    Args:
+        spec: the same on every rank.
+        group: its ranks.
+        emit: called on rank 0.
+    Collective: every rank of the group.
+    Raises: TransferError or MembershipError if a rank fails.
+    """
+    if group.device.type == "cpu":
+        # Ranks share the cores; threads of theirs would only wait for each other.
+        torch.set_num_threads(1)
+    bench = _Bench(spec, group)
+    measures: dict[CaseName, Callable[[], Compared | LeftOut]] = {
+        "prefill": bench.compare_prefill,
+        "decode": bench.compare_decode,
+        "recorder": bench.compare_recorder,
+        "stall": bench.compare_stall,
+        "graphs": bench.compare_graphs,
+    }
+    try:
+        for case in spec.cases:
+            said = measures[case]()
+            if group.rank == 0:
+                emit(said)
+        if group.rank == 0:
+            emit(bench.describe())
+    finally:
+        bench.parallel.close()
+
+
+@dataclass
+class _Tally:
+    """Steps of one kind on this rank.
+
+    Attributes:
+        step_s: wall seconds of each.
+        num_tokens: of all.
+        counts: of each [L, P], where loads are kept.
+        moves: experts that travelled meanwhile.
+        rebalances: that ended meanwhile.
+    """
+
+    step_s: list[float] = field(default_factory=list)
+    num_tokens: int = 0
+    counts: list[Tensor] = field(default_factory=list)
+    moves: int = 0
+    rebalances: int = 0
+
+    def add(self, result: StepResult) -> None:
+        figures = result.figures
+        self.step_s.append(figures.step_s)
+        self.num_tokens += figures.num_tokens
+        self.counts += [load.slot_count for load in figures.loads]
+        self.rebalances += len(result.outcomes)
+        self.moves += sum(outcome.moves for outcome in result.outcomes)
+
+
+class _Bench:
+    """A model under balance, whose plans come when the bench asks for them."""
+
+    def __init__(self, spec: StepSpec, group: RankGroup) -> None:
+        self._spec, self._group = spec, group
+        self._dtype = torch.float32 if spec.device == "cpu" else torch.bfloat16
+        config = EPLBConfig(
+            window_size=spec.num_steps,
+            step_interval=_NEVER,
+            communicator=spec.communicator,
+            # It plans from nothing, so that every rebalance moves much.
+            policy="deepseek",
+        )
+        model = build_model(spec.size, self._dtype, group.device, spec.seed)
+        self.parallel: ParallelModel = parallelize(model, group, config)
+        shares = draw_shares(spec.size, spec.seed)
+        self._routes = Routes(self.parallel, shares, spec.size.top_k, spec.seed)
+        self._random = np.random.default_rng(spec.seed + group.rank)
+        self._num_requests = 0
+        self._cache_bytes = 0
+
+    def compare_prefill(self) -> Compared:
+        """Prompts alone, on the initial placement and on a balanced one."""
+        spec = self._spec
+        engine = self._make_engine(spec.num_prompts, spec.prompt_len + 1, spec.prefill_tokens)
+
+        def feed() -> None:
+            for _ in range(spec.num_prompts):
+                engine.submit(self._make_request(spec.prompt_len, 1))
+
+        return self._compare_placements("prefill", engine, feed, spec.prefill_tokens)
+
+    def compare_decode(self) -> Compared:
+        """As many sequences as there are rows, each a token further in a step."""
+        spec = self._spec
+        engine, feed = self._make_decoding()
+        return self._compare_placements("decode", engine, feed, spec.decode_size)
+
+    def compare_recorder(self) -> Compared | LeftOut:
+        """The same steps with counting off and on, in blocks by turns."""
+        if self._group.device.type != "cuda":
+            return LeftOut("recorder", "a GPU: on a CPU it is lost among the steps' own noise")
+        engine, feed = self._make_decoding()
+        (one,) = self.parallel.spread.sets
+        tallies = _Tally(), _Tally()
+        for block in range(2 * -(-self._spec.num_steps // BLOCK_STEPS)):
+            one.recorder.enabled = bool(block % 2)
+            self._run(engine, feed, BLOCK_STEPS, tallies[block % 2])
+        one.recorder.enabled = True
+        return Compared("recorder", self._merge(tallies[0]), self._merge(tallies[1]))
+
+    def compare_stall(self) -> Compared:
+        """Decode steps with rebalances back to back and without, in blocks by turns."""
+        spec = self._spec
+        num_blocks = 2 * -(-spec.num_stall_steps // BLOCK_STEPS)
+        engine, feed = self._make_decoding()
+        off, on, between = _Tally(), _Tally(), _Tally()
+        for block in range(num_blocks):
+            # What the block before has begun ends outside of what is measured.
+            self._settle(engine, feed, between)
+            into = on if block % 2 else off
+            for _ in range(BLOCK_STEPS):
+                if block % 2 and not self.parallel.state.is_rebalancing:
+                    self._routes.rename_experts()
+                    self.parallel.state.rearrange()
+                self._run(engine, feed, 1, into)
+        moves, rebalances = on.moves + between.moves, on.rebalances + between.rebalances
+        return Compared(
+            "stall", self._merge(off), self._merge(on), moves=moves, rebalances=rebalances
+        )
+
+    def compare_graphs(self) -> Compared | LeftOut:
+        """Decode steps launched one kernel at a time, and as graphs."""
+        return LeftOut("graphs", "two GPUs and tokens that travel by nixl_ep")
+
+    def describe(self) -> Setting:
+        """What was measured on."""
+        device = self._group.device
+        (wire,) = self.parallel.communicators
+        return Setting(
+            device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+            dtype=str(self._dtype).removeprefix("torch."),
+            communicator=f"{wire.name} ({wire.reason})",
+            cache_bytes=self._cache_bytes,
+        )
+
+    def _compare_placements(
+        self, case: CaseName, engine: Engine, feed: Callable[[], None], tokens: int
+    ) -> Compared:
+        off, on, between = _Tally(), _Tally(), _Tally()
+        self._run(engine, feed, _WARM_STEPS, _Tally())
+        self._routes.rename_experts()
+        self._run(engine, feed, self._spec.num_steps, off)
+        self.parallel.state.rearrange()
+        self._settle(engine, feed, between)
+        self._run(engine, feed, self._spec.num_steps, on)
+        # Rows that a rank may get: of all ranks' tokens.
+        most = 2 * tokens * self._spec.size.top_k
+        return Compared(
+            case,
+            self._merge(off),
+            self._merge(on),
+            measure_experts(self.parallel, most),
+            between.moves,
+            between.rebalances,
+        )
+
+    def _make_engine(self, num_rows: int, max_len: int, prefill: int) -> Engine:
+        limits = EngineLimits(num_rows, max_len, prefill, end_tokens=frozenset(), keep_load=True)
+        engine = Engine(self.parallel, limits)
+        self._cache_bytes = max(self._cache_bytes, engine.memory.num_bytes)
+        return engine
+
+    def _make_decoding(self) -> tuple[Engine, Callable[[], None]]:
+        """An engine in which every row decodes, but for a step at which all are replaced."""
+        size = self._spec.decode_size
+        length = _DECODE_PROMPT + _DECODE_TOKENS
+        engine = self._make_engine(size, length, size * _DECODE_PROMPT)
+
+        def feed() -> None:
+            while engine.num_requests < size:
+                engine.submit(self._make_request(_DECODE_PROMPT, _DECODE_TOKENS))
+
+        self._run(engine, feed, _WARM_STEPS, _Tally())
+        return engine, feed
+
+    def _make_request(self, length: int, max_new_tokens: int) -> Request:
+        self._num_requests += 1
+        tokens = self._random.integers(1, self._spec.size.vocabulary, length).tolist()
+        sampling = SamplingParams(max_new_tokens=max_new_tokens, ignore_end=True)
+        return Request(str(self._num_requests), tuple(tokens), sampling)
+
+    def _run(self, engine: Engine, feed: Callable[[], None], num_steps: int, tally: _Tally) -> None:
+        for _ in range(num_steps):
+            feed()
+            tally.add(engine.step())
+
+    def _settle(self, engine: Engine, feed: Callable[[], None], tally: _Tally) -> None:
+        """Step until no rebalance is under way; every rank knows at the same step."""
+        while self.parallel.state.is_rebalancing:
+            self._run(engine, feed, 1, tally)
+
+    def _merge(self, tally: _Tally) -> Timed:
+        """The figures of all ranks."""
+        step_s = torch.tensor(tally.step_s, dtype=torch.float64)
+        num_tokens = torch.tensor(tally.num_tokens)
+        slot_count = torch.stack(tally.counts).cpu()
+        self._group.all_reduce(step_s, "max")
+        self._group.all_reduce(num_tokens)
+        self._group.all_reduce(slot_count)
+        by_rank = slot_count.view(*slot_count.shape[:2], self._group.size, -1)
+        return Timed(
+            step_s=step_s.numpy(),
+            num_tokens=int(num_tokens),
+            rank_tokens=by_rank.sum(3).numpy(),
+            occupied=(by_rank > 0).sum(3).numpy(),
+        )

@@ -1,0 +1,78 @@
+"""`equipoise bench step`: steps of the engine, skewed against balanced load."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+
+from equipoise.cli.bench import JsonPath, check_json_path, show_outcome
+from equipoise.cli.bench_transfer import Device, count_gpus
+
+_COLUMNS = (
+    ("case", "case"),
+    ("what", "what"),
+    ("tokens/s", "tokens_per_s"),
+    ("p50 s", "p50_s"),
+    ("p99 s", "p99_s"),
+    ("imbalance", "imbalance"),
+    ("value", "value"),
+    ("goal", "goal"),
+    ("met", "met"),
+)
+
+
+def bench_step(
+    device: Annotated[Device, typer.Option(help="auto: on GPUs if there are two.")] = Device.AUTO,
+    ranks: Annotated[
+        int, typer.Option(help="Processes, at least 2; on GPUs they take turns over them.")
+    ] = 2,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="prefill, decode, recorder, stall or graphs; may be repeated."),
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers; 4 on the CPU, 24 on GPUs.")] = None,
+    prefill_tokens: Annotated[
+        int | None, typer.Option(help="Of prompts, per rank and step; 512, on GPUs 4,096.")
+    ] = None,
+    sequences: Annotated[
+        int | None, typer.Option(help="That decode, per rank; 16, on GPUs 64.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Of each kind in a case; 40.")] = None,
+    stall_steps: Annotated[
+        int | None, typer.Option(help="The same, beside rebalances; 200, on GPUs 2,000.")
+    ] = None,
+    communicator: Annotated[str, typer.Option(help="Wire for weights.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of weights, tokens and routes.")] = 0,
+    timeout: Annotated[float, typer.Option(help="Longest wait for another rank, in s.")] = 60.0,
+    json_path: JsonPath = None,
+) -> None:
+    """Compare steps on skewed and on balanced load, and beside rebalances."""
+    check_json_path(json_path)
+    from equipoise.bench.step import compare_steps
+    from equipoise.bench.step_case import BUNDLED, CASES, SCALED, StepSpec
+    from equipoise.comm.registry import check_name
+
+    check_name(communicator)
+    on_gpus = device is Device.CUDA or (device is Device.AUTO and count_gpus() >= 2)
+    size = SCALED if on_gpus else BUNDLED
+    spec = StepSpec(
+        size=replace(size, num_layers=size.num_layers if layers is None else layers),
+        device="cuda" if on_gpus else "cpu",
+        num_ranks=ranks,
+        cases=tuple(case or CASES),  # type: ignore[arg-type]
+        prefill_tokens=_or(prefill_tokens, 4096 if on_gpus else 512),
+        prompt_len=512 if on_gpus else 64,
+        decode_size=_or(sequences, 64 if on_gpus else 16),
+        num_steps=_or(steps, 40),
+        num_stall_steps=_or(stall_steps, 2000 if on_gpus else 200),
+        communicator=communicator,
+        seed=seed,
+        timeout_s=timeout,
+    )
+    show_outcome(compare_steps(spec), _COLUMNS, json_path)
+
+
+def _or(given: int | None, default: int) -> int:
+    return default if given is None else given
