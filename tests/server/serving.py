@@ -38,8 +38,10 @@ class Running:
 
     def http(self, key: str | None = None, **options: Any) -> httpx2.Client:
         """A plain client."""
-        headers = {} if key is None else {"authorization": f"Bearer {key}"}
-        return httpx2.Client(base_url=self.url, headers=headers, timeout=DEADLINE_S, **options)
+        client = httpx2.Client(base_url=self.url, timeout=DEADLINE_S, **options)
+        if key is not None:
+            client.headers["authorization"] = f"Bearer {key}"
+        return client
 
     def openai(self, key: str = "none") -> openai.OpenAI:
         """The public client, which shall not try again by itself."""

@@ -25,7 +25,7 @@ PROMPTS = (
     "import ",
     "Return the",
 )
-MAX_TOKENS = 24
+MAX_TOKENS = 16
 MODEL = "model"
 """The bundled directory's name."""
 
@@ -63,7 +63,7 @@ def test_greedy_text_is_the_plain_models_for_many_clients_at_once(
         return prompt, "".join(chunk.choices[0].text for chunk in chunks)
 
     with ThreadPoolExecutor(12) as threads:
-        answers = list(threads.map(ask, range(24)))
+        answers = list(threads.map(ask, range(18)))
     assert [text for _, text in answers] == [plain[prompt] for prompt, _ in answers]
 
 
@@ -114,7 +114,7 @@ def test_a_stop_string_ends_the_text_before_it(
     running: Running, plain: dict[str, str], stream: bool
 ) -> None:
     whole = plain[PROMPTS[1]]
-    stop = whole[9:12]
+    stop = whole[7:10]
     expected = whole[: whole.index(stop)]
     answer = complete(running.openai(), PROMPTS[1], stop=["\0", stop], stream=stream)
     if stream:
@@ -133,8 +133,8 @@ def test_draws_are_the_seeds(running: Running, plain: dict[str, str]) -> None:
         return str(complete(client, PROMPTS[2], temperature=1.5, **options).choices[0].text)
 
     assert draw(seed=5) == draw(seed=5)
-    assert len({draw(seed=seed) for seed in (-1, 5, 6, 7)}) > 1
-    assert len({draw() for _ in range(4)}) > 1
+    assert len({draw(seed=seed) for seed in (-1, 5, 6)}) > 1
+    assert len({draw() for _ in range(3)}) > 1
     assert draw(top_p=1e-9, seed=1) == plain[PROMPTS[2]]
 
 

@@ -19,7 +19,7 @@ NUM_GARBAGE = int(os.environ.get("EQUIPOISE_REQUESTS", "100"))
 
 BAD: dict[str, tuple[str, int, str]] = {
     "no prompt": ("{}", 400, "prompt: field required"),
-    "no object": ("[]", 400, "the body: input should be a valid dictionary"),
+    "no object": ("[]", 400, "the body: is no JSON object, or not"),
     "no JSON": ('{"prompt":', 400, "the body is not JSON: "),
     "nothing": ("", 400, "the body: field required"),
     "a number": ('{"prompt": 5}', 400, "prompt: input should be a valid string, or input should"),

@@ -13,7 +13,6 @@ from equipoise.elastic.service import (
     QueueFull,
     RequestFailed,
     Service,
-    ServiceClosed,
     ServiceRequest,
 )
 from equipoise.engine.detokenizer import TextStream
@@ -94,14 +93,12 @@ class Answer:
     def submit(self) -> None:
         """Have it served.
 
-        Raises: Refusal if the service does not take it.
+        Raises: Refusal if the service does not take it; ServiceClosed if it takes none.
         """
         try:
             self._service.submit(self._request, lambda item: self._mailbox.put(self, item))
         except QueueFull as error:
             raise Refusal(429, str(error), code="queue_full", retry_after_s=1) from error
-        except ServiceClosed as error:
-            raise Refusal(503, str(error), code="not_serving", retry_after_s=5) from error
         except ConfigError as error:
             raise Refusal(400, str(error)) from error
 

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 
 from equipoise import __version__
+from equipoise.elastic.service import ServiceClosed
 from equipoise.server.backend import Backend
 from equipoise.server.bodies import ErrorBody
 from equipoise.server.completions import Completions
@@ -18,7 +19,12 @@ from equipoise.server.gate import Access, Gate
 from equipoise.server.log import JsonLog
 from equipoise.server.metrics import HttpFigures
 from equipoise.server.operations import Operations
-from equipoise.server.refusals import answer_failure, answer_invalid, answer_refusal
+from equipoise.server.refusals import (
+    answer_closed,
+    answer_failure,
+    answer_invalid,
+    answer_refusal,
+)
 from equipoise.server.settings import ServerSettings
 
 ACCESS = MappingProxyType(
@@ -79,6 +85,7 @@ def make_app(
         exception_handlers={
             HTTPException: answer_refusal,
             RequestValidationError: answer_invalid,
+            ServiceClosed: answer_closed,
             500: answer_failure,
         },
         responses={

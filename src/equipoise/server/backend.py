@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from equipoise.elastic.service import Service, ServiceClosed
+from equipoise.elastic.service import Service
 from equipoise.engine.detokenizer import TextStream
 from equipoise.job.texts import encode
 from equipoise.models.loading import load_tokenizer
@@ -138,13 +138,9 @@ class Backend:
     async def call(self, work: Callable[[Service], T]) -> T:
         """Have a thread ask the service something that may take a while.
 
-        Raises: Refusal if it is not there, or not any more.
+        Raises: Refusal if it is not there yet; ServiceClosed if it is not any more.
         """
-        service = self.service
-        try:
-            return await asyncio.to_thread(work, service)
-        except ServiceClosed as error:
-            raise Refusal(503, str(error), code="not_serving", retry_after_s=5) from error
+        return await asyncio.to_thread(work, self.service)
 
     async def end(self, drain_timeout_s: float) -> bool:
         """Take no more, wait for what is in flight, and close.

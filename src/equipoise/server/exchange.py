@@ -22,6 +22,7 @@ class Exchange:
         client: address.
         started_s: by time.monotonic().
         status: of the answer; 0 while there is none.
+        is_whole: whether all of the answer was sent.
         num_prompt_tokens: where a prompt was read.
         num_generated_tokens: where tokens were generated.
         first_token_s: seconds from the start to the first.
@@ -36,6 +37,7 @@ class Exchange:
     client: str
     started_s: float = field(default_factory=time.monotonic)
     status: int = 0
+    is_whole: bool = False
     num_prompt_tokens: int | None = None
     num_generated_tokens: int | None = None
     first_token_s: float | None = None

@@ -71,6 +71,8 @@ class Gate:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
                 message["headers"].append((b"x-request-id", exchange.id.encode()))
+            elif not message.get("more_body", False):
+                exchange.is_whole = True
             await send(message)
 
         endpoint = self._name(exchange.path)
@@ -85,6 +87,8 @@ class Gate:
             await _refuse(refusal, exchange, limited, send_named)
         except Exception as error:
             self._log.write_failure("failure", error, id=exchange.id)
+            if exchange.is_whole:
+                return
             if exchange.status != 0:
                 raise  # the connection is closed, so that nobody takes half an answer for whole
             body = make_error(500, "the server failed; its log says how")

@@ -76,7 +76,7 @@ class JsonLog:
 
 
 class LogHandler(logging.Handler):
-    """Has what the HTTP library logs written as our lines."""
+    """Has what other parts log written as our lines."""
 
     def __init__(self, log: JsonLog) -> None:
         super().__init__(logging.WARNING)
@@ -84,10 +84,11 @@ class LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""
+        said = {"logger": record.name, "level": record.levelname.lower()}
         if record.exc_info and record.exc_info[1] is not None:
-            self._log.write_failure("http", record.exc_info[1], level=record.levelname.lower())
+            self._log.write_failure("log", record.exc_info[1], **said)
         else:
-            self._log.write("http", level=record.levelname.lower(), message=record.getMessage())
+            self._log.write("log", message=record.getMessage(), **said)
 
 
 def _now() -> str:

@@ -86,7 +86,9 @@ class Operations:
     async def status(self) -> dict[str, Any]:
         """How the service is at this moment."""
         status = await self._backend.call(lambda service: service.status())
-        return status.to_json()
+        data = status.to_json()
+        data["model"]["name"] = self._backend.model_name
+        return data
 
     async def placement(self) -> dict[str, Any]:
         """Which expert each slot holds."""

@@ -97,6 +97,13 @@ async def answer_refusal(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(error.to_json(), error.status_code, headers=error.headers)
 
 
+async def answer_closed(request: Request, error: Exception) -> JSONResponse:
+    """Of a service that takes no more, whatever it was asked."""
+    return await answer_refusal(
+        request, Refusal(503, str(error), code="not_serving", retry_after_s=5)
+    )
+
+
 async def answer_invalid(request: Request, error: Exception) -> JSONResponse:
     """Of a body that is not what the endpoint takes: the first thing that is wrong with it."""
     assert isinstance(error, RequestValidationError)
@@ -126,6 +133,8 @@ def _describe(error: Mapping[str, Any], place: Sequence[str]) -> str:
     if error["type"] == "json_invalid":
         reason = (error.get("ctx") or {}).get("error", "it ends too early")
         return f"the body is not JSON: {reason}"
+    if not place and error["type"] == "model_attributes_type":
+        return "the body: is no JSON object, or not said to be: content-type: application/json"
     if error["type"] == "extra_forbidden":
         return f"{'.'.join(place)}: this server knows no such field"
     return f"{'.'.join(place) or 'the body'}: {message.removeprefix('value error, ')}"

@@ -15,7 +15,7 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 
 from equipoise.elastic.service import Service
-from equipoise.errors import ConfigError
+from equipoise.errors import ConfigError, MembershipError
 from equipoise.server.answers import Mailbox
 from equipoise.server.app import make_app
 from equipoise.server.backend import Backend
@@ -28,6 +28,8 @@ request must not meet the end of its connection."""
 FLUSH_S = 5.0
 """When all requests have ended, for the last bytes to clients that read slowly."""
 BACKLOG = 1024
+LOOK_S = 1.0
+"""Between two looks at whether any rank is left."""
 
 
 class HttpServer:
@@ -67,7 +69,7 @@ class HttpServer:
             on_ready: called once it serves.
         Returns:
             Whether all requests ended by themselves.
-        Raises: whatever `make_service` raises.
+        Raises: whatever `make_service` raises; MembershipError once no rank is left.
         """
         return asyncio.run(self._run(make_service, on_ready))
 
@@ -118,8 +120,8 @@ class HttpServer:
         await backend.start(make_service)
         log.write("ready", url=self.url, model=backend.model_name)
         on_ready(backend.service)
-        await stop.wait()
-        log.write("ending")
+        failed = await self._wait_for_end(backend, stop)
+        log.write("ending", failed=failed)
         ending = asyncio.ensure_future(backend.end(self._settings.limits.drain_timeout_s))
         hurrying = asyncio.ensure_future(hurry.wait())
         await asyncio.wait({ending, hurrying}, return_when=asyncio.FIRST_COMPLETED)
@@ -128,7 +130,20 @@ class HttpServer:
         hurrying.cancel()
         drained = await ending
         log.write("ended", drained=drained)
+        if failed is not None:
+            raise MembershipError(failed)
         return drained
+
+    async def _wait_for_end(self, backend: Backend, stop: asyncio.Event) -> str | None:
+        """Until it is told to end, or nothing is left that serves: then why."""
+        while not stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S):
+                    await stop.wait()
+            status = await backend.call(lambda service: service.status())
+            if status.phase == "failed" and all(rank.state == "dead" for rank in status.ranks):
+                return status.reason
+        return None
 
 
 class _Uvicorn(uvicorn.Server):
@@ -202,7 +217,7 @@ def _listening_to_signals(stop: asyncio.Event, hurry: asyncio.Event) -> Iterator
 @contextlib.contextmanager
 def _logging_to(log: JsonLog) -> Iterator[None]:
     handler = LogHandler(log)
-    loggers = [logging.getLogger(name) for name in ("uvicorn.error", "asyncio")]
+    loggers = [logging.getLogger(name) for name in ("equipoise", "uvicorn.error", "asyncio")]
     for logger in loggers:
         logger.addHandler(handler)
         logger.propagate = False
