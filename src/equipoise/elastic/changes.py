@@ -7,9 +7,9 @@ What ranks are told, and whose word ends each stage:
 | launching | newcomers start | each `warm` |
 | describing | serving ranks: pause balancing, say what you hold | each `holding` |
 | preparing | all: the plan | members `switched`, leavers `left`: the decision is theirs |
-| aborting | all: abort | serving ranks `aborted` or `switched`, newcomers gone |
-| registering | nothing: their steps fail | survivors `lost` |
-| retiring | leavers end | their processes gone |
+| aborting | serving ranks: abort; newcomers: stop | each `aborted` |
+| registering | nothing: their steps fail | each survivor `lost` |
+| retiring | nothing: they close what served before | members `retired`, leavers gone |
 
 Whatever fails before the decision leaves the serving generation as it is; a death in it, or behind
 the decision, ends in `registering`, where survivors make the next one.
@@ -47,12 +47,15 @@ class Hands:
     Attributes:
         launch: start a rank of that name.
         release: take a rank's requests back, to be run elsewhere.
+        call_off: have the store call off the change to a generation, for a reason; False if the
+            change stands.
         give_up: end the service, with the reason.
         count_steps: forward passes that ranks have served so far.
     """
 
     launch: Callable[[str], RankRecord]
     release: Callable[[RankRecord], None]
+    call_off: Callable[[int, str], bool]
     give_up: Callable[[str], None]
     count_steps: Callable[[], int]
 
@@ -138,10 +141,13 @@ class Changes:
         elif said == "lost":
             record.is_lost = True
             record.told["holding"] = message
-            if self._current is None or self._current.stage != "registering":
-                self._register(f"{record.name} says: {message['reason']}")
+            plan = None if self._current is None else self._current.plan
+            is_new = plan is not None and plan.generation == message["generation"]
+            self._register(f"{record.name} says: {message['reason']}", is_decided=is_new)
         elif said == "holding":
             record.told["holding"] = message
+        elif said == "retired":
+            record.pause_s = float(message["pause_s"])
         change = self._current
         if change is None or said not in _ENDS[change.stage]:
             return
@@ -161,9 +167,14 @@ class Changes:
         if change is not None and change.kind == "begin":
             self._end(change, MembershipError(record.detail))
             self._hands.give_up(record.detail)
-        elif change is None or was_serving:
-            if was_serving:
-                self._register(record.detail)
+        elif was_serving:
+            if change is not None and change.stage == "registering":
+                # What a death explains better than those who noticed.
+                change.why = record.detail
+                self.reason = str(change)
+            self._register(record.detail)
+        elif change is None:
+            return
         elif change.stage == "retiring":
             self._advance(change)
         elif record.name in change.leaving and change.switched:
@@ -186,13 +197,17 @@ class Changes:
             else:
                 self._abort(change, text)
             return
-        # Whoever hangs here holds the others up: it is given up, which `lose` hears of.
+        # Whoever hangs here holds the others up: it is given up, which `lose` hears of. What a
+        # member has not closed in time is left to it.
         change.deadline = now + self._spec.silence_s
         for name in list(change.awaited):
             record = self._roster.find(name)
-            if record is not None and record.state != "dead":
+            if change.stage == "retiring" and name not in change.leaving:
+                change.awaited.discard(name)
+            elif record is not None and record.state != "dead":
                 record.detail = f"{name} was given up: {text}"
                 record.handle.stop(kill=True)
+        self._advance(change)
 
     def close(self, error: EquipoiseError) -> None:
         """No change goes on, and none that waits begins."""
@@ -349,8 +364,9 @@ class Changes:
             record.is_lost = False
         change.stage = "retiring"
         change.deadline = time.monotonic() + self._spec.timeout_s
-        alive = {record.name for record in self._roster.living()}
-        change.awaited = {name for name in change.leaving if name in alive}
+        # Newcomers have nothing to close.
+        before = () if change.plan is None else change.plan.serving.held
+        change.awaited = {one.name for one in self._roster.living() if one.name in before}
         self._advance(change)
 
     def _finish(self, change: Change) -> None:
@@ -365,54 +381,59 @@ class Changes:
             self._queue.appendleft(Change("scale", to=self._wanted))
 
     def _abort(self, change: Change, why: str) -> None:
-        """Call a change off; if it was decided already, ranks say so and it goes on."""
+        """Call a change off; where it is decided already, it goes on."""
         if change.stage == "aborting":
             self._advance(change)
             return
+        is_told = change.plan is not None and not change.dry_run
+        if is_told and not self._call_off(change, why):
+            # Whoever is missing is missed in the next generation too, whose members will say so.
+            self._advance(change)
+            return
         change.why = why
-        told = change.plan is not None
         change.stage = "aborting"
         change.deadline = time.monotonic() + self._spec.timeout_s
         for name in change.joining:
-            if name not in change.switched:
-                self._end_newcomer(name, why)
-        if told:
+            self._end_newcomer(name, why)
+        change.awaited = set()
+        if is_told:
             serving = [record.name for record in self._roster.serving()]
-            change.awaited = set(serving) - change.switched
+            change.awaited = set(serving)
             self._tell(serving, {"do": "abort", "reason": why})
-        else:
-            change.awaited = set()
         self._advance(change)
+
+    def _call_off(self, change: Change, why: str) -> bool:
+        """Have the store say that it is off; False if it says that the change stands."""
+        assert change.plan is not None
+        return not change.switched and self._hands.call_off(change.plan.generation, why)
 
     def _finish_abort(self, change: Change) -> None:
         if change.kind == "recover":
             self._register(change.why)
             return
-        if change.switched:
-            # The decision stood before the abort came: survivors of what went wrong go on.
-            self._register(change.why)
-            return
         self._end(change, MembershipError(f"not done: {change.why}; the others serve on"))
 
-    def _register(self, why: str) -> None:
+    def _register(self, why: str, *, is_decided: bool = False) -> None:
         """Wait until all who live have noticed that the generation is no more."""
         before = self._current
-        if before is not None and before.stage == "registering":
-            before.why = f"{before.why}; {why}" if why not in before.why else before.why
-            self._advance(before)
-            return
-        if before is not None and before.kind != "recover":
-            self._give_up_newcomers(before, why)
-            if not before.answer.done():
-                before.answer.set_exception(MembershipError(f"not done: {why}"))
-        change = Change("recover", why=why)
+        if before is not None:
+            if before.stage == "registering":
+                self._advance(before)
+                return
+            is_told = before.plan is not None and before.stage in ("preparing", "aborting")
+            if is_told and not is_decided and not self._call_off(before, why):
+                # The next generation stands: its members switch, and find out there.
+                return
+            if before.kind == "scale":
+                for name in before.joining:
+                    if name not in before.switched:
+                        self._end_newcomer(name, why)
+                if not before.answer.done():
+                    before.answer.set_exception(MembershipError(f"not done: {why}"))
+        change = Change("recover", why=why, stage="registering")
         self._current = change
         self.phase, self.reason = "preparing", str(change)
         logger.warning("%s", self.reason)
-        if before is not None and before.plan is not None:
-            alive = [record.name for record in self._roster.serving()]
-            self._tell(alive, {"do": "abort", "reason": why})
-        change.stage = "registering"
         change.deadline = time.monotonic() + self._spec.timeout_s + self._spec.silence_s
         change.awaited = {one.name for one in self._roster.serving() if not one.is_lost}
         self._advance(change)
@@ -460,7 +481,6 @@ class Changes:
     def _note_serving(self, record: RankRecord, message: Message) -> None:
         record.state, record.number = "serving", int(message["number"])
         record.is_lost = False
-        record.pause_s = float(message.get("pause_s", 0.0))
         if record.number == 0:
             self.placements = message["placements"]
         change = self._current
@@ -469,11 +489,6 @@ class Changes:
             change.decided_at = change.decided_at or time.monotonic()
             if change.stage == "preparing":
                 self.phase = "committing"
-
-    def _give_up_newcomers(self, change: Change, why: str) -> None:
-        for name in change.joining:
-            if name not in change.switched:
-                self._end_newcomer(name, why)
 
     def _end_newcomer(self, name: str, why: str) -> None:
         record = self._roster.find(name)
@@ -518,6 +533,6 @@ _ENDS: dict[str, tuple[str, ...]] = {
     "preparing": ("serving", "switched", "left", "aborted"),
     "aborting": ("aborted", "switched", "lost"),
     "registering": ("lost",),
-    "retiring": (),
+    "retiring": ("retired",),
 }
 """Which words end a rank's part in each stage."""

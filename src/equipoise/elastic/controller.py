@@ -19,6 +19,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
+from equipoise.elastic.change_store import call_off
 from equipoise.elastic.changes import Changes, Hands
 from equipoise.elastic.channel import Channel, ChannelClosed, Listener, Message
 from equipoise.elastic.launcher import Launcher, RankSeat
@@ -78,7 +79,9 @@ class Controller:
         self._changes = Changes(
             spec,
             self._roster,
-            Hands(self._launch, self._release, self._give_up, lambda: self._num_steps),
+            Hands(
+                self._launch, self._release, self._call_off, self._give_up, lambda: self._num_steps
+            ),
         )
         self._events: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._closing: str | None = None
@@ -276,7 +279,7 @@ class Controller:
         code = record.handle.exit_code
         if code is not None:
             self._bury(record, record.detail or describe_exit(record.name, code), code)
-        elif record.has_called and now - record.heard_at > self._spec.silence_s:
+        elif record.state == "serving" and now - record.heard_at > self._spec.silence_s:
             silence = f"{record.name} gave no sign of life for {self._spec.silence_s:g} s"
             record.detail = f"{silence}, and was given up"
             # A process that was stopped wakes to nothing: neither its peers nor its channel remain.
@@ -385,6 +388,9 @@ class Controller:
 
     def _release(self, record: RankRecord) -> None:
         self._requests.release(record.name)
+
+    def _call_off(self, generation: int, reason: str) -> bool:
+        return call_off(self._store, generation, reason)
 
     def _give_up(self, reason: str) -> None:
         """The service cannot go on: say so to all who wait, and end."""

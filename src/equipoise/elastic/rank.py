@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from equipoise.elastic.builder import Home
 from equipoise.elastic.channel import ChannelClosed, Message
 from equipoise.elastic.launcher import RankSeat
 from equipoise.elastic.link import ControllerLink
 from equipoise.elastic.rank_loop import RankLoop
 from equipoise.elastic.spec import ServiceSpec
 from equipoise.errors import EquipoiseError
+from equipoise.models.loading import load_tokenizer
+from equipoise.policy import get_policy
 
 logger = logging.getLogger(__name__)
 
@@ -85,16 +88,18 @@ def _serve(seat: RankSeat, link: ControllerLink, pulse: Pulse) -> int:
     host, port = welcome["store"]
     timeout = timedelta(seconds=spec.timeout_s)
     store = TCPStore(host, port, is_master=False, timeout=timeout)
-    _warm_up(spec)
-    link.say({"say": "warm"})
-    loop = RankLoop(seat.name, spec, device, store, link, pulse.set)
-    return loop.run()
-
-
-def _warm_up(spec: ServiceSpec) -> None:
-    """Load what serving needs, before anybody waits for this rank."""
-    from equipoise.models.families import read_model_shape
-    from equipoise.policy import get_policy
-
-    read_model_shape(spec.model)
+    home = Home(
+        name=seat.name,
+        store=store,
+        device=device,
+        config=spec.config,
+        timeout=timeout,
+        model=spec.model,
+        dtype=getattr(torch, spec.dtype),
+        attention="sdpa",
+    )
+    # What takes time is loaded before anybody waits for this rank.
+    tokenizer = load_tokenizer(spec.model)
     get_policy(spec.config.policy)
+    link.say({"say": "warm"})
+    return RankLoop(seat.name, spec, home, tokenizer, link, pulse.set).run()

@@ -5,28 +5,37 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
-from torch.distributed.distributed_c10d import Store
 
 from equipoise.balancer import EplbState, RebalanceOutcome
 from equipoise.comm.groups import RankGroup, create_rank_group
+from equipoise.elastic.builder import Home
 from equipoise.elastic.channel import Message
+from equipoise.elastic.generation import NextGeneration
 from equipoise.elastic.link import ControllerLink
+from equipoise.elastic.membership import MembershipPlan, Serving
+from equipoise.elastic.placing import Redundancy
+from equipoise.elastic.planning import describe
 from equipoise.elastic.requests import read_sampling, write_delta
+from equipoise.elastic.retirement import Retirement
 from equipoise.elastic.spec import ServiceSpec
+from equipoise.elastic.verdict import Word, settle
 from equipoise.engine.engine import Engine, EngineLimits
 from equipoise.engine.figures import StepResult
 from equipoise.engine.requests import Request
-from equipoise.errors import MembershipError
-from equipoise.models.loading import load_tokenizer
+from equipoise.errors import MembershipError, TransferError
+from equipoise.models.families import read_model_shape
 from equipoise.models.parallel import ParallelModel, parallelize
+from equipoise.placement import Placement, place_in_order
+from equipoise.topology import Topology
 
-LISTEN_S = 1.0
-"""Between two looks of a rank that serves no generation yet."""
+LISTEN_S = 0.05
+"""Between two looks of a rank that serves no generation."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +47,14 @@ class Meeting:
         stops: whether any was told to stop, so that all do.
         is_paused: whether any was told that no rebalance shall begin.
         num_rebalances: most that any was asked for.
+        word: what becomes of the next generation.
     """
 
     works: bool
     stops: bool
     is_paused: bool
     num_rebalances: int
+    word: Word
 
 
 @dataclass(frozen=True)
@@ -52,18 +63,23 @@ class Duty:
 
     Attributes:
         generation: its number.
-        number: of this rank in it.
+        names: of its ranks, by number.
         parallel: the model with its groups, maps and balancer.
     """
 
     generation: int
-    number: int
+    names: tuple[str, ...]
     parallel: ParallelModel
 
     @property
     def group(self) -> RankGroup:
         """The ranks of the generation."""
         return self.parallel.state.group
+
+    @property
+    def number(self) -> int:
+        """Of this rank in it."""
+        return self.group.rank
 
 
 class RankLoop:
@@ -72,8 +88,8 @@ class RankLoop:
     Args:
         name: of the rank.
         spec: of the service.
-        device: where its weights are.
-        store: the controller's.
+        home: what of the rank outlives generations.
+        tokenizer: of the model.
         link: to the controller.
         set_pulse: tells what signs of life say from now on.
     """
@@ -82,19 +98,24 @@ class RankLoop:
         self,
         name: str,
         spec: ServiceSpec,
-        device: torch.device,
-        store: Store,
+        home: Home,
+        tokenizer: Any,
         link: ControllerLink,
         set_pulse: Callable[..., None],
     ) -> None:
-        self._name, self._spec, self._device = name, spec, device
-        self._store, self._link, self._set_pulse = store, link, set_pulse
+        self._name, self._spec, self._home, self._tokenizer = name, spec, home, tokenizer
+        self._link, self._set_pulse = link, set_pulse
         self._duty: Duty | None = None
+        self._next: NextGeneration | None = None
+        self._retirement: Retirement | None = None
         self._engine: Engine | None = None
         self._attempts: dict[str, int] = {}
         self._num_steps = 0
-        self._is_busy = self._is_paused = self._stops = False
-        self._exit_code = 0
+        self._stepped_at: float | None = None
+        self._pause_s = 0.0
+        self._lost_by: float | None = None
+        self._is_busy = self._is_paused = self._is_asked = self._stops = False
+        self._exit_code: int | None = None
         self._num_rebalances = self._num_rebalances_done = 0
         self._faults = {fault.step: fault.how for fault in spec.faults if fault.rank == name}
         self._orders: dict[str, Callable[[Message], None]] = {
@@ -104,6 +125,9 @@ class RankLoop:
             "evict": self._evict,
             "pause": self._set_paused,
             "rebalance": self._rebalance,
+            "describe": self._ask,
+            "prepare": self._prepare,
+            "abort": self._abort,
             "stop": self._stop,
             "wake": self._ignore,
             "orphaned": self._ignore,
@@ -117,38 +141,61 @@ class RankLoop:
             The exit code.
         Collective: with the other ranks of each of its generations.
         """
-        while self._duty is None and not self._stops:
-            self._obey(wait_s=LISTEN_S)
         try:
-            while self._duty is not None and self._turn(self._duty, self._find_engine()):
-                pass
+            while self._exit_code is None:
+                if self._duty is None or self._lost_by is not None:
+                    self._stand_by()
+                    continue
+                try:
+                    self._turn(self._duty, self._find_engine())
+                except (TransferError, MembershipError) as error:
+                    self._lose(self._duty, error)
         finally:
             self._leave()
         return self._exit_code
 
-    def _turn(self, duty: Duty, engine: Engine) -> bool:
-        """One round of all ranks; False where it was the last."""
+    def _turn(self, duty: Duty, engine: Engine) -> None:
+        """One round of all ranks."""
         self._obey(wait_s=0.0 if self._is_busy else self._spec.idle_tick_s)
         meeting = self._meet(duty, engine)
         if meeting.stops:
-            return False
+            self._exit_code = self._exit_code or 0
+            return
+        if meeting.word is Word.SWITCH:
+            self._switch()
+            return
+        if meeting.word is Word.ABORT:
+            self._forget_next("it was called off")
         self._is_busy = meeting.works
         self._balance(duty.parallel.state, meeting)
         result = engine.step() if meeting.works else engine.tick()
         self._num_steps += meeting.works
         self._tell(duty, result)
+        self._note_step(meeting.works)
         self._do_to_itself()
-        return True
+
+    def _stand_by(self) -> None:
+        """Without a generation to serve in: a newcomer, or a rank whose generation is no more."""
+        self._obey(wait_s=LISTEN_S if self._next is None else 0.0)
+        if self._stops:
+            self._exit_code = self._exit_code or 0
+        elif self._next is not None:
+            state = self._next.wait(LISTEN_S)
+            if state == "decided":
+                self._switch()
+            elif state == "aborted":
+                self._forget_next(self._next.reason)
+        elif self._lost_by is not None and time.monotonic() > self._lost_by:
+            raise MembershipError(f"{self._name}: nobody said how to go on")
 
     def _meet(self, duty: Duty, engine: Engine) -> Meeting:
         """What all ranks do next, found out together."""
-        mine = torch.tensor(
-            [engine.has_work, self._stops, self._is_paused, self._num_rebalances],
-            dtype=torch.int64,
-        )
-        duty.group.all_reduce(mine, "max")
-        works, stops, is_paused, num_rebalances = mine.tolist()
-        return Meeting(bool(works), bool(stops), bool(is_paused), num_rebalances)
+        word = Word.OPEN if self._next is None else self._next.word
+        told = [engine.has_work, self._stops, self._is_paused, self._num_rebalances, word]
+        heard = torch.stack(duty.group.all_gather(torch.tensor(told, dtype=torch.int64)))
+        works, stops, is_paused, num_rebalances, _ = heard.amax(0).tolist()
+        words = heard[:, -1].tolist()
+        return Meeting(bool(works), bool(stops), bool(is_paused), num_rebalances, settle(words))
 
     def _balance(self, state: EplbState, meeting: Meeting) -> None:
         """Follow what was asked of balancing; all ranks at this one step."""
@@ -158,6 +205,9 @@ class RankLoop:
             self._num_rebalances = self._num_rebalances_done = meeting.num_rebalances
             if not meeting.is_paused:
                 state.rearrange()
+        if self._is_asked and meeting.is_paused and not state.is_rebalancing:
+            self._is_asked = False
+            self._link.say({"say": "holding", "serving": self._describe().to_json()})
 
     def _tell(self, duty: Duty, result: StepResult) -> None:
         """Say what the step gave, and go on."""
@@ -172,11 +222,17 @@ class RankLoop:
         if duty.number == 0:
             for outcome in result.outcomes:
                 self._link.say(_write_outcome(duty, outcome))
-        self._set_pulse(
-            steps=self._num_steps,
-            running=len(self._attempts),
-            generation=duty.generation,
-        )
+        self._set_pulse(steps=self._num_steps, running=len(self._attempts))
+
+    def _note_step(self, has_worked: bool) -> None:
+        """Measure what a switch cost, and say when what it ended is gone."""
+        now = time.monotonic()
+        if self._pause_s < 0 and has_worked and self._stepped_at is not None:
+            self._pause_s = now - self._stepped_at
+        self._stepped_at = now
+        if self._retirement is not None and self._retirement.is_done:
+            self._retirement = None
+            self._link.say({"say": "retired", "pause_s": max(0.0, self._pause_s)})
 
     def _obey(self, wait_s: float) -> None:
         """Do all that the controller has said by now; wait so long for a first word."""
@@ -187,14 +243,15 @@ class RankLoop:
 
     def _begin(self, message: Message) -> None:
         """Join the first generation: everybody reads its own experts from the checkpoint."""
-        spec, number = self._spec, int(message["number"])
+        spec, home, names = self._spec, self._home, tuple(message["names"])
+        generation = int(message["generation"])
         group = create_rank_group(
-            self._store,
-            number,
-            len(message["names"]),
-            self._device,
-            generation=int(message["generation"]),
-            timeout=timedelta(seconds=spec.timeout_s),
+            home.store,
+            names.index(self._name),
+            len(names),
+            home.device,
+            generation=generation,
+            timeout=home.timeout,
             device_group=message["device_group"],
         )
         try:
@@ -202,26 +259,102 @@ class RankLoop:
                 spec.model,
                 group,
                 spec.config,
-                dtype=getattr(torch, spec.dtype),
-                attention="sdpa",
+                placement=self._choose_placement(len(names)),
+                dtype=home.dtype,
+                attention=home.attention,
             )
         except BaseException:
             group.close()
             raise
-        self._duty = Duty(int(message["generation"]), number, parallel)
-        self._engine = self._make_engine(parallel)
-        self._say_serving(self._duty)
+        self._serve(Duty(generation, names, parallel), "serving")
 
-    def _say_serving(self, duty: Duty) -> None:
-        sets = duty.parallel.spread.sets
+    def _choose_placement(self, num_ranks: int) -> Placement | None:
+        """Of the first generation, where the slots of a rank are given."""
+        if self._spec.slots_per_rank is None:
+            return None
+        shape = read_model_shape(self._spec.model)
+        num_slots = Redundancy(self._spec.slots_per_rank).choose_slots(shape.num_experts, num_ranks)
+        topology = Topology(num_ranks, num_slots)
+        return place_in_order(shape.num_layers, shape.num_experts, topology)
+
+    def _serve(self, duty: Duty, said: Literal["serving", "switched"]) -> None:
+        """Serve in a generation from here on."""
+        self._duty, self._lost_by = duty, None
+        if self._engine is None:
+            limits = EngineLimits(self._spec.max_batch_size, self._spec.max_len)
+            self._engine = Engine(duty.parallel, limits, tokenizer=self._tokenizer)
+        else:
+            self._engine.adopt(duty.parallel)
+        # The first round of a generation waits for nobody: others may have work.
+        self._is_busy = True
         self._link.say(
             {
-                "say": "serving",
+                "say": said,
                 "generation": duty.generation,
                 "number": duty.number,
-                "placements": [json.loads(one.maps.placement.to_json()) for one in sets],
+                "placements": _write_placements(duty),
             }
         )
+
+    def _prepare(self, message: Message) -> None:
+        """Build the next generation, beside what serves."""
+        plan = MembershipPlan.from_json(message["plan"])
+        home = replace(self._home, device_group=message["device_group"])
+        parallel = None if self._duty is None else self._duty.parallel
+        self._next = NextGeneration(plan, home, parallel)
+
+    def _switch(self) -> None:
+        """The next generation takes over."""
+        assert self._next is not None, "nobody switches to what it has not prepared"
+        change, self._next = self._next, None
+        parallel = change.switch()
+        self._retirement = change.retirement
+        self._pause_s = -1.0
+        if parallel is None:
+            self._link.say({"say": "left"})
+            self._find_engine().evict()
+            self._exit_code = 0
+            return
+        names = tuple(member.name for member in change.plan.members)
+        self._serve(Duty(change.plan.generation, names, parallel), "switched")
+
+    def _abort(self, message: Message) -> None:
+        if self._next is not None:
+            self._next.abort(message["reason"])
+
+    def _forget_next(self, reason: str) -> None:
+        """The serving generation goes on; a newcomer has none."""
+        if self._next is None:
+            return
+        self._next.abort(reason)
+        self._link.say({"say": "aborted", "reason": self._next.reason or reason})
+        self._next = None
+        if self._duty is None:
+            self._exit_code = 0
+
+    def _lose(self, duty: Duty, error: TransferError | MembershipError) -> None:
+        """A step has failed: it is void, and so is the generation, unless the next one stands."""
+        self._lost_by = time.monotonic() + self._spec.change_s + 2 * self._spec.timeout_s
+        # Of torch's messages the first line is what happened.
+        reason = next(iter(str(error).splitlines()), "") or repr(error)
+        self._link.say(
+            {
+                "say": "lost",
+                "generation": duty.generation,
+                "reason": reason,
+                "peer": None if error.peer is None else duty.names[error.peer],
+                "serving": self._describe().to_json(),
+            }
+        )
+
+    def _ask(self, message: Message) -> None:
+        """Say what this rank holds, once no rebalance is under way."""
+        del message
+        self._is_asked = True
+
+    def _describe(self) -> Serving:
+        assert self._duty is not None
+        return describe(self._duty.parallel, self._duty.names, only=self._name)
 
     def _submit(self, message: Message) -> None:
         engine = self._find_engine()
@@ -244,7 +377,8 @@ class RankLoop:
     def _evict(self, message: Message) -> None:
         """Let all requests go: the controller gives them to others."""
         del message
-        self._find_engine().evict()
+        if self._engine is not None:
+            self._engine.evict()
         self._attempts.clear()
 
     def _set_paused(self, message: Message) -> None:
@@ -256,21 +390,20 @@ class RankLoop:
 
     def _stop(self, message: Message) -> None:
         self._stops = True
-        self._exit_code = 0 if message["do"] == "stop" else 1
+        if message["do"] == "abandoned":
+            self._exit_code = 1
 
     def _ignore(self, message: Message) -> None:
         """A word that only wakes, or that there is nothing to do about."""
 
     def _leave(self) -> None:
-        """Let go of the generation; never waits for a peer beyond a deadline."""
-        if self._duty is not None:
-            duty, self._duty = self._duty, None
-            duty.parallel.close()
-            duty.group.close()
-
-    def _make_engine(self, parallel: ParallelModel) -> Engine:
-        limits = EngineLimits(self._spec.max_batch_size, self._spec.max_len)
-        return Engine(parallel, limits, tokenizer=load_tokenizer(self._spec.model))
+        """Let go of what is left; never waits for a peer beyond a deadline."""
+        if self._exit_code == 0 and self._retirement is not None and self._duty is not None:
+            self._retirement.wait(self._spec.timeout_s)
+        elif self._duty is not None:
+            self._duty.parallel.close()
+            self._duty.group.close()
+        self._duty = None
 
     def _find_engine(self) -> Engine:
         if self._engine is None:
@@ -289,7 +422,10 @@ def _write_outcome(duty: Duty, outcome: RebalanceOutcome) -> Message:
         "generation": duty.generation,
         "moves": int(outcome.moves),
         "balancedness": float(outcome.balancedness_after.mean()),
-        "placements": [
-            json.loads(one.maps.placement.to_json()) for one in duty.parallel.spread.sets
-        ],
+        "placements": _write_placements(duty),
     }
+
+
+def _write_placements(duty: Duty) -> list[Any]:
+    sets = duty.parallel.spread.sets
+    return [json.loads(one.maps.placement.to_json()) for one in sets]

@@ -48,7 +48,7 @@ class ServiceSpec:
         start_s: longest wait for a process to start, import and warm up.
         change_s: longest that a change may prepare once its processes are there.
         beat_s: between two signs of life of a rank.
-        silence_s: after so long without one a rank is given up; a slow one gives them in time.
+        silence_s: after so long without one a rank that serves is given up; a slow one gives them.
         idle_tick_s: between two ticks of ranks that have nothing to do.
         orphan_s: how long ranks whose controller has died serve on and wait for another.
         respawn: whether a rank that died is replaced.
@@ -72,7 +72,7 @@ class ServiceSpec:
     start_s: float = 120.0
     change_s: float = 60.0
     beat_s: float = 0.2
-    silence_s: float = 5.0
+    silence_s: float = 10.0
     idle_tick_s: float = 0.05
     orphan_s: float = 30.0
     respawn: bool = False
