@@ -139,6 +139,8 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
         except BaseException:
             self._state = "failed"
             raise
+        finally:
+            self._may_land = None
 
     def finish(self) -> None:  # noqa: D102 - see the base
         self._refuse_unless_open()

@@ -48,7 +48,7 @@ class SpanCopies:
         sources, destinations = (
             Spans(spans.address[order], spans.num_bytes[order]) for spans in (sources, destinations)
         )
-        if device.type == "cuda":
+        if device.type == "cuda" and len(sources.address):
             # Not at the top: Triton takes seconds to import, and is not there without CUDA.
             from equipoise.comm.copy_kernel import KernelTable
 

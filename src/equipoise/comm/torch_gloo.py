@@ -29,21 +29,24 @@ _LARGE_BYTES = 1 << 20
 is less than what a copy of it does."""
 _MESSAGE_BYTES = 4 << 20
 """About where messages of smaller ones are cut, so that one is packed while another travels."""
+_STAGED_BYTES = 32 << 20
+"""About where messages are cut where all go through buffers anyhow."""
 
 
-def cut_messages(sizes: IntArray) -> list[tuple[int, int]]:
+def cut_messages(sizes: IntArray, *, are_staged: bool = False) -> list[tuple[int, int]]:
     """Where the messages of a pair of ranks start and stop; the same on both sides.
 
     Args:
         sizes: [n] int64, bytes of each tensor or row, in order.
+        are_staged: whether all of them go through buffers.
     Returns:
         Start and stop of each message in the bytes of all of them; none is empty.
     Collective: none.
     """
     stops = np.cumsum(sizes)
     starts = stops - sizes
-    is_large = sizes >= _LARGE_BYTES
-    piece = starts // _MESSAGE_BYTES
+    is_large = (sizes >= _LARGE_BYTES) & (not are_staged)
+    piece = starts // (_STAGED_BYTES if are_staged else _MESSAGE_BYTES)
     is_first = np.ones(len(sizes), dtype=bool)
     is_first[1:] = is_large[1:] | is_large[:-1] | (piece[1:] != piece[:-1])
     edges = np.unique(np.concatenate((starts[is_first], stops[-1:])))
@@ -126,7 +129,7 @@ class TorchDistGlooStagedEplbCommunicator(QueuedCommunicator[Queued]):
 
     def _pack_from_gpu(self, queued: Sequence[Outgoing], buffer: Tensor) -> Iterator[Tensor]:
         """A peer's messages in order, as they come off the GPU; all copies are enqueued at once."""
-        cuts = cut_messages(join_sizes(queued))
+        cuts = cut_messages(join_sizes(queued), are_staged=True)
         with self._on_stream():
             sources, kept = find_sources(queued)
             targets = shift(sources, buffer.data_ptr())
@@ -164,7 +167,9 @@ class TorchDistGlooStagedEplbCommunicator(QueuedCommunicator[Queued]):
 
     def _post_receives(self, payload: Exchange, inbox: Inbox) -> None:
         targets = [
-            (peer, pieces) for peer, landings in inbox.items() for pieces in _find_targets(landings)
+            (peer, pieces)
+            for peer, landings in inbox.items()
+            for pieces in _find_targets(landings, are_staged=self._is_cuda)
         ]
         num_staged = [
             sum(piece.numel() for piece in pieces) if self._is_cuda or len(pieces) > 1 else 0
@@ -199,11 +204,11 @@ def _find_in_place(part: Part) -> list[Tensor] | None:
     return part.find_in_place() if part.sizes[0] >= _LARGE_BYTES else None
 
 
-def _find_targets(landings: Sequence[Landing]) -> Iterator[list[Tensor]]:
+def _find_targets(landings: Sequence[Landing], *, are_staged: bool) -> Iterator[list[Tensor]]:
     """For each message of a peer the pieces of memory that it fills, in order."""
     rest = iter([landing.data for landing in landings if landing.data.numel()])
     data = torch.empty(0, dtype=torch.uint8)
-    for start, stop in cut_messages(join_sizes(landings)):
+    for start, stop in cut_messages(join_sizes(landings), are_staged=are_staged):
         missing, pieces = stop - start, []
         while missing:
             if not data.numel():

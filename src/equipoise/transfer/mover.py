@@ -55,10 +55,12 @@ class ChunkMover:
         Raises: as `EplbCommunicator.execute`.
         """
         self.start(share, staging)
+        # Behind the start, which waits for what stands on the stream.
+        self.prepare_own(share, staging).run()
         self.communicator.finish()
 
     def start(self, share: ChunkShare, staging: Tensor, may_land: MayLand | None = None) -> None:
-        """Begin to `stage`; that is done when the communicator has finished, and the stream too.
+        """Begin to bring what comes from other ranks into staging; the communicator finishes it.
 
         Args:
             share: this rank's.
@@ -73,30 +75,25 @@ class ChunkMover:
                 send_rank=plan.dst_rank[share.sent],
                 send_layer=plan.layer[share.sent],
                 send_slot=plan.src_slot[share.sent] % slots_per_rank,
-                recv_rank=plan.src_rank[share.received],
+                recv_rank=plan.old.topology.rank_of_slot(plan.src_slot[share.received]),
                 recv_layer=plan.layer[share.received],
                 into=staging[: share.remote_bytes],
                 recv_slot=share.received_into if (share.received_into >= 0).any() else None,
             )
         )
+        self.communicator.start(may_land)
+
+    def prepare_own(self, share: ChunkShare, staging: Tensor) -> SpanCopies:
+        """What brings this rank's own experts into staging, on the stream that it is run on.
+
+        Args:
+            share: this rank's.
+            staging: as for `stage`.
+        Collective: none.
+        """
         own = np.flatnonzero(share.staged.source == self.group.rank)
-        slots = plan.src_slot[share.staged.row[own]] % slots_per_rank
-        copies = self._pair_up(share, own, slots, staging) if own.size else None
-        if may_land is None:
-            self.communicator.start()
-            # Behind the start, which waits for what stands on the stream.
-            if copies is not None:
-                copies.run()
-            return
-
-        def land() -> bool:
-            if not may_land():
-                return False
-            if copies is not None:
-                copies.run()
-            return True
-
-        self.communicator.start(land)
+        slots = self.plan.src_slot[share.staged.row[own]] % self.plan.old.topology.slots_per_rank
+        return self._pair_up(share, own, slots, staging)
 
     def verify(self, share: ChunkShare, staging: Tensor, verify: Verify) -> TransferError | None:
         """Compare checksums of received experts with their sources'.

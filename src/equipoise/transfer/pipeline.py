@@ -7,7 +7,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -19,16 +19,18 @@ from equipoise.transfer.mover import ChunkMover
 from equipoise.transfer.staging import ChunkShare
 
 
-@dataclass(frozen=True)
-class _Received:
-    """A chunk that is staged on this rank.
+@dataclass
+class _Chunk:
+    """A chunk on its way; the transfer's thread has it until it is received, then the caller's.
 
     Attributes:
+        own: what stages this rank's own experts.
         copies: what fills its slots.
-        staged: recorded behind the local part of it; None on the CPU.
+        staged: recorded behind `own`; None on the CPU.
     """
 
-    copies: SpanCopies
+    own: SpanCopies
+    copies: SpanCopies = field(init=False)
     staged: torch.cuda.Event | None = None
 
 
@@ -59,12 +61,12 @@ class Pipeline:
         wire = mover.communicator
         self._holds = wire.can_hold and self._device.type == "cuda"
         self._num_ahead = wire.num_ahead if self._holds else min(wire.num_ahead, len(buffers) - 1)
-        self._received: queue.SimpleQueue[_Received | Exception] = queue.SimpleQueue()
+        self._received: queue.SimpleQueue[_Chunk | Exception] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._num_filled = 0
         self._is_stopped = False
         self._freed: list[torch.cuda.Event | None] = [None] * len(buffers)
-        self._last: _Received | None = None
+        self._last: _Chunk | None = None
         self._thread = threading.Thread(target=self._run, name="equipoise-transfer", daemon=True)
 
     @contextlib.contextmanager
@@ -124,7 +126,7 @@ class Pipeline:
     def _run(self) -> None:
         try:
             with self._own_stream():
-                started: deque[_Received] = deque()
+                started: deque[_Chunk] = deque()
                 for number in range(len(self._shares)):
                     # A chunk that is held waits for the one before it: that has the wire first.
                     landing = number - 1 if self._holds else number
@@ -164,18 +166,31 @@ class Pipeline:
             event = self._freed[number % len(self._buffers)]
         return event is None or bool(event.query())  # type: ignore[no-untyped-call]
 
-    def _start(self, number: int) -> _Received:
-        share, buffer = self._shares[number], self.find_buffer(number)
-        self._mover.start(share, buffer, partial(self._is_free, number) if self._holds else None)
-        received = _Received(self._mover.prepare(share, buffer))
+    def _start(self, number: int) -> _Chunk:
+        mover, share, buffer = self._mover, self._shares[number], self.find_buffer(number)
+        chunk = _Chunk(mover.prepare_own(share, buffer))
+        mover.start(share, buffer, partial(self._land, number, chunk) if self._holds else None)
+        if not self._holds:
+            # Behind the start, which waits for what stands on the stream.
+            self._stage_own(chunk)
+        chunk.copies = mover.prepare(share, buffer)
         # By now what the peers have to say may have come.
-        self._mover.communicator.advance()
-        return received
+        mover.communicator.advance()
+        return chunk
 
-    def _finish(self, oldest: _Received) -> None:
-        self._mover.communicator.finish()
+    def _land(self, number: int, chunk: _Chunk) -> bool:
+        if not self._is_free(number):
+            return False
+        self._stage_own(chunk)
+        return True
+
+    def _stage_own(self, chunk: _Chunk) -> None:
+        chunk.own.run()
         if self._device.type == "cuda":
-            oldest = replace(oldest, staged=torch.cuda.current_stream(self._device).record_event())
+            chunk.staged = torch.cuda.current_stream(self._device).record_event()
+
+    def _finish(self, oldest: _Chunk) -> None:
+        self._mover.communicator.finish()
         self._received.put(oldest)
 
     def _stop(self) -> None:
