@@ -48,6 +48,11 @@ class Scripted:
         self.cancelled.append(request_id)
 
 
+@functools.cache
+def get_tokenizer() -> Any:
+    return load_tokenizer(model_directory())
+
+
 def make_answer(
     service: Any, loop: asyncio.AbstractEventLoop, stop: tuple[str, ...] = ()
 ) -> Answer:
