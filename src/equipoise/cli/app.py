@@ -17,9 +17,12 @@ from equipoise.cli.doctor import doctor
 from equipoise.cli.inspect import inspect
 from equipoise.cli.plan import plan
 from equipoise.cli.policies import policies
+from equipoise.cli.rebalance import rebalance
 from equipoise.cli.replay import replay
 from equipoise.cli.run import run
+from equipoise.cli.scale import scale
 from equipoise.cli.serve import serve
+from equipoise.cli.status import status
 from equipoise.cli.top import top
 
 EPLB_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -66,7 +69,7 @@ app.command(
     context_settings=EPLB_ARGUMENTS,
     short_help="Serve a model over HTTP, as OpenAI's clients expect it.",
 )(serve)
-for command in (top, inspect, plan, replay, policies, doctor):
+for command in (status, scale, rebalance, top, inspect, plan, replay, policies, doctor):
     app.command()(command)
 bench = typer.Typer(
     no_args_is_help=True,

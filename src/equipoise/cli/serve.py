@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 DEFAULT_MAX_LEN = 1024
 BUNDLED_NAME = "equipoise-small"
 _PACKAGES = ("fastapi", "uvicorn", "httptools", "prometheus_client", "transformers")
-_HTTP, _LIMITS, _BALANCING = "HTTP", "Limits", "Balancing"
+_HTTP, _LIMITS, _RANKS, _BALANCING = "HTTP", "Limits", "Ranks", "Balancing"
 
 
 def serve(
@@ -77,11 +77,31 @@ def serve(
         float,
         typer.Option(help="Longest wait of ranks for each other, in s.", rich_help_panel=_LIMITS),
     ] = 30.0,
+    socket: Annotated[
+        Path | None,
+        typer.Option(
+            help="For `equipoise scale` and others.  [of this process]", rich_help_panel=_RANKS
+        ),
+    ] = None,
+    slots_per_rank: Annotated[
+        int | None,
+        typer.Option(help="The same at any number of ranks.", rich_help_panel=_RANKS),
+    ] = None,
+    respawn: Annotated[
+        bool, typer.Option("--respawn", help="Replace ranks that died.", rich_help_panel=_RANKS)
+    ] = False,
+    silence: Annotated[
+        float,
+        typer.Option(help="Until a silent rank is given up, in s.", rich_help_panel=_RANKS),
+    ] = 10.0,
     redundant_experts: Annotated[
         str | None, typer.Option(help="auto, or a number.", rich_help_panel=_BALANCING)
     ] = None,
     policy: Annotated[
         str | None, typer.Option(help="See `equipoise policies`.", rich_help_panel=_BALANCING)
+    ] = None,
+    step_interval: Annotated[
+        int | None, typer.Option(help="Steps between plans.", rich_help_panel=_BALANCING)
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="File of options.", rich_help_panel=_BALANCING)
@@ -103,12 +123,13 @@ def serve(
     from equipoise.server.settings import ServerLimits, ServerSettings, read_keys
 
     flags = parse_flags(eplb_config, context.args, known=list_options(context))
-    if redundant_experts is not None:
-        number = redundant_experts.lstrip("-").isdecimal()
-        wanted: int | str = int(redundant_experts) if number else redundant_experts
-        add_flag(flags, "num_redundant_experts", "--redundant-experts", wanted)
-    if policy is not None:
-        add_flag(flags, "policy", "--policy", policy)
+    for key, flag, value in (
+        ("num_redundant_experts", "--redundant-experts", _parse_redundant(redundant_experts)),
+        ("policy", "--policy", policy),
+        ("step_interval", "--step-interval", step_interval),
+    ):
+        if value is not None:
+            add_flag(flags, key, flag, value)
     settings = ServerSettings(
         host=host,
         port=port,
@@ -130,9 +151,12 @@ def serve(
             "max_batch_size": batch_size,
             "queue_limit": queue,
             "timeout_s": timeout,
+            "slots_per_rank": slots_per_rank,
+            "respawn": respawn,
+            "silence_s": silence,
         },
     )
-    _serve(spec, settings, log)
+    _serve(spec, settings, log, socket)
 
 
 def _check_packages() -> None:
@@ -168,6 +192,10 @@ def _make_spec(model: Path | None, max_len: int | None, values: dict[str, Any]) 
     return spec
 
 
+def _parse_redundant(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.lstrip("-").isdecimal() else text
+
+
 def _find_device(asked: str) -> str:
     if asked == "cpu":
         return "cpu"
@@ -187,7 +215,10 @@ def _read_longest(directory: Path) -> int | None:
     return longest if isinstance(longest, int) else None
 
 
-def _serve(spec: ServiceSpec, settings: ServerSettings, log: Path | None) -> None:
+def _serve(
+    spec: ServiceSpec, settings: ServerSettings, log: Path | None, socket: Path | None
+) -> None:
+    from equipoise.elastic.control import ControlSocket
     from equipoise.elastic.controller import Controller
     from equipoise.launch.processes import LocalLauncher
     from equipoise.server.serving import HttpServer
@@ -195,12 +226,13 @@ def _serve(spec: ServiceSpec, settings: ServerSettings, log: Path | None) -> Non
     def make_service() -> Service:
         controller = Controller(spec, launcher)
         controller.start()
+        closing.callback(ControlSocket(controller, socket).close)
         return controller
 
     def tell(service: Service) -> None:
         typer.echo(f"serving {settings.model_name or service.facts.name} at {server.url}")
 
-    with _open_log(log) as stream:
+    with _open_log(log) as stream, ExitStack() as closing:
         server = HttpServer(settings, stream)
         # Before there are threads: what ranks come from is loaded meanwhile.
         launcher = LocalLauncher(spec.device)
