@@ -302,6 +302,15 @@ class NixlEPAll2AllManager:
                 )
             return work(buffer)
 
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[Buffer]:
+        """The buffer itself, to measure what stands around it.
+
+        Collective: none; nobody else has it meanwhile.
+        """
+        with self._hold():
+            yield self._opened()
+
     def close(self) -> None:
         """Release the buffer; twice is fine. Peers are told nothing.
 

@@ -1,0 +1,102 @@
+"""Dispatch and combine, each beside what it is to be compared with, in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from statistics import median
+from typing import Literal
+
+from equipoise.bench.dispatch_case import (
+    DispatchLeftOut,
+    DispatchMeasured,
+    DispatchSaid,
+    DispatchSpec,
+    Peer,
+)
+from equipoise.bench.outcome import BenchOutcome, Row, with_goal
+from equipoise.launch.local import run_local
+from equipoise.launch.seats import assign_local_seats
+
+GOALS: dict[Peer, float] = {"transformers' all_to_all": 0.7, "bare kernels": 1.05}
+"""The most that ours should take, as a share of what it is compared with."""
+
+_JOB = "equipoise.bench.dispatch_rank:measure_dispatch"
+_PACKAGES = ("torch", "transformers", "nixl-cu13")
+_NOTES = (
+    "seconds: one dispatch and one combine on the slowest rank, median of the rounds; the experts "
+    "between them are the identity, on both sides. ratio: over peer_seconds, measured in turns by "
+    "the same processes; what came home was compared with the tokens on both sides.",
+    "transformers' all_to_all: its own expert parallelism (AllToAllEP) on the same tokens and "
+    "routes. bare kernels: the same calls of NIXL-EP without Equipoise around them.",
+)
+_CPU_NOTE = (
+    "Not measured here, as they need two GPUs: torch over NCCL, and nixl_ep (on a machine with "
+    "two: --device cuda). Nor ranks on more than one machine."
+)
+_GPU_NOTE = "Not measured here: torch over gloo (--device cpu), and ranks on more than one machine."
+
+
+def compare_dispatch(
+    spec: DispatchSpec,
+    device: Literal["cpu", "cuda"],
+    on_said: Callable[[DispatchSaid], None] = lambda _: None,
+) -> BenchOutcome:
+    """Send the same tokens both ways, on processes of this machine.
+
+    Args:
+        spec: what to send.
+        device: where tokens are.
+        on_said: called with each case's figures as they are found.
+    Collective: none; starts the ranks, and leaves none.
+    Raises: ConfigError if there is no such device; JobFailed, naming the rank, if one fails.
+    """
+    heard: list[DispatchSaid] = []
+
+    def hear(said: DispatchSaid) -> None:
+        heard.append(said)
+        on_said(said)
+
+    run_local(spec, assign_local_seats(spec.num_ranks, device), hear, job=_JOB)
+    left_out = [said for said in heard if isinstance(said, DispatchLeftOut)]
+    return BenchOutcome(
+        name="dispatch",
+        setting={
+            "device": device,
+            "ranks": spec.num_ranks,
+            "rounds": spec.num_rounds,
+            "seed": spec.seed,
+        },
+        rows=tuple(_make_row(said) for said in heard if isinstance(said, DispatchMeasured)),
+        notes=(
+            *(f"{said.case.backend}, {said.case.name}: {said.reason}" for said in left_out),
+            *_NOTES,
+            _CPU_NOTE if device == "cpu" else _GPU_NOTE,
+        ),
+        versions={name: _find_version(name) for name in _PACKAGES},
+    )
+
+
+def _make_row(said: DispatchMeasured) -> Row:
+    case = said.case
+    seconds, peer_seconds = median(said.seconds), median(said.peer_seconds)
+    row: Row = {
+        "backend": case.backend,
+        "wire": said.wire,
+        "case": case.name,
+        "seconds": seconds,
+        "peer": case.peer,
+        "peer_seconds": peer_seconds,
+        "ratio": seconds / peer_seconds,
+        "tokens_per_rank": case.num_tokens,
+        "seconds_of_rounds": list(said.seconds),
+        "peer_seconds_of_rounds": list(said.peer_seconds),
+    }
+    return with_goal(row, "ratio", GOALS[case.peer], at_most=True)
+
+
+def _find_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,229 @@
+"""What each rank does when dispatchers are measured: both sides of a case, in turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist  # noqa: TID251 - transformers takes torch's default group
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh  # noqa: TID251
+from torch.distributed.distributed_c10d import PrefixStore  # noqa: TID251
+
+from equipoise.bench.dispatch_case import (
+    DispatchCase,
+    DispatchLeftOut,
+    DispatchMeasured,
+    DispatchSaid,
+    DispatchSpec,
+)
+from equipoise.comm.groups import RankGroup
+from equipoise.dispatch import create_dispatcher
+from equipoise.errors import CommunicatorUnavailable, DependencyError, TransferError
+from equipoise.topology import Topology
+
+_NUM_WARM_UPS = 3
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """One rank's: hidden_TD bfloat16, expert_TK and weight_TK."""
+
+    hidden: Tensor
+    experts: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """Both give [T, D], the experts being the identity."""
+
+    ours: Callable[[], Tensor]
+    theirs: Callable[[], Tensor]
+    wire: str
+
+
+def measure_dispatch(
+    spec: DispatchSpec, group: RankGroup, emit: Callable[[DispatchSaid], None]
+) -> None:
+    """Measure one case after the other.
+
+    Args:
+        spec: the same on every rank.
+        group: its ranks.
+        emit: called on rank 0 with each case's figures.
+    Collective: every rank of the group.
+    Raises: TransferError if the two sides of a case differ, or a rank does not come in time.
+    """
+    if group.device.type == "cpu":
+        # Ranks share the cores; threads of theirs would only wait for each other.
+        torch.set_num_threads(1)
+    for case in spec.cases:
+        open_sides = _open_torch if case.backend == "torch" else _open_nixl_ep
+        tokens = _make_tokens(case, spec, group)
+        try:
+            with torch.no_grad(), open_sides(case, group, tokens) as sides:
+                said: DispatchSaid = _measure(case, spec, group, tokens, sides)
+        except (CommunicatorUnavailable, DependencyError) as error:
+            said = DispatchLeftOut(case, str(error))
+        if group.rank == 0:
+            emit(said)
+
+
+def _make_tokens(case: DispatchCase, spec: DispatchSpec, group: RankGroup) -> _Tokens:
+    random = torch.Generator().manual_seed(1000 * spec.seed + group.rank)
+    shape = (case.num_tokens, case.top_k)
+    scores = torch.rand(case.num_tokens, case.num_experts, generator=random)
+    return _Tokens(
+        torch.randn(case.num_tokens, case.hidden_size, generator=random)
+        .bfloat16()
+        .to(group.device),
+        scores.topk(case.top_k).indices.to(group.device),
+        torch.rand(shape, generator=random).softmax(1).bfloat16().to(group.device),
+    )
+
+
+def _measure(
+    case: DispatchCase, spec: DispatchSpec, group: RankGroup, tokens: _Tokens, sides: _Sides
+) -> DispatchMeasured:
+    expected = tokens.hidden.float() * tokens.weights.float().sum(1, keepdim=True)
+    for name, side in (("ours", sides.ours), ("theirs", sides.theirs)):
+        for _ in range(_NUM_WARM_UPS):
+            got = side()
+        error = float((got.float() - expected).norm() / expected.norm())
+        if error > 0.05:
+            raise TransferError(
+                f"rank {group.rank}: {case.backend}, {name}: what came home is off by {error:.3f}",
+                rank=group.rank,
+            )
+    seconds: list[float] = []
+    peer_seconds: list[float] = []
+    # They take turns in who goes first.
+    for number in range(spec.num_rounds):
+        order = [(sides.ours, seconds), (sides.theirs, peer_seconds)]
+        for side, taken in order if number % 2 else reversed(order):
+            taken.append(_time(side, case.num_repeats, group))
+    return DispatchMeasured(case, sides.wire, tuple(seconds), tuple(peer_seconds))
+
+
+def _time(side: Callable[[], Tensor], num_repeats: int, group: RankGroup) -> float:
+    """Seconds of one call, of the slowest rank."""
+    _finish(group)
+    group.barrier()
+    started = time.perf_counter()
+    for _ in range(num_repeats):
+        side()
+    _finish(group)
+    taken = torch.tensor(time.perf_counter() - started, dtype=torch.float64) / num_repeats
+    group.all_reduce(taken, "max")
+    return float(taken)
+
+
+def _finish(group: RankGroup) -> None:
+    if group.device.type == "cuda":
+        torch.cuda.synchronize(group.device)
+
+
+@contextmanager
+def _open_torch(case: DispatchCase, group: RankGroup, tokens: _Tokens) -> Iterator[_Sides]:
+    try:
+        from transformers.distributed.expert_parallel import AllToAllEP
+    except ImportError as error:
+        raise DependencyError(
+            "the installed transformers has no all_to_all expert parallelism to compare with: "
+            "pip install 'transformers>=5.24'"
+        ) from error
+    wire = "nccl" if group.device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        wire,
+        store=PrefixStore(f"peer/{case.num_tokens}/", group.store),
+        rank=group.rank,
+        world_size=group.size,
+        timeout=group.timeout,
+    )
+    try:
+        mesh = init_device_mesh(group.device.type, (group.size, 1), mesh_dim_names=("ep", "tp"))
+        slots_per_rank = case.num_experts // group.size
+        peer: Any = AllToAllEP(_Identity(slots_per_rank), mesh["ep"], mesh["tp"])
+        dispatcher = create_dispatcher("torch", group, Topology(group.size, slots_per_rank))
+
+        def ours() -> Tensor:
+            dispatched = dispatcher.dispatch(tokens.hidden, tokens.experts)
+            return dispatcher.combine(dispatched.hidden_ND, tokens.weights, dispatched)
+
+        def theirs() -> Tensor:
+            combined: Tensor = peer(tokens.hidden, tokens.experts, tokens.weights)
+            return combined
+
+        yield _Sides(ours, theirs, wire)
+    finally:
+        dist.destroy_process_group()
+
+
+class _Identity(torch.nn.Module):
+    """Experts that take no time: what is left is dispatch and combine."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+
+    def forward(self, hidden_states: Tensor, *_: Tensor) -> Tensor:
+        return hidden_states
+
+
+@contextmanager
+def _open_nixl_ep(case: DispatchCase, group: RankGroup, tokens: _Tokens) -> Iterator[_Sides]:
+    from equipoise.dispatch.nixl_ep.all_to_all import NixlEPAll2AllManager
+    from equipoise.dispatch.nixl_ep.dispatcher import NixlEPDispatcher, NixlEPOptions
+
+    fp8 = "FP8" in case.backend
+    manager = NixlEPAll2AllManager(
+        group.size, group.device, min(group.timeout, timedelta(seconds=20))
+    )
+    try:
+        options = NixlEPOptions(
+            manager, case.num_tokens, case.hidden_size, "float32" if fp8 else "no"
+        )
+        dispatcher = NixlEPDispatcher(
+            group, Topology(group.size, case.num_experts // group.size), options
+        )
+        dispatcher.enter()
+        weights = tokens.weights.float()
+        index = tokens.experts.to(manager.index_dtype)
+        max_tokens = dispatcher.shape.max_tokens
+        # What the experts would make of the rows: made before, as it is not what is timed.
+        sent = dispatcher.send(tokens.hidden, tokens.experts)
+        sent.receive()
+        outputs = sent.blocks.hidden_SCH.clone()
+        dispatcher.send_home(outputs, weights, sent.blocks).receive()
+
+        def ours() -> Tensor:
+            sent = dispatcher.send(tokens.hidden, tokens.experts)
+            sent.receive()
+            home = dispatcher.send_home(outputs, weights, sent.blocks)
+            home.receive()
+            return home.combined_TD
+
+        def theirs() -> Tensor:
+            with manager.lend() as buffer:
+                _, _, handle, _, hook = buffer.low_latency_dispatch(
+                    tokens.hidden, index, max_tokens, use_fp8=fp8, return_recv_hook=True
+                )
+                assert hook is not None
+                hook()
+                combined, _, hook = buffer.low_latency_combine(
+                    outputs, index, weights, handle, return_recv_hook=True
+                )
+                assert hook is not None
+                hook()
+                return combined
+
+        yield _Sides(ours, theirs, "NIXL-EP")
+        group.barrier()
+    finally:
+        manager.close()

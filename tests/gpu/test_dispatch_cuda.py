@@ -1,0 +1,259 @@
+"""Tokens between GPUs, and the kernel that chooses and counts."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from equipoise.comm.groups import RankGroup
+from equipoise.dispatch import create_dispatcher
+from equipoise.dispatch.maps import PlacementMaps
+from equipoise.dispatch.nixl_ep.all_to_all import NixlEPAll2AllManager
+from equipoise.dispatch.nixl_ep.dispatcher import Fp8, NixlEPDispatcher, NixlEPOptions
+from equipoise.dispatch.reference import ReferenceDispatcher
+from equipoise.dispatch.replicas import choose_slots
+from equipoise.dispatch.turns import NearestReplicas, ReplicaChoice, SharedReplicas, SpreadReplicas
+from equipoise.errors import TransferError
+from equipoise.load.recorder import LoadRecorder
+from equipoise.topology import Topology
+from tests.contracts.test_dispatch import CASES, compute, make_inputs
+from tests.placements import make_random_placement
+from tests.ranks import Rank, processes
+
+CHOICES = (SpreadReplicas(), NearestReplicas(3), SharedReplicas(tuple(range(8))))
+SLOTS = 4
+
+
+def make_maps(seed: int, choice: ReplicaChoice) -> PlacementMaps:
+    random = np.random.default_rng(seed)
+    placement = make_random_placement(random, 2, 32, Topology(8, 5, 2), empty_share=0.1)
+    return PlacementMaps(placement, torch.device("cuda"), choice)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: type(choice).__name__)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_the_kernel_does_what_pytorch_does(choice: ReplicaChoice, dtype: torch.dtype) -> None:
+    maps = make_maps(0, choice)
+    plain, kernel = (LoadRecorder(2, 40, torch.device("cuda")) for _ in range(2))
+    random = torch.Generator("cuda").manual_seed(0)
+    for num_tokens in (0, 1, 7, 300, 4096):
+        for top_k in (1, 2, 8):
+            experts = torch.randint(
+                32, (num_tokens, top_k), generator=random, device="cuda", dtype=dtype
+            )
+            valid = torch.rand(num_tokens, generator=random, device="cuda") < 0.7
+            for position in (0, 5, 2**40, torch.tensor(11, device="cuda")):
+                for mask in (None, valid):
+                    slots = choose_slots(maps, 1, experts.long(), position, mask)
+                    plain.record(1, slots)
+                    turns = (maps.turns[1], maps.num_turns[1])
+                    got = kernel.choose_and_record(1, experts, *turns, position, mask)
+                    assert torch.equal(got, slots)
+    assert torch.equal(plain.counts, kernel.counts)
+    assert kernel.counts.sum() > 100_000
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_follows_maps_recording_and_position() -> None:
+    maps, other = make_maps(1, SpreadReplicas()), make_maps(2, SpreadReplicas())
+    recorder, oracle = (LoadRecorder(2, 40, torch.device("cuda")) for _ in range(2))
+    experts = torch.randint(32, (500, 4), device="cuda")
+    position = torch.tensor(0, device="cuda")
+    valid = torch.rand(500, device="cuda") < 0.9
+
+    def run() -> Tensor:
+        turns = (maps.turns[0], maps.num_turns[0])
+        return recorder.choose_and_record(0, experts, *turns, position, valid)
+
+    run()
+    recorder.clear()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        slots = run()
+    for step in range(6):
+        if step == 3:
+            maps.commit(other.placement)
+        recorder.enabled = oracle.enabled = step % 2 == 0
+        position.fill_(7 * step)
+        experts.copy_(torch.randint(32, (500, 4), device="cuda"))
+        graph.replay()
+        expected = choose_slots(maps, 0, experts, 7 * step, valid)
+        oracle.record(0, expected)
+        assert torch.equal(slots, expected)
+        assert torch.equal(recorder.counts, oracle.counts)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wire", ["nccl", "gloo"])
+@processes(2)
+def test_torch_brings_home_what_one_process_computes(
+    rank: Rank, wire: str, dtype: torch.dtype
+) -> None:
+    topology = Topology(2, 5)
+    group = rank.make_group(device="cuda", device_group="nccl" if wire == "nccl" else "gloo")
+    dispatcher = create_dispatcher("torch", group, topology)
+    oracle = ReferenceDispatcher(Topology(1, topology.num_slots))
+    for case in CASES:
+        hidden, slots, weights = make_inputs(case, topology, rank.rank, dtype)
+        inputs = [each.to(group.device) for each in (hidden, slots, weights.to(dtype))]
+        combined = []
+        for first_slot, one in ((5 * rank.rank, dispatcher), (0, oracle)):
+            dispatched = one.dispatch(inputs[0], inputs[1])
+            combined.append(one.combine(compute(dispatched, first_slot), inputs[2], dispatched))
+        assert torch.equal(*combined), case
+    group.barrier()
+    group.close()
+
+
+def exchange(dispatcher: NixlEPDispatcher, group: RankGroup, seed: int, fp8: Fp8 = "no") -> None:
+    """Tokens to slots everywhere and home, of several shapes."""
+    num_slots, width = group.size * SLOTS, dispatcher._hidden_size
+    for number, num_tokens in enumerate((64, 0 if group.rank else 5, 128, 1)):
+        random = torch.Generator("cuda").manual_seed(100 * seed + 10 * number + group.rank)
+        on = {"generator": random, "device": group.device}
+        hidden = torch.randn(num_tokens, width, **on).bfloat16()
+        slots = torch.randint(-1, num_slots, (num_tokens, 8), **on)
+        weights = torch.rand(num_tokens, 8, **on)
+        dispatched = dispatcher.dispatch(hidden, slots)
+        factor = (dispatched.slot_N + group.rank * SLOTS + 1).bfloat16() / 8
+        home = dispatcher.combine(dispatched.hidden_ND * factor[:, None], weights, dispatched)
+        dispatcher.check()
+        outputs = (hidden[:, None] * ((slots + 1).bfloat16() / 8)[..., None]).float()
+        expected = (outputs * (weights * (slots >= 0))[..., None]).sum(1)
+        error = (home.float() - expected).norm() / expected.norm().clamp(min=1e-6)
+        assert home.shape == hidden.shape
+        assert error < (0.01 if fp8 == "no" else 0.05), (seed, num_tokens, error)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.timeout(170)
+@pytest.mark.parametrize("width", [2048, 7000])
+@processes(2, timeout_s=160)
+def test_nixl_ep_ranks_come_and_go_in_one_buffer(rank: Rank, width: int) -> None:
+    """Together, alone, together again, in one process; memory does not grow."""
+    group = rank.make_group(device="cuda")
+    manager = NixlEPAll2AllManager(4, group.device, timedelta(seconds=20))
+    free = []
+    for cycle in range(3):
+        both = make_nixl_ep(manager, group, width)
+        exchange(both, group, cycle)
+        single = make_lone(rank, cycle)
+        one = make_nixl_ep(manager, single, width)
+        exchange(one, single, cycle)
+        both.close()
+        assert not manager.connected
+        group.barrier()
+        torch.cuda.synchronize()
+        free.append(torch.cuda.mem_get_info()[0])
+        single.close()
+        group = rank.make_group(generation=cycle + 1, device="cuda")
+    assert free[0] - free[-1] < 64 << 20, free
+    manager.close()
+    group.barrier()
+    group.close()
+
+
+def make_lone(rank: Rank, number: int) -> RankGroup:
+    """A generation of this rank alone."""
+    import torch.distributed as dist
+
+    from equipoise.comm.groups import create_rank_group
+
+    return create_rank_group(
+        dist.PrefixStore(f"lone{rank.rank}/{number}/", rank.store),
+        0,
+        1,
+        torch.device("cuda", torch.cuda.current_device()),
+        timeout=timedelta(seconds=20),
+        device_group="gloo",
+    )
+
+
+def make_nixl_ep(
+    manager: NixlEPAll2AllManager, group: RankGroup, width: int, fp8: Fp8 = "no"
+) -> NixlEPDispatcher:
+    options = NixlEPOptions(manager, 128, width, fp8)
+    dispatcher = create_dispatcher("nixl_ep", group, Topology(group.size, SLOTS), options)
+    assert isinstance(dispatcher, NixlEPDispatcher)
+    return dispatcher
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("fp8", ["float32", "ue8m0"])
+@processes(2)
+def test_nixl_ep_in_fp8(rank: Rank, fp8: Fp8) -> None:
+    group = rank.make_group(device="cuda")
+    manager = NixlEPAll2AllManager(2, group.device, timedelta(seconds=20))
+    exchange(make_nixl_ep(manager, group, 4096, fp8), group, 0, fp8)
+    group.barrier()
+    manager.close()
+    group.close()
+
+
+@pytest.mark.multi_gpu
+@processes(2)
+def test_nixl_ep_in_a_captured_graph_and_two_micro_batches(rank: Rank) -> None:
+    group = rank.make_group(device="cuda")
+    manager = NixlEPAll2AllManager(2, group.device, timedelta(seconds=20))
+    dispatcher = make_nixl_ep(manager, group, 2048)
+    hidden = [torch.randn(32, 2048, device="cuda").bfloat16() for _ in range(2)]
+    slots = torch.randint(2 * SLOTS, (32, 2), device="cuda")
+    weights = torch.full((32, 2), 0.5, device="cuda")
+
+    def run() -> list[Tensor]:
+        sent = [dispatcher.send(each, slots) for each in hidden]
+        home = []
+        for each in sent:
+            each.receive()
+            home.append(dispatcher.send_home(each.blocks.hidden_SCH, weights, each.blocks))
+        for each in home:
+            each.receive()
+        return [each.combined_TD for each in home]
+
+    for got, expected in zip(run(), hidden, strict=True):
+        assert torch.equal(got, expected)
+    torch.cuda.synchronize()
+    group.barrier()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for step in range(3):
+        for each in hidden:
+            each.normal_()
+        slots.copy_(torch.randint(2 * SLOTS, (32, 2), device="cuda"))
+        graph.replay()
+        for got, expected in zip(captured, hidden, strict=True):
+            assert torch.equal(got, expected), step
+    dispatcher.check()
+    group.barrier()
+    del graph
+    manager.close()
+    group.close()
+
+
+@pytest.mark.multi_gpu
+@processes(2, dies=(1,))
+def test_nixl_ep_names_a_rank_that_stays_away(rank: Rank) -> None:
+    group = rank.make_group(device="cuda")
+    manager = NixlEPAll2AllManager(2, group.device, timedelta(seconds=2))
+    dispatcher = make_nixl_ep(manager, group, 2048)
+    exchange(dispatcher, group, 0)
+    if rank.rank == 1:
+        rank.store.wait(["raised"], timedelta(seconds=30))
+        raise SystemExit
+    hidden, slots = torch.ones(2, 2048, device="cuda").bfloat16(), torch.tensor([[0], [SLOTS]])
+    dispatched = dispatcher.dispatch(hidden, slots.cuda())
+    dispatcher.combine(dispatched.hidden_ND, torch.ones(2, 1, device="cuda"), dispatched)
+    with pytest.raises(TransferError, match=r"rank 1 did not answer within 2\.0 s"):
+        dispatcher.check()
+    rank.store.set("raised", "yes")
+    single = make_lone(rank, 0)
+    exchange(make_nixl_ep(manager, single, 2048), single, 1)
+    manager.close()
