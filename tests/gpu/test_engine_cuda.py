@@ -1,4 +1,4 @@
-"""The engine on GPUs: tokens are the plain model's, whatever moves; in bf16 within what rounding does."""
+"""The engine on GPUs: tokens are the plain model's; in bf16 within what rounding does."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from equipoise.models.parallel import parallelize
 from tests.ranks import Rank, processes
 
 MAX_NEW = 24
-BF16_TOLERANCE = 0.25
-"""Of logits, whose standard deviation is about 4: rows come in other batches, and round elsewhere."""
 
 
 def serve(rank: Rank, dtype: torch.dtype, device_group: Literal["gloo", "nccl"]) -> None:
@@ -50,24 +48,50 @@ def serve(rank: Rank, dtype: torch.dtype, device_group: Literal["gloo", "nccl"])
         group.all_reduce(working, "max")
     if group.size > 1:
         assert parallel.spread.maps.placement != initial
-    plain: Any = load_model(model_directory(), dtype, group.device)
-    for request in requests:
-        compare(plain, request, dtype)
+    check = compare_exactly if dtype == torch.float32 else compare_in_bf16
+    check(requests, group.device)
     parallel.close()
     group.close()
 
 
-def compare(plain: Any, request: Request, dtype: torch.dtype) -> None:
-    tokens = torch.tensor([[*request.tokens, *request.generated[:-1]]], device=plain.device)
+def find_logits(requests: list[Request], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[tokens, V] float32: of the plain model, given our tokens."""
+    plain: Any = load_model(model_directory(), dtype, device)
+    logits = []
     with torch.inference_mode():
-        output = plain(tokens, use_cache=False, logits_to_keep=len(request.generated))
-    want, got = output.logits[0].float().cpu(), torch.stack(request.logits)
+        for request in requests:
+            tokens = torch.tensor([[*request.tokens, *request.generated[:-1]]], device=device)
+            output = plain(tokens, use_cache=False, logits_to_keep=len(request.generated))
+            logits.append(output.logits[0].float().cpu())
+    return torch.cat(logits)
+
+
+def compare_exactly(requests: list[Request], device: torch.device) -> None:
+    want = find_logits(requests, torch.float32, device)
+    assert want.argmax(1).tolist() == [token for r in requests for token in r.generated]
+    got = torch.cat([torch.stack(request.logits) for request in requests])
+    assert (got - want).abs().max() < 2e-3
+
+
+def compare_in_bf16(requests: list[Request], device: torch.device) -> None:
+    """The tolerance is what bf16 itself costs the plain model, on the same tokens.
+
+    Rounding differs where tokens meet others in a batch; where that moves a token to another
+    expert, logits change audibly, in the plain model as in ours.
+    """
+    got = torch.cat([torch.stack(request.logits) for request in requests])
+    want = find_logits(requests, torch.bfloat16, device)
+    exact = find_logits(requests, torch.float32, device)
+    ours, own = (got - want).abs().amax(1), (want - exact).abs().amax(1)
+    print(f"bf16: ours {ours.quantile(0.9):.3f} {ours.max():.3f}", end=" ")
+    print(f"the plain model's own {own.quantile(0.9):.3f} {own.max():.3f}")
+    assert ours.quantile(0.9) <= own.quantile(0.9)
+    assert ours.max() <= 1.5 * own.max()
     top = want.topk(2)
+    differs = top.indices[:, 0] != torch.tensor([t for r in requests for t in r.generated])
     gap = top.values[:, 0] - top.values[:, 1]
-    tolerance = 2e-3 if dtype == torch.float32 else BF16_TOLERANCE
-    assert (got - want).abs().max() <= tolerance
-    differs = top.indices[:, 0] != torch.tensor(request.generated)
-    assert not (differs & (gap > (0.0 if dtype == torch.float32 else 2 * tolerance))).any()
+    assert not (differs & (gap > 2 * ours)).any()
+    assert not (differs & (gap > own.max())).any()
 
 
 @pytest.mark.gpu

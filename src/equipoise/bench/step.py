@@ -178,9 +178,10 @@ def _say_gain(row: Row) -> str:
     plane = row["expert_time"]
     return (
         f"{row['case']}: balanced steps are {row['gained_s'] * 1e3:.3g} ms shorter, predicted "
-        f"{row['predicted_s'] * 1e3:.3g} ms: a layer's experts take {plane['fixed_s'] * 1e6:.3g} us "
-        f"and {plane['token_s'] * 1e9:.3g} ns a row and {plane['slot_s'] * 1e6:.3g} us an occupied "
-        f"slot, measured times up to {plane['worst_deviation']:.0%} off."
+        f"{row['predicted_s'] * 1e3:.3g} ms: a layer's experts take "
+        f"{plane['fixed_s'] * 1e6:.3g} us and {plane['token_s'] * 1e9:.3g} ns a row and "
+        f"{plane['slot_s'] * 1e6:.3g} us an occupied slot, measured times up to "
+        f"{plane['worst_deviation']:.0%} off."
     )
 
 
