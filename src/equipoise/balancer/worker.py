@@ -21,6 +21,9 @@ from equipoise.config import EPLBConfig
 from equipoise.errors import EquipoiseError
 from equipoise.policy.base import PlacementPolicy
 
+GRACE_S = 1.0
+"""How long a worker that is stopped may be at an exchange, before that is given up."""
+
 
 class EplbWorker:
     """Plans, and stages experts, while the forward pass runs.
@@ -78,7 +81,12 @@ class EplbWorker:
         """
         self._handover.stop()
         self._requests.put(None)
-        self._thread.join(timeout_s)
+        self._thread.join(min(GRACE_S, timeout_s))
+        if self._thread.is_alive():
+            # It may wait for a peer that has given up before the exchange began.
+            for model in self._models:
+                model.communicator.interrupt()
+            self._thread.join(timeout_s - min(GRACE_S, timeout_s))
         return not self._thread.is_alive()
 
     def _run(self) -> None:

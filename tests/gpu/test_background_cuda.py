@@ -1,0 +1,73 @@
+"""Rebalances beside a forward pass on GPUs, one behind the other, with every slot compared."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from equipoise.balancer import EplbState
+from equipoise.comm import create_eplb_communicator
+from equipoise.comm.groups import RankGroup
+from equipoise.config import EPLBConfig
+from equipoise.dispatch.maps import PlacementMaps
+from equipoise.load.recorder import LoadRecorder
+from equipoise.placement import place_in_order
+from equipoise.policy import get_policy
+from equipoise.topology import Topology
+from tests.ranks import Rank, processes
+from tests.rebalances import NUM_EXPERTS, ROOM, SHAPES, Library, count_held
+
+NUM_REBALANCES = int(os.environ.get("REBALANCES", "40"))
+MOST_STEPS_EACH = 200
+
+
+def serve_and_rebalance(group: RankGroup, wire: str, num_rebalances: int) -> None:
+    """Steps of some products each, and after each a look at every slot and every map."""
+    topology = Topology(group.size, 24 // group.size)
+    library = Library(group.device)
+    placement = place_in_order(len(SHAPES), NUM_EXPERTS, topology)
+    weights = library.fill(placement, group.rank)
+    maps = PlacementMaps(placement, group.device)
+    recorder = LoadRecorder(len(SHAPES), topology.num_slots, group.device)
+    config = EPLBConfig(use_async=True, window_size=2, step_interval=1, staging_bytes=5_000_000)
+    state = EplbState(config, group, get_policy("deepseek"))
+    communicator = create_eplb_communicator(state.transfer_group, wire, weights)
+    state.add_model("model", weights, maps, recorder, communicator)
+    activations = torch.randn(1024, 1024, device=group.device)
+    warm: dict[str, int] | None = None
+    done = 0
+    for step in range(num_rebalances * MOST_STEPS_EACH):
+        for layer in range(len(SHAPES)):
+            activations = torch.tanh(activations @ activations.T)
+            hot = (step // 3 + layer) % NUM_EXPERTS
+            slot = int(maps.placement.expert_to_slots[layer, hot, 0])
+            recorder.record(layer, torch.full((64,), slot, device=group.device))
+        done += len(state.step())
+        # In stream order behind the commit, as a forward pass would read them.
+        library.assert_hold(weights, maps.placement, group.rank, step)
+        wanted = torch.from_numpy(maps.placement.slot_to_expert.copy())
+        assert torch.equal(maps.slot_to_expert.cpu(), wanted), step
+        group.barrier()
+        if warm is None and done >= num_rebalances // 2:
+            warm = count_held(group.device, communicator)
+        if done >= num_rebalances:
+            break
+    assert done >= num_rebalances, f"{done} rebalances in {step + 1} steps"
+    assert warm is not None
+    for name, now in count_held(group.device, communicator).items():
+        # The halves of a rebalance that is under way come and go.
+        room = config.staging_bytes if name.startswith("memory") else ROOM.get(name, 1)
+        assert now <= warm[name] + (room or 0), (name, warm[name], now)
+    assert state.close()
+    communicator.close()
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("wire", ["nixl", "torch_gloo"])
+@processes(2, timeout_s=380)
+def test_every_slot_is_right_beside_a_forward_pass(rank: Rank, wire: str) -> None:
+    num_rebalances = NUM_REBALANCES if wire == "nixl" else min(NUM_REBALANCES, 40)
+    serve_and_rebalance(rank.make_group(device="cuda", device_group="gloo"), wire, num_rebalances)
