@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -29,8 +30,9 @@ _HTTP, _LIMITS, _RANKS, _BALANCING = "HTTP", "Limits", "Ranks", "Balancing"
 
 def serve(
     context: typer.Context,
-    model: Annotated[
-        Path | None, typer.Argument(help="Checkpoint directory.  [the bundled model]")
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL]", help="Checkpoint directory.  [the bundled model]"),
     ] = None,
     ranks: Annotated[int, typer.Option(help="Processes that share the experts.")] = 2,
     dtype: Annotated[
@@ -122,7 +124,8 @@ def serve(
     _check_packages()
     from equipoise.server.settings import ServerLimits, ServerSettings, read_keys
 
-    flags = parse_flags(eplb_config, context.args, known=list_options(context))
+    model, extra = _find_model([*(words or ()), *context.args])
+    flags = parse_flags(eplb_config, extra, known=list_options(context))
     for key, flag, value in (
         ("num_redundant_experts", "--redundant-experts", _parse_redundant(redundant_experts)),
         ("policy", "--policy", policy),
@@ -157,6 +160,21 @@ def serve(
         },
     )
     _serve(spec, settings, log, socket)
+
+
+def _find_model(words: list[str]) -> tuple[Path | None, list[str]]:
+    """The model among words that no option took, and the others: options that typer knows not."""
+    model: Path | None = None
+    extra: list[str] = []
+    left = iter(words)
+    for word in left:
+        if word.startswith("--eplb-config.") and "=" not in word:
+            extra += [word, *itertools.islice(left, 1)]
+        elif word.startswith("-") or model is not None:
+            extra.append(word)
+        else:
+            model = Path(word)
+    return model, extra
 
 
 def _check_packages() -> None:
@@ -235,7 +253,7 @@ def _serve(
     with _open_log(log) as stream, ExitStack() as closing:
         server = HttpServer(settings, stream)
         # Before there are threads: what ranks come from is loaded meanwhile.
-        launcher = LocalLauncher(spec.device)
+        launcher = LocalLauncher(spec.device, spec.model)
         ranks = "1 rank" if spec.num_ranks == 1 else f"{spec.num_ranks} ranks"
         typer.echo(f"loading {spec.model} on {ranks}")
         drained = server.run(make_service, tell)

@@ -1,0 +1,199 @@
+"""`equipoise serve` as a user starts it: ranks come and go under load, and it ends in order."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+
+from equipoise.server.client import ServerClient, ServerRefused
+from equipoise.server.settings import ADMIN_KEY, API_KEY
+from tests.command_line import run_command
+from tests.server.serving import KEYS, wait_until
+from tests.server.test_completions import MAX_TOKENS, PROMPTS, plain
+from tests.sessions import end_session, start, wait_until_alone
+
+__all__ = ["plain"]
+
+pytestmark = pytest.mark.timeout(240)
+
+LOADERS = 3
+
+
+@contextlib.contextmanager
+def serve(folder: Path, *words: str, **environment: str) -> Iterator[tuple[Any, str]]:
+    """The process, and where it serves."""
+    command = ("serve", "--port=0", "--log=log.jsonl", *words)
+    process = start(folder, "equipoise", *command, environment=environment)
+    try:
+        assert process.stdout is not None
+        found = None
+        for line in process.stdout:
+            if found := re.match(r"serving \S+ at (http://\S+)\n", line):
+                break
+        assert found is not None, process.stderr and process.stderr.read()
+        yield process, found[1]
+    finally:
+        end_session(process)
+
+
+class Load:
+    """Clients that ask, and compare what they get, until they are told to stop."""
+
+    def __init__(self, url: str, expected: dict[str, str]) -> None:
+        self._expected = expected
+        self._client = openai.OpenAI(
+            base_url=f"{url}/v1", api_key=KEYS.api, max_retries=0, timeout=120.0
+        )
+        self._is_over = threading.Event()
+        self.num_right, self.wrong = 0, list[object]()
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(LOADERS)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join(120)
+            assert not thread.is_alive()
+
+    def wait_for_more(self, count: int = 2 * LOADERS) -> None:
+        """Until so many more have been answered, right or wrong."""
+        goal = self.num_right + len(self.wrong) + count
+        wait_until(lambda: self.num_right + len(self.wrong) >= goal)
+
+    def _run(self, number: int) -> None:
+        while not self._is_over.is_set():
+            prompt = PROMPTS[number % len(PROMPTS)]
+            number += 1
+            try:
+                chunks = self._client.completions.create(
+                    model="equipoise-small",
+                    prompt=prompt,
+                    temperature=0,
+                    max_tokens=MAX_TOKENS,
+                    stream=True,
+                )
+                text = "".join(chunk.choices[0].text for chunk in chunks)
+            except Exception as error:  # whatever a client may meet
+                text = repr(error)
+            with self._lock:
+                if text == self._expected[prompt]:
+                    self.num_right += 1
+                else:
+                    self.wrong.append((prompt, text))
+
+
+def test_ranks_come_and_go_under_load_and_the_end_is_in_good_order(
+    tmp_path: Path, plain: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {API_KEY: KEYS.api, ADMIN_KEY: KEYS.admin}
+    with serve(tmp_path, "--ranks=2", "--step-interval=8", **keys) as (process, url):
+        client = ServerClient(url, {ADMIN_KEY: KEYS.admin})
+        with Load(url, plain) as load:
+            load.wait_for_more()
+            assert client.scale(to=3, dry_run=True)["joining"] == ["rank-2"]
+            assert client.scale(to=3)["done"]
+            load.wait_for_more()
+            client.rebalance()
+            assert client.scale(remove=["rank-0"])["leaving"] == ["rank-0"]
+            load.wait_for_more()
+        assert load.wrong == []
+        status = client.status()
+        assert [rank["name"] for rank in status["ranks"]] == ["rank-1", "rank-2"]
+        assert status["totals"]["failed"] == 0
+        assert client.placement()["num_ranks"] == 2
+        with pytest.raises(ServerRefused, match="it takes the admin key"):
+            ServerClient(url, {API_KEY: KEYS.api}).scale(to=3)
+        monkeypatch.setenv(API_KEY, KEYS.api)
+        shown = run_command("top", url)
+        assert (shown.code, "rank-2" in shown.out) == (0, True)
+        _end(process, url)
+    ended = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert (ended["event"], ended["drained"]) == ("ended", True)
+
+
+def _end(process: subprocess.Popen[str], url: str) -> None:
+    """SIGTERM: what is in flight ends, nothing new is taken, no process is left."""
+    body = {"prompt": "a", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    headers = {"authorization": f"Bearer {KEYS.api}"}
+    with (
+        httpx2.Client(base_url=url, headers=headers, timeout=120) as client,
+        client.stream("POST", "/v1/completions", json=body) as answer,
+    ):
+        lines = (line for line in answer.iter_lines() if line)
+        assert next(lines).startswith("data: ")
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: client.get("/health/ready").status_code == 503)
+        assert client.get("/health/live").status_code == 200
+        refused = client.post("/v1/completions", json=body)
+        assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
+        assert [*lines][-1] == "data: [DONE]"
+    assert process.wait(60) == 0
+    wait_until_alone(process.pid, time.monotonic() + 30)
+
+
+BAD = {
+    ("--port=99999",): "--port must be from 0 to 65535, got 99999",
+    ("--host=0.0.0.0",): "--host 0.0.0.0 lets other machines in: set EQ_API_KEY and EQ_ADMIN_KEY",
+    ("--ranks=0",): "num_ranks must be at least 1, got 0",
+    ("--max-len=5000",): "--max-len 5000: the model takes 2048 tokens",
+    ("--queue=0",): "queue_limit must be at least 1, got 0",
+    ("--drain-timeout=0",): "drain_timeout_s must be above 0, got 0.0",
+    ("nowhere",): "nowhere: no such directory; a model is a Hugging Face checkpoint directory",
+    ("--policy=fortune",): "no policy 'fortune': there are deepseek, flow",
+    ("--colour",): "unknown argument '--colour'",
+    ("--eplb-config.windw_size", "3"): "--eplb-config.windw_size: unknown option 'windw_size'",
+    ("--eplb-config.window_size", "3", "nowhere"): "nowhere: no such directory",
+    ("--log=/nowhere/log",): "--log /nowhere/log: cannot be written: No such file or directory",
+    ("--redundant-experts=3",): "32 experts and 3 redundant ones make 35 slots",
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_what_cannot_be_served_is_said_in_one_line(words: tuple[str, ...]) -> None:
+    done = run_command("serve", *words)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"equipoise: {BAD[words]}")
+    assert done.err.count("\n") == 1
+
+
+def test_a_taken_port_is_said_before_anything_is_loaded() -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run_command("serve", f"--port={port}")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(
+        f"equipoise: --host 127.0.0.1 --port {port}: cannot be bound to: Address already in use"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("ftp://x",), "ftp://x: is no address of a server, like http://127.0.0.1:8000"),
+        (("127.0.0.1:8000",), "127.0.0.1:8000: is no address of a server"),
+        (("http://127.0.0.1:1",), "http://127.0.0.1:1: does not answer: Connection refused"),
+        (("--interval=0",), "--interval must be at least 0.1 s, got 0"),
+    ],
+)
+def test_top_says_why_it_shows_nothing(words: tuple[str, ...], message: str) -> None:
+    done = run_command("top", *words)
+    assert (done.code, done.err.startswith(f"equipoise: {message}")) == (2, True)
