@@ -13,26 +13,45 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 
+class Dispatched(ABC):
+    """What came to this rank, row by row in an order of the dispatcher's."""
+
+    @property
+    @abstractmethod
+    def hidden_ND(self) -> Tensor:
+        """[N, D], hidden states, dtype as sent; a token comes once for each slot; a copy."""
+
+    @property
+    @abstractmethod
+    def slot_N(self) -> Tensor:
+        """[N] int64, the local slot (0..S-1) that each row is for."""
+
+
 @dataclass(frozen=True)
-class Dispatched:
-    """Rows that came to this rank, each for one slot or for several.
+class DispatchedRows(Dispatched):
+    """Token rows, each for one slot or for several.
 
     Attributes:
-        received_MD: [M, D], hidden states, dtype as sent; rows may lie apart in memory.
+        received_MD: [M, D], as they came; they may lie apart in memory.
         row_N: [N] int64, which of them each of this rank's computations reads.
-        slot_N: [N] int64, the local slot (0..S-1) that it is for.
+        slots: [N] int64, local slots.
         handle: what `combine` needs to send the outputs home; opaque.
     """
 
     received_MD: Tensor
     row_N: Tensor
-    slot_N: Tensor
+    slots: Tensor
     handle: Any
 
     @property
     def hidden_ND(self) -> Tensor:
-        """[N, D], the row that each computation reads; a copy."""
+        """As the contract says."""
         return self.received_MD.index_select(0, self.row_N)
+
+    @property
+    def slot_N(self) -> Tensor:
+        """As the contract says."""
+        return self.slots
 
 
 class TokenDispatcher(ABC):
@@ -40,6 +59,11 @@ class TokenDispatcher(ABC):
 
     name: ClassVar[str]
     """What the registry calls it."""
+
+    captures: ClassVar[bool] = False
+    """Whether `dispatch` and `combine` may stand in a captured CUDA graph, after a first call
+    outside of one. Rows that did not come then have slot S, behind the last, and are not computed.
+    """
 
     @abstractmethod
     def dispatch(self, hidden_TD: Tensor, slot_TK: Tensor) -> Dispatched:

@@ -45,7 +45,7 @@ class _Routing:
     """
 
     valid: Tensor | None = None
-    first_position: int = 0
+    first_position: int | Tensor = 0
     expert_cpu_s: float = 0.0
 
 
@@ -159,7 +159,7 @@ class ExpertParallelModel:
             one.bind()
 
     @contextmanager
-    def route(self, valid: Tensor | None, first_position: int) -> Iterator[Any]:
+    def route(self, valid: Tensor | None, first_position: int | Tensor) -> Iterator[Any]:
         """Tell the layers what the next forward pass is about.
 
         Args:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,9 @@ from equipoise.placement import Placement, place_in_order
 from equipoise.policy import get_policy
 from equipoise.topology import Topology, choose_num_redundant
 
+MakeDispatcher = Callable[[RankGroup, Topology], TokenDispatcher]
+"""Called on every rank of the group."""
+
 
 @dataclass(frozen=True)
 class ParallelModel:
@@ -65,7 +70,7 @@ class ParallelModel:
         return self.spread.model
 
     def route(
-        self, valid: Tensor | None = None, first_position: int | None = None
+        self, valid: Tensor | None = None, first_position: int | Tensor | None = None
     ) -> AbstractContextManager[Any]:
         """Tell the layers what the next forward pass is about.
 
@@ -73,7 +78,8 @@ class ParallelModel:
             valid: [T] bool over the flattened batch, False for padding, which is sent nowhere and
                 not counted; None if all are tokens.
             first_position: global position of token 0, which replicas take turns by; None starts
-                elsewhere at each step and on each rank.
+                elsewhere at each step and on each rank; a 0-d int64 tensor on the device where a
+                graph is captured.
         Returns:
             A context that gives the model, to be called inside.
         Collective: none; the call of the model is one of every rank.
@@ -155,6 +161,7 @@ def parallelize(
     dtype: torch.dtype | None = None,
     attention: str | None = None,
     progress: Progress | None = None,
+    dispatcher: MakeDispatcher | None = None,
 ) -> ParallelModel:
     """Spread the experts of a Hugging Face model over a group.
 
@@ -171,6 +178,7 @@ def parallelize(
         dtype: of the weights of a checkpoint; None for that of its configuration.
         attention: transformers' attention implementation for a checkpoint; None lets it choose.
         progress: told of the bytes read of a checkpoint, and of those due; from any thread.
+        dispatcher: makes what tokens travel by, once for each set of layers; None for `torch`.
     Collective: every rank of the group.
     Raises: ModelError if the model has no experts that can be taken over, or the checkpoint is not
         whole, in one line that says what and where; ConfigError,
@@ -183,12 +191,13 @@ def parallelize(
     if isinstance(model, nn.Module):
         if dtype is not None or attention is not None or progress is not None:
             raise ConfigError("dtype, attention and progress are of a checkpoint, not of a model")
-        plans = _plan_sets(find_expert_sets(model), group, config, placement)
+        plans = _plan_sets(find_expert_sets(model), group, config, placement, dispatcher)
         spread = take_over(model, plans, group.rank, WholeModel())
         model.to(group.device)
     else:
         checkpoint = Checkpoint(Path(model), dtype, group.device, attention)
-        plans = _plan_sets(find_expert_sets(checkpoint.model), group, config, placement)
+        sets = find_expert_sets(checkpoint.model)
+        plans = _plan_sets(sets, group, config, placement, dispatcher)
         spread = load_spread(checkpoint, plans, group, progress)
     return assemble(spread, group, config, checkpoint, on_commit)
 
@@ -243,6 +252,7 @@ def _plan_sets(
     group: RankGroup,
     config: EPLBConfig,
     placement: Placement | None,
+    dispatcher: MakeDispatcher | None,
 ) -> list[SetPlan]:
     if placement is not None and len(sets) > 1:
         counts = " or ".join(str(layers[0].num_experts) for layers in sets)
@@ -250,11 +260,15 @@ def _plan_sets(
             f"the model's MoE layers have {counts} experts, so that one placement cannot speak of "
             "all: leave it out"
         )
-    return [_plan(layers, group, config, placement) for layers in sets]
+    return [_plan(layers, group, config, placement, dispatcher) for layers in sets]
 
 
 def _plan(
-    layers: list[ExpertLayer], group: RankGroup, config: EPLBConfig, placement: Placement | None
+    layers: list[ExpertLayer],
+    group: RankGroup,
+    config: EPLBConfig,
+    placement: Placement | None,
+    dispatcher: MakeDispatcher | None,
 ) -> SetPlan:
     if placement is None:
         requested = config.num_redundant_experts
@@ -264,10 +278,11 @@ def _plan(
         )
         topology = Topology(group.size, (num_experts + num_redundant) // group.size)
         placement = place_in_order(len(layers), num_experts, topology)
+    make = dispatcher or partial(create_dispatcher, "torch")
     return SetPlan(
         layers=layers,
         maps=PlacementMaps(placement, group.device),
-        dispatcher=create_dispatcher("torch", group, placement.topology),
+        dispatcher=make(group, placement.topology),
         recorder=LoadRecorder(placement.num_layers, placement.num_slots, group.device),
     )
 

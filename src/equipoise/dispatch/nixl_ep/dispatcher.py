@@ -7,7 +7,8 @@ slot, N rows that are there, D hidden, H hidden as padded.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -40,13 +41,13 @@ class NixlEPOptions:
         fp8: how rows travel to the experts; outputs travel home as bfloat16.
     """
 
-    manager: NixlEPAll2AllManager
+    manager: NixlEPAll2AllManager = field(repr=False, compare=False)
     max_tokens: int
     hidden_size: int
     fp8: Fp8 = "no"
 
 
-class Blocks:
+class Blocks(Dispatched):
     """Rows that came to this rank: a block per slot, of which as many rows count as came.
 
     Attributes:
@@ -55,15 +56,19 @@ class Blocks:
         count_S: [S] int32.
         wire_slot_TK: [T, K], as the kernels were given them.
         handle: the kernels'.
+        hidden_size: D.
     """
 
-    def __init__(self, received: Any, count_S: Tensor, wire_slot_TK: Tensor, handle: Any) -> None:
+    def __init__(
+        self, received: Any, count_S: Tensor, wire_slot_TK: Tensor, handle: Any, hidden_size: int
+    ) -> None:
         is_pair = isinstance(received, tuple)
         self.values_SCH: Tensor = received[0] if is_pair else received
         self.scales: Tensor | None = received[1] if is_pair else None
         self.count_S = count_S
         self.wire_slot_TK = wire_slot_TK
         self.handle = handle
+        self.hidden_size = hidden_size
 
     @property
     def hidden_SCH(self) -> Tensor:
@@ -71,6 +76,24 @@ class Blocks:
         if self.scales is None:
             return self.values_SCH
         return dequant_fp8(self.values_SCH, self.scales)
+
+    @property
+    def hidden_ND(self) -> Tensor:
+        """As the contract says; ordered by slot."""
+        rows = self.hidden_SCH.flatten(0, 1)
+        return rows.index_select(0, self.place_N)[:, : self.hidden_size]
+
+    @property
+    def slot_N(self) -> Tensor:
+        """As the contract says."""
+        return self.place_N // self.values_SCH.shape[1]
+
+    @cached_property
+    def place_N(self) -> Tensor:
+        """[N] int64, where rows are among all S * C; waits for the device to know how many."""
+        capacity = self.values_SCH.shape[1]
+        place_C = torch.arange(capacity, device=self.count_S.device)
+        return (place_C < self.count_S[:, None]).flatten().nonzero()[:, 0]
 
 
 @dataclass(frozen=True)
@@ -99,20 +122,12 @@ class SentHome:
     receive: Callable[[], None]
 
 
-@dataclass(frozen=True)
-class _Handle:
-    """Attributes: blocks as they came, and where row n lies in them: [N] of S * C."""
-
-    blocks: Blocks
-    place_N: Tensor
-
-
 class NixlEPDispatcher(TokenDispatcher):
     """One generation's use of the buffer.
 
-    `dispatch` and `combine` are those of every backend, and wait for the device once, to know how
-    many rows came. `send`, `send_home` and the blocks between them do not, so they may stand in a
-    captured graph, and two micro-batches may be in flight. The first call of a generation connects
+    `dispatch` and `combine` are those of every backend. Whoever takes blocks as they are does not
+    wait for the device, so they may stand in a captured graph; to know how many rows came takes one
+    wait. By `send` and `send_home` two micro-batches may be in flight. The first call of a generation connects
     its ranks and takes the buffer over from the one before; the kernels give up a rank that does
     not answer, and `check` tells.
 
@@ -125,6 +140,7 @@ class NixlEPDispatcher(TokenDispatcher):
     """
 
     name: ClassVar[str] = "nixl_ep"
+    captures: ClassVar[bool] = True
 
     def __init__(self, group: RankGroup, topology: Topology, options: NixlEPOptions) -> None:
         self._group = group
@@ -162,27 +178,24 @@ class NixlEPDispatcher(TokenDispatcher):
         self._group.barrier()
         self._is_entered = True
 
-    def dispatch(self, hidden_TD: Tensor, slot_TK: Tensor) -> Dispatched:
-        """As the contract says; rows come ordered by slot."""
-        sent = self._send(hidden_TD, slot_TK, with_hook=False)
-        blocks = sent.blocks
-        hidden_SCH = blocks.hidden_SCH
-        is_row_SC = (
-            torch.arange(hidden_SCH.shape[1], device=hidden_TD.device) < blocks.count_S[:, None]
-        )
-        slot_N, place_N = is_row_SC.nonzero().unbind(1)
-        row_N = slot_N * hidden_SCH.shape[1] + place_N
-        rows = hidden_SCH.flatten(0, 1)[:, : self._hidden_size]
-        return Dispatched(rows, row_N, slot_N, _Handle(blocks, row_N))
+    def dispatch(self, hidden_TD: Tensor, slot_TK: Tensor) -> Blocks:
+        """As the contract says; rows are in blocks."""
+        return self._send(hidden_TD, slot_TK, with_hook=False).blocks
 
     def combine(self, output_ND: Tensor, weight_TK: Tensor, dispatched: Dispatched) -> Tensor:
-        """As the contract says; the kernels sum in float32 and round once."""
-        handle: _Handle = dispatched.handle
-        num_slots, capacity, width = handle.blocks.values_SCH.shape
-        output_SCH = output_ND.new_empty(num_slots * capacity, width)
-        output_SCH[handle.place_N] = _widen(output_ND, width)
-        blocks = output_SCH.view(num_slots, capacity, width)
-        return self._send_home(blocks, weight_TK, handle.blocks, with_hook=False).combined_TD
+        """As the contract says, or with outputs in blocks, [S, C, D or H].
+
+        The kernels sum in float32 and round once.
+        """
+        assert isinstance(dispatched, Blocks)
+        shape_SCH = dispatched.values_SCH.shape
+        if output_ND.dim() == 3:
+            output_SCH = _widen(output_ND, shape_SCH[2]).contiguous()
+        else:
+            output_SCH = output_ND.new_empty(shape_SCH)
+            rows = _widen(output_ND, shape_SCH[2])
+            output_SCH.flatten(0, 1)[dispatched.place_N] = rows
+        return self._send_home(output_SCH, weight_TK, dispatched, with_hook=False).combined_TD
 
     def send(
         self, hidden_TD: Tensor, slot_TK: Tensor, weight_on_input_T1: Tensor | None = None
@@ -260,7 +273,9 @@ class NixlEPDispatcher(TokenDispatcher):
             ),
         )
         self._num_in_flight += 1
-        return Sent(Blocks(received, count_S, wire_slot_TK, handle), hook or _nothing)
+        return Sent(
+            Blocks(received, count_S, wire_slot_TK, handle, self._hidden_size), hook or _nothing
+        )
 
     def _send_home(
         self, output_SCH: Tensor, weight_TK: Tensor, blocks: Blocks, *, with_hook: bool
@@ -298,7 +313,21 @@ class NixlEPDispatcher(TokenDispatcher):
 
 
 def _widen(rows: Tensor, width: int) -> Tensor:
-    return rows if rows.shape[1] == width else pad(rows, (0, width - rows.shape[1]))
+    return rows if rows.shape[-1] == width else pad(rows, (0, width - rows.shape[-1]))
+
+
+def _lay_out(count_S: Tensor, capacity: int, most: int) -> tuple[Tensor, Tensor]:
+    """As many rows as may come at most, in the order of slots: slots [N] and places in the blocks.
+
+    Without a host sync; rows that did not come have slot S, and the place behind all blocks.
+    """
+    num_slots = count_S.numel()
+    end_S = count_S.cumsum(0)
+    index_N = torch.arange(min(most, num_slots * capacity), device=count_S.device)
+    slot_N = torch.searchsorted(end_S, index_N, right=True)
+    held_N = slot_N.clamp(max=num_slots - 1)
+    place_N = held_N * capacity + index_N - (end_S - count_S)[held_N]
+    return slot_N, torch.where(slot_N < num_slots, place_N, num_slots * capacity)
 
 
 def _nothing() -> None:
