@@ -60,6 +60,7 @@ def test_ranks_come_and_go(rank: Rank, script: Script, num_ranks: int) -> None:
         step_interval=3,
         communicator=script.communicator,
         use_async=script.in_background,
+        policy="deepseek",
     )
     cast = join_cast(rank, config, script.redundancy)
     begin(cast, script.steps[0])

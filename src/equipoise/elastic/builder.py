@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -72,6 +72,7 @@ class Builder:
         home: of this rank.
         serving: what it serves; None of a newcomer.
         store: the change's.
+        notify: told of the parts that begin.
 
     Attributes:
         parallel: the next generation, once it is whole; None of a leaver.
@@ -84,10 +85,12 @@ class Builder:
         home: Home,
         serving: ParallelModel | None,
         store: ChangeStore,
+        notify: Callable[[str], None],
     ) -> None:
         self.parallel: ParallelModel | None = None
         self.haul = Haul()
         self._plan, self._home, self._serving, self._store = plan, home, serving, store
+        self._notify = notify
         self._number = plan.find_number(home.name)
         self._deadline = time.monotonic() + plan.deadlines.prepare_s
         self._bridge: Bridge | None = None
@@ -113,6 +116,7 @@ class Builder:
         spread = self._spread(checkpoint)
         self._bring(spread, checkpoint)
         if spread is not None and self._group is not None:
+            self._notify("assemble")
             self._store.check()
             # From here on the parts are the parallel model's to close.
             self._dispatchers = []
@@ -251,6 +255,7 @@ class Builder:
             keeps_tensors(plan, home.name, index) and self._serving is not None
             for index in range(len(plan.placements))
         ]
+        self._notify("pull")
         shared = self._exchange_shared(spread, checkpoint)
         newcomers = [plan.participants.index(name) for name in plan.newcomers]
         givers = [plan.participants.index(name) for name in plan.serving.held]

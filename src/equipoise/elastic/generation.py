@@ -31,8 +31,8 @@ Watch = Callable[[str], None]
 """Called on the building thread at the begin of each of its parts, by name; what it raises fails
 the change. For tests and logs."""
 
-PARTS = ("build", "ready", "decide")
-"""What a watch hears, in order."""
+PARTS = ("build", "pull", "assemble", "ready", "decide")
+"""What a watch hears, in order; a leaver assembles nothing."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class NextGeneration:
         self.retirement: Retirement | None = None
         self._home, self._serving, self._watch = home, serving, watch
         self._store = ChangeStore(home.store, plan.generation)
-        self._builder = Builder(plan, home, serving, self._store)
+        self._builder = Builder(plan, home, serving, self._store, self._notify)
         self._changed = threading.Condition()
         self._state: State = "preparing"
         self._word = Word.OPEN
@@ -110,7 +110,7 @@ class NextGeneration:
 
     @property
     def reason(self) -> str:
-        """Why it was aborted, in one line; empty before."""
+        """Why it was aborted, in one line; empty before, and final once it is closed."""
         with self._changed:
             return self._reason
 
@@ -261,18 +261,21 @@ class NextGeneration:
         try:
             self._take(self._store.decide(say_abort(reason)))
         except StoreLost:
-            if not self._is_promised:
+            with self._changed:
+                is_promised = self._is_promised
+                if is_promised and self._word is Word.OPEN:
+                    self._word, self._reason = Word.LOST, reason
+            if not is_promised:
                 self._take(say_abort(reason))
 
     def _take(self, stands: str) -> None:
         """The word that stands."""
         with self._changed:
-            if self._state == "decided" or self._is_given_up:
-                return
-            if stands == SWITCH:
+            if stands != SWITCH:
+                self._give_up("")
+                self._reason = stands.partition(": ")[2]
+            elif self._state != "decided" and not self._is_given_up:
                 self._state, self._word = "decided", Word.SWITCH
-            else:
-                self._give_up(stands.partition(": ")[2])
             self._changed.notify_all()
 
     def _give_up(self, reason: str) -> None:

@@ -1,0 +1,166 @@
+"""Faults in every part of a change, on every role: the old generation serves on, or the next."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+from torch.distributed import TCPStore
+
+from equipoise import EPLBConfig
+from equipoise.elastic.generation import PARTS
+from equipoise.elastic.membership import Deadlines
+from equipoise.elastic.placing import Redundancy
+from tests.elastic.scenario import PATIENCE_S, begin, change, end, join_cast, list_threads
+from tests.ranks import Rank, processes
+
+CONFIG = EPLBConfig(
+    window_size=4, step_interval=3, communicator="torch_gloo", policy="deepseek", use_async=False
+)
+ROLES = {"survivor": 0, "leaver": 2, "newcomer": 3}
+"""In a change from 0, 1, 2 to 0, 1, 3."""
+
+
+def fail_in(part: str) -> Callable[[str], None]:
+    def watch(begins: str) -> None:
+        if begins == part:
+            raise RuntimeError(f"a fault in {part}")
+
+    return watch
+
+
+@pytest.mark.parametrize("communicator", ["torch_gloo", "nixl"])
+@processes(4, timeout_s=50.0)
+def test_what_fails_before_the_decision_leaves_the_old_generation_serving(
+    rank: Rank, communicator: str
+) -> None:
+    config = CONFIG.model_copy(update={"communicator": communicator})
+    cast = join_cast(rank, config, Redundancy(), timeout_s=10.0)
+    begin(cast, (0, 1, 2))
+    before = cast.parallel
+    number = 1
+    for role, who in ROLES.items():
+        for part in PARTS[:-1]:
+            if (role, part) == ("leaver", "assemble") or (
+                communicator == "nixl" and part != "pull"
+            ):
+                continue
+            number += 1
+            watch = fail_in(part) if rank.rank == who else None
+            became = change(cast, number, (0, 1, 3), watch=watch)
+            assert became.startswith("aborted: "), (role, part, became)
+            if communicator == "torch_gloo":
+                assert f"rank-{who}: a fault in {part}" in became
+            assert cast.parallel is before
+            if cast.parallel is not None:
+                cast.check_placements()
+                cast.meet(None)
+                cast.forward()
+    assert change(cast, number + 1, (0, 1, 3)) == "switched"
+    if cast.parallel is not None:
+        cast.check_placements()
+        cast.meet(None)
+        cast.forward()
+    end(cast)
+    assert "equipoise-next" not in list_threads()
+
+
+@processes(4, dies=[2, 3], timeout_s=50.0)
+def test_a_newcomer_that_dies_ends_the_change_alone(rank: Rank) -> None:
+    cast = join_cast(rank, CONFIG, Redundancy(), timeout_s=4.0)
+    begin(cast, (0, 1))
+
+    def die(begins: str) -> None:
+        if begins == {2: "pull", 3: "ready"}[rank.rank]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for number, newcomer in ((2, 2), (3, 3)):
+        if rank.rank in (0, 1, newcomer):
+            watch = die if rank.rank == newcomer else None
+            became = change(
+                cast, number, (0, 1, newcomer), watch=watch, deadlines=Deadlines(8.0, 4.0, 4.0)
+            )
+            assert became.startswith("aborted: ")
+            cast.check_placements()
+    assert change(cast, 4, (1, 0)) == "switched"
+    cast.check_placements()
+    cast.forward()
+    end(cast)
+
+
+@processes(3, timeout_s=50.0)
+def test_a_newcomer_that_hangs_is_given_up_and_notices_when_it_wakes(rank: Rank) -> None:
+    cast = join_cast(rank, CONFIG, Redundancy(), timeout_s=20.0)
+    begin(cast, (0, 1))
+
+    def hang(begins: str) -> None:
+        if begins == "ready":
+            rank.store.wait(["wake"], timedelta(seconds=PATIENCE_S))
+
+    watch = hang if rank.rank == 2 else None
+    became = change(cast, 2, (0, 1, 2), watch=watch, deadlines=Deadlines(4.0, 20.0, 4.0))
+    assert became.startswith("aborted: ")
+    if cast.parallel is not None:
+        assert "rank-2 did not get so far in time" in became
+        cast.forward()
+        rank.store.set("wake", "yes")
+    assert change(cast, 3, (0, 1, 2)) == "switched"
+    cast.check_placements()
+    end(cast)
+
+
+@pytest.mark.parametrize("part", ["pull", "ready"])
+@processes(4, dies=[3], timeout_s=50.0)
+def test_a_store_that_goes_leaves_the_old_generation_serving(rank: Rank, part: str) -> None:
+    cast = join_cast(rank, CONFIG, Redundancy(), timeout_s=20.0)
+    if rank.rank == 3:
+        # The controller's part: it has the store.
+        server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        rank.store.set("port", str(server.port))
+        rank.store.wait([f"{name}/{part}" for name in range(3)], timedelta(seconds=PATIENCE_S))
+        os.kill(os.getpid(), signal.SIGKILL)
+    rank.store.wait(["port"], timedelta(seconds=PATIENCE_S))
+    port = int(rank.store.get("port"))
+    store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=4))
+    begin(cast, (0, 1))
+    object.__setattr__(cast.home, "store", store)
+    gone = threading.Event()
+
+    def watch(begins: str) -> None:
+        if begins == part:
+            rank.store.set(f"{rank.rank}/{part}", "here")
+            # Until its process is gone; the store of the test is another.
+            while not gone.wait(0.05):
+                try:
+                    store.clone().check(["any"])
+                except RuntimeError:
+                    gone.set()
+
+    became = change(cast, 2, (0, 1, 2), watch=watch, deadlines=Deadlines(8.0, 4.0, 4.0))
+    assert became.startswith("aborted: ")
+    if cast.parallel is not None:
+        cast.check_placements()
+        cast.meet(None)
+        cast.forward()
+    end(cast)
+
+
+@processes(4, timeout_s=50.0)
+def test_what_fails_at_the_decision_ends_alike_everywhere(rank: Rank) -> None:
+    cast = join_cast(rank, CONFIG, Redundancy(), timeout_s=20.0)
+    begin(cast, (0, 1, 2))
+    watch = fail_in("decide") if rank.rank == 1 else None
+    became = change(cast, 2, (0, 1, 3), watch=watch)
+    rank.store.set(f"became/{rank.rank}", became.partition(":")[0])
+    everybody = [f"became/{number}" for number in range(4)]
+    rank.store.wait(everybody, timedelta(seconds=PATIENCE_S))
+    assert len({rank.store.get(key) for key in everybody}) == 1
+    if cast.parallel is not None:
+        cast.check_placements()
+        cast.meet(None)
+        cast.forward()
+    end(cast)
