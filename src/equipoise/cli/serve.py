@@ -121,7 +121,7 @@ def serve(
     EQ_ADMIN_KEY_FILE name. The log has a line of JSON for each request. SIGTERM lets requests in
     flight finish.
     """
-    _check_packages()
+    check_packages()
     from equipoise.server.settings import ServerLimits, ServerSettings, read_keys
 
     model, extra = _find_model([*(words or ()), *context.args])
@@ -177,7 +177,11 @@ def _find_model(words: list[str]) -> tuple[Path | None, list[str]]:
     return model, extra
 
 
-def _check_packages() -> None:
+def check_packages() -> None:
+    """Refuse to serve without what serving needs.
+
+    Raises: DependencyError.
+    """
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
         raise DependencyError(

@@ -105,6 +105,7 @@ class Controller:
         """
         self._thread.start()
         try:
+            self._launcher.open(self._spec.start_s)
             change = self._call(self._changes.begin)
             change.answer.result(2 * self._spec.start_s if timeout_s is None else timeout_s)
         except BaseException as error:

@@ -54,6 +54,12 @@ class Launcher(Protocol):
     def host(self) -> str:
         """Where its ranks run, for people."""
 
+    def open(self, timeout_s: float) -> None:
+        """Wait until ranks can be started at once. Any thread, before the first is.
+
+        Raises: MembershipError if that takes longer.
+        """
+
     def find_device(self, taken: list[str]) -> str:
         """A device for another rank.
 

@@ -18,6 +18,7 @@ from equipoise.elastic.link import ControllerLink
 from equipoise.elastic.rank_loop import RankLoop
 from equipoise.elastic.spec import ServiceSpec
 from equipoise.errors import EquipoiseError
+from equipoise.models.checkpoint import Checkpoint
 from equipoise.models.loading import load_tokenizer
 from equipoise.policy import get_policy
 
@@ -101,5 +102,6 @@ def _serve(seat: RankSeat, link: ControllerLink, pulse: Pulse) -> int:
     # What takes time is loaded before anybody waits for this rank.
     tokenizer = load_tokenizer(spec.model)
     get_policy(spec.config.policy)
+    Checkpoint(spec.model, home.dtype, device, home.attention)
     link.say({"say": "warm"})
     return RankLoop(seat.name, spec, home, tokenizer, link, pulse.set).run()

@@ -335,8 +335,8 @@ class RankLoop:
     def _lose(self, duty: Duty, error: TransferError | MembershipError) -> None:
         """A step has failed: it is void, and so is the generation, unless the next one stands."""
         self._lost_by = time.monotonic() + self._spec.change_s + 2 * self._spec.timeout_s
-        # Of torch's messages the first line is what happened.
-        reason = next(iter(str(error).splitlines()), "") or repr(error)
+        # Of torch's messages the first words are what happened; its source follows.
+        reason = str(error).partition(" [/")[0].partition("\n")[0].rstrip(":") or repr(error)
         self._link.say(
             {
                 "say": "lost",

@@ -45,12 +45,14 @@ class _Rank:
     report: Connection
 
 
-def preload_ranks() -> None:
+def preload_ranks(modules: Sequence[str] = ()) -> None:
     """Start loading what ranks need, in the background; twice is fine.
 
+    Args:
+        modules: more of it; one that is not there is left out. In vain once loading has begun.
     Collective: none.
     """
-    multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOADED))
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOADED, *modules])
     # Loading warns in C++ of what does not matter here, like a host name that does not resolve.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Huge pages for tensors from 2 MB: between processes the kernel copies weights page by page,

@@ -6,7 +6,9 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Literal
 
 from equipoise.elastic.launcher import RankHandle, RankSeat
@@ -21,17 +23,29 @@ class LocalLauncher:
 
     Args:
         device: kind of device; GPUs are given to the rank that finds fewest others there.
+        model: checkpoint directory; what serving it needs is loaded once, for all ranks.
+    Raises: ModelError if the model cannot be taken over.
     """
 
-    def __init__(self, device: Literal["cpu", "cuda"] = "cpu") -> None:
+    def __init__(self, device: Literal["cpu", "cuda"] = "cpu", model: Path | None = None) -> None:
         self._device = device
         self._processes: list[BaseProcess] = []
-        preload_ranks()
+        preload_ranks([] if model is None else list_modules(model))
 
     @property
     def host(self) -> str:
         """This machine."""
         return "localhost"
+
+    def open(self, timeout_s: float) -> None:
+        """Wait until the forkserver has loaded what ranks need. As `Launcher.open`."""
+        deadline = time.monotonic() + timeout_s
+        process = multiprocessing.get_context("forkserver").Process(target=_do_nothing, daemon=True)
+        process.start()
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            raise MembershipError(f"what ranks need was not loaded within {timeout_s:g} s")
 
     def find_device(self, taken: list[str]) -> str:
         """The CPU, or the GPU with the fewest ranks. As `Launcher.find_device`."""
@@ -89,6 +103,23 @@ class _LocalRank:
     def wait(self, timeout_s: float) -> int | None:
         self._process.join(timeout_s)
         return self._process.exitcode
+
+
+def list_modules(model: Path) -> list[str]:
+    """What a rank imports to serve a model, by name. Raises: ModelError if it cannot."""
+    from equipoise.models.families import read_model_shape
+
+    family = read_model_shape(model).model_type
+    return [
+        "equipoise.elastic.rank",
+        "equipoise.policy.flow",
+        "transformers.models.auto.tokenization_auto",
+        f"transformers.models.{family}.modeling_{family}",
+    ]
+
+
+def _do_nothing() -> None:
+    """What a process does that only shows that one can be started."""
 
 
 def _run(seat: RankSeat) -> None:
