@@ -61,9 +61,7 @@ class TokenDispatcher(ABC):
     """What the registry calls it."""
 
     captures: ClassVar[bool] = False
-    """Whether `dispatch` and `combine` may stand in a captured CUDA graph, after a first call
-    outside of one. Rows that did not come then have slot S, behind the last, and are not computed.
-    """
+    """Whether a forward pass over it may be captured as a CUDA graph, after one outside of any."""
 
     @abstractmethod
     def dispatch(self, hidden_TD: Tensor, slot_TK: Tensor) -> Dispatched:
