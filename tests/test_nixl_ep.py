@@ -56,7 +56,7 @@ class Peer:
             device_group="gloo",
         )
         options = NixlEPOptions(self.manager, 16, HIDDEN)
-        dispatcher = create_dispatcher("nixl_ep", self.group, Topology(size, SLOTS), options)
+        dispatcher = create_dispatcher(options, self.group, Topology(size, SLOTS))
         assert isinstance(dispatcher, NixlEPDispatcher)
         return dispatcher
 

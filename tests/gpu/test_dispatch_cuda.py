@@ -180,7 +180,7 @@ def make_nixl_ep(
     manager: NixlEPAll2AllManager, group: RankGroup, width: int, fp8: Fp8 = "no"
 ) -> NixlEPDispatcher:
     options = NixlEPOptions(manager, 128, width, fp8)
-    dispatcher = create_dispatcher("nixl_ep", group, Topology(group.size, SLOTS), options)
+    dispatcher = create_dispatcher(options, group, Topology(group.size, SLOTS))
     assert isinstance(dispatcher, NixlEPDispatcher)
     return dispatcher
 

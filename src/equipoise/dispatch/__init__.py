@@ -17,15 +17,14 @@ DISPATCHERS = ("reference", "torch", "nixl_ep")
 
 
 def create_dispatcher(
-    name: str, group: RankGroup, topology: Topology, nixl_ep: NixlEPOptions | None = None
+    choice: str | NixlEPOptions, group: RankGroup, topology: Topology
 ) -> TokenDispatcher:
     """Make a dispatcher by name; its module is imported only now.
 
     Args:
-        name: one of DISPATCHERS.
+        choice: one of DISPATCHERS; for "nixl_ep" its options, which hold the process's buffer.
         group: the ranks that exchange tokens.
         topology: their slots; R is the group's size.
-        nixl_ep: the buffer of this process and what it is to hold, for "nixl_ep" alone.
     Collective: every rank of the group.
     Raises: ConfigError if the name is unknown, or the topology is not the group's; what the
         backend raises if it cannot work here.
@@ -34,7 +33,11 @@ def create_dispatcher(
         raise ConfigError(
             f"slots are spread over {topology.num_ranks} ranks, but {group.size} exchange tokens"
         )
-    match name:
+    if not isinstance(choice, str):
+        from equipoise.dispatch.nixl_ep.dispatcher import NixlEPDispatcher
+
+        return NixlEPDispatcher(group, topology, choice)
+    match choice:
         case "reference":
             from equipoise.dispatch.reference import ReferenceDispatcher
 
@@ -44,12 +47,8 @@ def create_dispatcher(
 
             return AllToAllDispatcher(group, topology)
         case "nixl_ep":
-            if nixl_ep is None:
-                raise ConfigError(
-                    "nixl_ep sends tokens through the one buffer of the process: give NixlEPOptions"
-                )
-            from equipoise.dispatch.nixl_ep.dispatcher import NixlEPDispatcher
-
-            return NixlEPDispatcher(group, topology, nixl_ep)
+            raise ConfigError(
+                "nixl_ep sends tokens through the one buffer of the process: give NixlEPOptions"
+            )
         case _:
-            raise ConfigError(f"unknown dispatcher {name!r}: there are {', '.join(DISPATCHERS)}")
+            raise ConfigError(f"unknown dispatcher {choice!r}: there are {', '.join(DISPATCHERS)}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from equipoise.comm.groups import RankGroup
-from equipoise.dispatch.base import Dispatched, TokenDispatcher
+from equipoise.dispatch.base import Dispatched, DispatchedRows, TokenDispatcher
 from equipoise.dispatch.routes import sum_by_weight
 from equipoise.errors import TransferError
 from equipoise.topology import Topology
@@ -84,15 +84,16 @@ class AllToAllDispatcher(TokenDispatcher):
         row_N, choice_N = (slot_MK >= 0).nonzero_static(size=sum(outputs_sent)).unbind(1)
         pair_N = is_there_RTK.view(num_ranks, num_tokens * top_k)
         pair_N = pair_N.nonzero_static(size=sum(outputs_received))[:, 1]
-        return Dispatched(
+        return DispatchedRows(
             received_MD=came_MB[:, :hidden_bytes].view(hidden_TD.dtype),
             row_N=row_N,
-            slot_N=slot_MK[row_N, choice_N].long(),
+            slots=slot_MK[row_N, choice_N].long(),
             handle=_Handle(pair_N, list(outputs_sent), list(outputs_received)),
         )
 
     def combine(self, output_ND: Tensor, weight_TK: Tensor, dispatched: Dispatched) -> Tensor:
         """As the contract says."""
+        assert isinstance(dispatched, DispatchedRows)
         handle: _Handle = dispatched.handle
         home_ND = output_ND.new_empty(sum(handle.received), output_ND.shape[1])
         sent, into = output_ND.contiguous().view(torch.uint8), home_ND.view(torch.uint8)

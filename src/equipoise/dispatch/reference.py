@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from equipoise.dispatch.base import Dispatched, TokenDispatcher
+from equipoise.dispatch.base import Dispatched, DispatchedRows, TokenDispatcher
 from equipoise.dispatch.routes import sum_by_weight
 from equipoise.errors import ConfigError
 from equipoise.topology import Topology
@@ -36,8 +36,9 @@ class ReferenceDispatcher(TokenDispatcher):
         slot_M = slot_TK.reshape(-1)
         row_N = slot_M.argsort(stable=True)
         row_N = row_N[slot_M[row_N] >= 0]
-        return Dispatched(hidden_TD, row_N // slot_TK.shape[1], slot_M[row_N], row_N)
+        return DispatchedRows(hidden_TD, row_N // slot_TK.shape[1], slot_M[row_N], row_N)
 
     def combine(self, output_ND: Tensor, weight_TK: Tensor, dispatched: Dispatched) -> Tensor:
         """As the contract says. Collective: none."""
+        assert isinstance(dispatched, DispatchedRows)
         return sum_by_weight(output_ND, dispatched.handle, weight_TK)

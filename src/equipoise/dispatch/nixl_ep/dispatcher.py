@@ -127,9 +127,9 @@ class NixlEPDispatcher(TokenDispatcher):
 
     `dispatch` and `combine` are those of every backend. Whoever takes blocks as they are does not
     wait for the device, so they may stand in a captured graph; to know how many rows came takes one
-    wait. By `send` and `send_home` two micro-batches may be in flight. The first call of a generation connects
-    its ranks and takes the buffer over from the one before; the kernels give up a rank that does
-    not answer, and `check` tells.
+    wait. By `send` and `send_home` two micro-batches may be in flight. The first call of a
+    generation connects its ranks and takes the buffer over from the one before; the kernels give up
+    a rank that does not answer, and `check` tells.
 
     Args:
         group: the ranks that exchange tokens.
@@ -314,20 +314,6 @@ class NixlEPDispatcher(TokenDispatcher):
 
 def _widen(rows: Tensor, width: int) -> Tensor:
     return rows if rows.shape[-1] == width else pad(rows, (0, width - rows.shape[-1]))
-
-
-def _lay_out(count_S: Tensor, capacity: int, most: int) -> tuple[Tensor, Tensor]:
-    """As many rows as may come at most, in the order of slots: slots [N] and places in the blocks.
-
-    Without a host sync; rows that did not come have slot S, and the place behind all blocks.
-    """
-    num_slots = count_S.numel()
-    end_S = count_S.cumsum(0)
-    index_N = torch.arange(min(most, num_slots * capacity), device=count_S.device)
-    slot_N = torch.searchsorted(end_S, index_N, right=True)
-    held_N = slot_N.clamp(max=num_slots - 1)
-    place_N = held_N * capacity + index_N - (end_S - count_S)[held_N]
-    return slot_N, torch.where(slot_N < num_slots, place_N, num_slots * capacity)
 
 
 def _nothing() -> None:
