@@ -10,6 +10,7 @@ from equipoise import __version__
 from equipoise.cli.bench_dispatch import bench_dispatch
 from equipoise.cli.bench_plan import bench_plan
 from equipoise.cli.bench_record import bench_record
+from equipoise.cli.bench_serve import bench_serve
 from equipoise.cli.bench_stall import bench_stall
 from equipoise.cli.bench_step import bench_step
 from equipoise.cli.bench_transfer import bench_transfer
@@ -81,6 +82,7 @@ app.add_typer(bench, name="bench", help="Measure what this machine does, beside 
 bench.command("dispatch")(bench_dispatch)
 bench.command("plan")(bench_plan)
 bench.command("record")(bench_record)
+bench.command("serve")(bench_serve)
 bench.command("stall")(bench_stall)
 bench.command("step")(bench_step)
 bench.command("transfer")(bench_transfer)

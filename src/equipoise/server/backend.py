@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
 from equipoise.elastic.service import Service
@@ -19,28 +19,54 @@ from equipoise.server.refusals import Refusal
 
 State = Literal["starting", "serving", "draining"]
 T = TypeVar("T")
+NUM_REMEMBERED, LONGEST_REMEMBERED = 1 << 15, 4
+"""Texts of a few tokens that are kept, and how few: some megabytes at most."""
 
 
-@dataclass(frozen=True)
+class Decoder:
+    """Decodes as a tokenizer does, and remembers.
+
+    What comes token by token is decoded a few tokens at a time, often the same ones; some
+    tokenizers, written in Python, take longer for it than everything else that a token costs here.
+
+    Args:
+        tokenizer: of the model.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._remember = lru_cache(NUM_REMEMBERED)(self._decode)
+
+    def decode(self, tokens: Sequence[int], **options: bool) -> str:
+        """As the tokenizer's, for any options. Collective: none."""
+        decode = self._remember if len(tokens) <= LONGEST_REMEMBERED else self._decode
+        return decode(tuple(tokens), tuple(options.items()))
+
+    def _decode(self, tokens: tuple[int, ...], options: tuple[tuple[str, bool], ...]) -> str:
+        text: str = self._tokenizer.decode(list(tokens), **dict(options))
+        return text
+
+
 class Texts:
     """Makes tokens of text, and text of tokens.
 
-    Attributes:
+    Args:
         tokenizer: of the model.
         thread: the one that encodes: tokenizers are not made for several at once.
     """
 
-    tokenizer: Any
-    thread: ThreadPoolExecutor
+    def __init__(self, tokenizer: Any, thread: ThreadPoolExecutor) -> None:
+        self._tokenizer, self._thread = tokenizer, thread
+        self._decoder = Decoder(tokenizer)
 
     @property
     def can_chat(self) -> bool:
         """Whether there is a chat template."""
-        return bool(getattr(self.tokenizer, "chat_template", None))
+        return bool(getattr(self._tokenizer, "chat_template", None))
 
     async def encode(self, text: str) -> tuple[int, ...]:
         """Tokens of a prompt."""
-        return await self._do(lambda: encode(self.tokenizer, text))
+        return await self._do(lambda: encode(self._tokenizer, text))
 
     async def encode_chat(self, messages: list[Message]) -> tuple[int, ...]:
         """Tokens of a chat that the assistant is to go on with.
@@ -53,10 +79,12 @@ class Texts:
         ]
 
         def apply() -> tuple[int, ...]:
-            text = self.tokenizer.apply_chat_template(
+            text = self._tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=True
             )
-            return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            return tuple(
+                self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            )
 
         try:
             return await self._do(apply)
@@ -66,10 +94,10 @@ class Texts:
 
     def stream(self, stop: tuple[str, ...]) -> TextStream:
         """Makes text of one request's tokens."""
-        return TextStream(self.tokenizer, stop)
+        return TextStream(self._decoder, stop)
 
     async def _do(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self.thread, work)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
 
 class Backend:
