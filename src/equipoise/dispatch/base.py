@@ -1,7 +1,7 @@
 """The contract of the all-to-all of tokens.
 
 Axis letters: T tokens of this rank, K slots per token, M token rows that came to this rank, N of
-them counted once per slot, D hidden.
+them counted once per slot, S slots of this rank, D hidden.
 """
 
 from __future__ import annotations
@@ -54,6 +54,28 @@ class DispatchedRows(Dispatched):
         return self.slots
 
 
+class DispatchedBlocks(Dispatched):
+    """Rows that lie in a block per slot, of which as many count as came.
+
+    To take them as they are needs no host sync; to take them row by row does.
+    """
+
+    @property
+    @abstractmethod
+    def hidden_SCD(self) -> Tensor:
+        """[S, C, D], C places for each slot; what lies behind a slot's count is noise."""
+
+    @property
+    @abstractmethod
+    def count_S(self) -> Tensor:
+        """[S] integer, rows of each slot."""
+
+    @property
+    @abstractmethod
+    def max_rows(self) -> int:
+        """Most that all counts together can be."""
+
+
 class TokenDispatcher(ABC):
     """Sends tokens to the ranks of their slots, and the outputs home."""
 
@@ -83,7 +105,8 @@ class TokenDispatcher(ABC):
         """Bring the outputs home and sum them by weight.
 
         Args:
-            output_ND: [N, D], the experts' outputs, row by row as dispatched.
+            output_ND: [N, D], the experts' outputs, row by row as dispatched; or [S, C, D], where
+                they came in blocks.
             weight_TK: [T, K], the router's weights on the tokens' own rank.
             dispatched: what `dispatch` returned.
         Returns:

@@ -16,12 +16,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from equipoise.dispatch.base import TokenDispatcher
+from equipoise.dispatch.base import DispatchedBlocks, TokenDispatcher
 from equipoise.dispatch.maps import PlacementMaps
 from equipoise.dispatch.replicas import choose_slots
 from equipoise.errors import ModelError
 from equipoise.load.recorder import LoadRecorder
 from equipoise.models.contract import ExpertLayer, find_expert_layers, group_by_size
+from equipoise.models.grouped import compute_blocks, computes_grouped
 
 
 class ExpertReader(Protocol):
@@ -391,6 +392,11 @@ def _make_forward(
                 row, expert_TK, turns, num_turns, position, valid_T
             )
         dispatched = dispatcher.dispatch(hidden_TD, slot_TK)
+        if isinstance(dispatched, DispatchedBlocks) and computes_grouped(experts):
+            output_SCD = compute_blocks(
+                experts, dispatched.hidden_SCD, dispatched.count_S, dispatched.max_rows
+            )
+            return dispatcher.combine(output_SCD, weight_TK, dispatched)
         hidden_ND = dispatched.hidden_ND
         started_s = time.thread_time()
         output_ND = compute(hidden_ND, dispatched.slot_N, expert_TK.shape[1])

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from equipoise.comm.groups import RankGroup
-from equipoise.dispatch.base import Dispatched, TokenDispatcher
+from equipoise.dispatch.base import Dispatched, DispatchedBlocks, TokenDispatcher
 from equipoise.dispatch.nixl_ep.all_to_all import BufferShape, NixlEPAll2AllManager, wire_slots
 from equipoise.dispatch.nixl_ep.kernels import MAX_TOP_K
 from equipoise.dispatch.rows import dequant_fp8
@@ -47,13 +47,12 @@ class NixlEPOptions:
     fp8: Fp8 = "no"
 
 
-class Blocks(Dispatched):
-    """Rows that came to this rank: a block per slot, of which as many rows count as came.
+class Blocks(DispatchedBlocks):
+    """Rows as the kernels leave them.
 
     Attributes:
         values_SCH: [S, C, H] bfloat16, or float8_e4m3fn; rows behind a slot's count are noise.
         scales: of FP8 rows, as `dequant_fp8` takes them; None for bfloat16.
-        count_S: [S] int32.
         wire_slot_TK: [T, K], as the kernels were given them.
         handle: the kernels'.
         hidden_size: D.
@@ -65,7 +64,7 @@ class Blocks(Dispatched):
         is_pair = isinstance(received, tuple)
         self.values_SCH: Tensor = received[0] if is_pair else received
         self.scales: Tensor | None = received[1] if is_pair else None
-        self.count_S = count_S
+        self._count_S = count_S
         self.wire_slot_TK = wire_slot_TK
         self.handle = handle
         self.hidden_size = hidden_size
@@ -76,6 +75,22 @@ class Blocks(Dispatched):
         if self.scales is None:
             return self.values_SCH
         return dequant_fp8(self.values_SCH, self.scales)
+
+    @property
+    def hidden_SCD(self) -> Tensor:
+        """As the contract says, bfloat16."""
+        return self.hidden_SCH[..., : self.hidden_size]
+
+    @property
+    def count_S(self) -> Tensor:
+        """[S] int32."""
+        return self._count_S
+
+    @property
+    def max_rows(self) -> int:
+        """Every place of a token of any rank, in as many slots as it can have here."""
+        num_slots, capacity, _ = self.values_SCH.shape
+        return capacity * min(num_slots, self.wire_slot_TK.shape[1])
 
     @property
     def hidden_ND(self) -> Tensor:
@@ -183,10 +198,7 @@ class NixlEPDispatcher(TokenDispatcher):
         return self._send(hidden_TD, slot_TK, with_hook=False).blocks
 
     def combine(self, output_ND: Tensor, weight_TK: Tensor, dispatched: Dispatched) -> Tensor:
-        """As the contract says, or with outputs in blocks, [S, C, D or H].
-
-        The kernels sum in float32 and round once.
-        """
+        """As the contract says; the kernels sum in float32 and round once."""
         assert isinstance(dispatched, Blocks)
         shape_SCH = dispatched.values_SCH.shape
         if output_ND.dim() == 3:

@@ -1,0 +1,79 @@
+"""Experts by grouped matmul give what the family's own forward gives, on both layouts."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from equipoise.models.grouped import compute_blocks, compute_sorted, computes_grouped
+
+FAMILIES = {
+    # Gate and activation; biases, transposed weights, a gate of its own; no gate.
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeExperts", {"num_experts": 5}),
+    "gpt_oss": ("GptOssConfig", "GptOssExperts", {"num_local_experts": 5}),
+    "mixtral": ("MixtralConfig", "MixtralExperts", {"num_local_experts": 5}),
+}
+WIDTH, INNER, NUM_SLOTS = 32, 48, 5
+
+
+def make_experts(family: str, dtype: torch.dtype) -> Any:
+    config_name, class_name, options = FAMILIES[family]
+    models = f"transformers.models.{family}"
+    config = getattr(importlib.import_module(f"{models}.configuration_{family}"), config_name)(
+        hidden_size=WIDTH, intermediate_size=INNER, moe_intermediate_size=INNER, **options
+    )
+    config._experts_implementation = "grouped_mm"
+    experts = getattr(importlib.import_module(f"{models}.modeling_{family}"), class_name)(config)
+    random = torch.Generator().manual_seed(0)
+    for parameter in experts.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=random) / 4
+    return experts.to(dtype)
+
+
+def expect(experts: Any, hidden: Tensor, slots: Tensor) -> Tensor:
+    ones = hidden.new_ones(len(slots), 1)
+    output: Tensor = type(experts).forward(experts, hidden, slots[:, None], ones)
+    return output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_both_layouts_give_the_familys_own_outputs(family: str, dtype: torch.dtype) -> None:
+    experts = make_experts(family, dtype)
+    assert computes_grouped(experts)
+    random = torch.Generator().manual_seed(1)
+    for counts in ([3, 0, 7, 1, 2], [0, 0, 0, 0, 4], [8, 8, 8, 8, 8]):
+        count = torch.tensor(counts)
+        slots = torch.arange(NUM_SLOTS).repeat_interleave(count)
+        hidden = torch.randn(len(slots), WIDTH, generator=random).to(dtype)
+        expected = expect(experts, hidden, slots)
+        ends = count.cumsum(0).int()
+        torch.testing.assert_close(compute_sorted(experts, hidden, slots, ends), expected)
+
+        blocks = torch.full((NUM_SLOTS, 8, WIDTH), float("nan")).to(dtype)
+        is_row = torch.arange(8) < count[:, None]
+        blocks[is_row] = hidden
+        for max_rows in (len(slots), len(slots) + 5, 1000):
+            got = compute_blocks(experts, blocks, count.int(), max_rows)
+            assert got.shape == blocks.shape
+            torch.testing.assert_close(got[is_row], expected)
+
+
+@torch.no_grad()
+def test_no_rows_at_all_are_blocks_too() -> None:
+    experts = make_experts("qwen3_moe", torch.float32)
+    blocks = torch.full((NUM_SLOTS, 8, WIDTH), float("nan"))
+    counts = torch.zeros(NUM_SLOTS, dtype=torch.int32)
+    assert compute_blocks(experts, blocks, counts, 16).shape == blocks.shape
+
+
+def test_another_implementation_is_left_alone() -> None:
+    experts = make_experts("qwen3_moe", torch.float32)
+    experts.config._experts_implementation = "eager"
+    assert not computes_grouped(experts)
+    assert not computes_grouped(torch.nn.Linear(1, 1))
