@@ -352,7 +352,8 @@ class Changes:
     def _retire(self, change: Change) -> None:
         """All members serve in the next generation."""
         assert change.plan is not None or change.kind == "begin"
-        change.decided_at = change.decided_at or time.monotonic()
+        change.full_at = time.monotonic()
+        change.decided_at = change.decided_at or change.full_at
         self.generation = self._last_generation
         self.phase = "retiring"
         for name in change.leaving:
@@ -510,7 +511,7 @@ class Changes:
             bytes=0 if change.plan is None else rehearse(change.plan).bytes,
             pause_s=max((r.pause_s for r in serving if r.name not in change.joining), default=0.0),
             prepare_s=(change.decided_at or now) - change.warm_at,
-            total_s=now - change.warm_at,
+            total_s=(change.full_at or now) - change.warm_at,
         )
 
     def _choose_device_group(self, names: Sequence[str]) -> str:

@@ -34,6 +34,7 @@ class Change:
         why: it was called off, or is needed.
         warm_at: when its newcomers were there, monotonic; decides what a change itself takes.
         decided_at: when the first rank had switched.
+        full_at: when all members had.
         switched: names of ranks that serve in the next generation.
     """
 
@@ -51,6 +52,7 @@ class Change:
     why: str = ""
     warm_at: float = field(default_factory=time.monotonic)
     decided_at: float | None = None
+    full_at: float | None = None
     switched: set[str] = field(default_factory=set)
 
     def __str__(self) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -21,6 +23,7 @@ from equipoise.elastic.link import ControllerLink
 from equipoise.elastic.membership import MembershipPlan, Serving
 from equipoise.elastic.placing import Redundancy
 from equipoise.elastic.planning import describe
+from equipoise.elastic.recovery import abandon
 from equipoise.elastic.requests import read_sampling, write_delta
 from equipoise.elastic.retirement import Retirement
 from equipoise.elastic.spec import ServiceSpec
@@ -36,6 +39,9 @@ from equipoise.topology import Topology
 
 LISTEN_S = 0.05
 """Between two looks of a rank that serves no generation."""
+
+MEDIAN_STEPS = 32
+"""Steps whose median a rank tells of."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +119,9 @@ class RankLoop:
         self._num_steps = 0
         self._stepped_at: float | None = None
         self._pause_s = 0.0
+        self._step_s: deque[float] = deque(maxlen=MEDIAN_STEPS)
         self._lost_by: float | None = None
-        self._is_busy = self._is_paused = self._is_asked = self._stops = False
+        self._is_busy = self._has_worked = self._is_paused = self._is_asked = self._stops = False
         self._exit_code: int | None = None
         self._num_rebalances = self._num_rebalances_done = 0
         self._faults = {fault.step: fault.how for fault in spec.faults if fault.rank == name}
@@ -222,14 +229,20 @@ class RankLoop:
         if duty.number == 0:
             for outcome in result.outcomes:
                 self._link.say(_write_outcome(duty, outcome))
-        self._set_pulse(steps=self._num_steps, running=len(self._attempts))
+        self._set_pulse(
+            steps=self._num_steps,
+            running=len(self._attempts),
+            step_s=statistics.median(self._step_s or [0.0]),
+        )
 
     def _note_step(self, has_worked: bool) -> None:
         """Measure what a switch cost, and say when what it ended is gone."""
         now = time.monotonic()
         if self._pause_s < 0 and has_worked and self._stepped_at is not None:
             self._pause_s = now - self._stepped_at
-        self._stepped_at = now
+        elif has_worked and self._has_worked and self._stepped_at is not None:
+            self._step_s.append(now - self._stepped_at)
+        self._stepped_at, self._has_worked = now, has_worked
         if self._retirement is not None and self._retirement.is_done:
             self._retirement = None
             self._link.say({"say": "retired", "pause_s": max(0.0, self._pause_s)})
@@ -310,6 +323,7 @@ class RankLoop:
         parallel = change.switch()
         self._retirement = change.retirement
         self._pause_s = -1.0
+        self._step_s.clear()
         if parallel is None:
             self._link.say({"say": "left"})
             self._find_engine().evict()
@@ -326,7 +340,7 @@ class RankLoop:
         """The serving generation goes on; a newcomer has none."""
         if self._next is None:
             return
-        self._next.abort(reason)
+        self._next.drop(reason)
         self._link.say({"say": "aborted", "reason": self._next.reason or reason})
         self._next = None
         if self._duty is None:
@@ -334,6 +348,11 @@ class RankLoop:
 
     def _lose(self, duty: Duty, error: TransferError | MembershipError) -> None:
         """A step has failed: it is void, and so is the generation, unless the next one stands."""
+        if self._next is not None:
+            self._next.drop(f"{self._name}: its step has failed")
+            self._next = None
+        # First: what it still commits, `describe` tells too.
+        abandon(duty.parallel)
         self._lost_by = time.monotonic() + self._spec.change_s + 2 * self._spec.timeout_s
         # Of torch's messages the first words are what happened; its source follows.
         reason = str(error).partition(" [/")[0].partition("\n")[0].rstrip(":") or repr(error)

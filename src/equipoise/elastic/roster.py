@@ -83,6 +83,7 @@ class RankRecord:
             running=held,
             room=max(0, max_batch_size - held) if self.state == "serving" else 0,
             near_deadline=round(self.longest_silence_s / silence_s, 3),
+            step_s=float(self.facts.get("step_s", 0.0)),
             pause_s=self.pause_s,
             detail=self.detail,
         )

@@ -101,7 +101,9 @@ class RankStatus:
         room: requests that it could take at once.
         near_deadline: its longest silence so far, as a share of the deadline after which it is
             given up.
-        pause_s: seconds between the last step before and the first one after the last switch.
+        step_s: median seconds of its last steps.
+        pause_s: seconds from the end of the last step before the last switch to the end of the
+            first one after it.
         detail: why it is dead, or what it waits for; empty otherwise.
     """
 
@@ -115,6 +117,7 @@ class RankStatus:
     running: int = 0
     room: int = 0
     near_deadline: float = 0.0
+    step_s: float = 0.0
     pause_s: float = 0.0
     detail: str = ""
 

@@ -1,0 +1,181 @@
+"""A constant stream of requests into a service, and whether each was answered right."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from equipoise.bundled.texts import KINDS, excerpts
+from equipoise.elastic.service import RequestFailed, Service, ServiceRequest
+from equipoise.engine.requests import Delta, SamplingParams
+
+SHORTEST, LONGEST = 8, 32
+"""Tokens of a prompt."""
+NUM_EXCERPTS = 64
+
+
+@dataclass(frozen=True)
+class StreamResult:
+    """What became of a stream.
+
+    Attributes:
+        num_requests: that were sent.
+        num_failed: those that were told so, or had no end in time.
+        num_wrong: those with tokens unlike the plain model's greedy ones.
+        num_tokens: generated.
+        longest_gap_s: between two tokens of the service.
+        seconds: from the first request to the last token.
+    """
+
+    num_requests: int
+    num_failed: int
+    num_wrong: int
+    num_tokens: int
+    longest_gap_s: float
+    seconds: float
+
+
+class RequestStream:
+    """Keeps as many requests in flight as it was told to, each from a prompt of its own.
+
+    Args:
+        service: that serves them.
+        encode: a text's tokens.
+        num_in_flight: at any time.
+        num_new_tokens: of each request.
+        seed: of the prompts.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        encode: Callable[[str], Sequence[int]],
+        num_in_flight: int,
+        num_new_tokens: int,
+        seed: int = 0,
+    ) -> None:
+        self._service, self._num_in_flight = service, num_in_flight
+        self._num_new_tokens = num_new_tokens
+        self._random = random.Random(seed)
+        self._texts = [
+            tuple(encode(text)) for kind in KINDS for text in excerpts(kind, NUM_EXCERPTS, 192)
+        ]
+        self._changed = threading.Condition()
+        self._prompts: dict[str, tuple[int, ...]] = {}
+        self._answers: dict[str, list[int]] = {}
+        self._num_ended = self._num_failed = self._num_disordered = 0
+        self._is_ending = False
+        self._started_at = self._last_at = 0.0
+        self._longest_gap_s = self._gap_s = 0.0
+
+    def start(self) -> None:
+        """Send the first requests; each that ends is followed by another."""
+        self._started_at = self._last_at = time.monotonic()
+        for _ in range(self._num_in_flight):
+            self._send()
+
+    @property
+    def num_ended(self) -> int:
+        """Requests that have ended."""
+        with self._changed:
+            return self._num_ended
+
+    def wait_for(self, num_more: int, timeout_s: float) -> None:
+        """Wait until so many more requests have ended.
+
+        Raises: TimeoutError.
+        """
+        with self._changed:
+            until = self._num_ended + num_more
+            if not self._changed.wait_for(lambda: self._num_ended >= until, timeout_s):
+                raise TimeoutError(
+                    f"{until - self._num_ended} of {num_more} requests did not end within "
+                    f"{timeout_s:g} s"
+                )
+
+    def take_gap_s(self) -> float:
+        """The longest time without any token since the last call."""
+        with self._changed:
+            gap_s, self._gap_s = max(self._gap_s, time.monotonic() - self._last_at), 0.0
+            return gap_s
+
+    def end(self, timeout_s: float) -> None:
+        """Send no more, and wait for those in flight; what does not end in time has failed."""
+        with self._changed:
+            self._is_ending = True
+            self._changed.wait_for(lambda: self._num_ended == len(self._prompts), timeout_s)
+
+    def check(self, model: Path) -> StreamResult:
+        """Compare every token with the plain model's. Behind `end`.
+
+        Args:
+            model: directory of its checkpoint.
+        Collective: none.
+        """
+        import torch
+
+        from equipoise.models.loading import load_model
+
+        plain = load_model(model, torch.float32, torch.device("cpu"))
+        with torch.inference_mode():
+            num_wrong = sum(
+                not _is_greedy(plain, self._prompts[key], answer)
+                for key, answer in self._answers.items()
+                if answer
+            )
+        unended = len(self._prompts) - self._num_ended
+        return StreamResult(
+            num_requests=len(self._prompts),
+            num_failed=self._num_failed + unended,
+            num_wrong=num_wrong + self._num_disordered,
+            num_tokens=sum(map(len, self._answers.values())),
+            longest_gap_s=self._longest_gap_s,
+            seconds=self._last_at - self._started_at,
+        )
+
+    def _send(self) -> None:
+        with self._changed:
+            if self._is_ending:
+                return
+            key = f"request-{len(self._prompts)}"
+            text = self._random.choice(self._texts)
+            length = self._random.randint(SHORTEST, min(LONGEST, len(text)))
+            first = self._random.randint(0, len(text) - length)
+            prompt = text[first : first + length]
+            self._prompts[key], self._answers[key] = prompt, []
+        sampling = SamplingParams(max_new_tokens=self._num_new_tokens, ignore_end=True)
+        self._service.submit(ServiceRequest(key, prompt, sampling), self._take)
+
+    def _take(self, event: Delta | RequestFailed) -> None:
+        with self._changed:
+            now = time.monotonic()
+            is_failed = isinstance(event, RequestFailed)
+            has_ended = is_failed
+            if isinstance(event, Delta):
+                answer = self._answers[event.request_id]
+                self._num_disordered += event.position != len(answer)
+                answer.extend(event.tokens)
+                has_ended = event.finish_reason is not None
+                gap_s, self._last_at = now - self._last_at, now
+                self._gap_s = max(self._gap_s, gap_s)
+                self._longest_gap_s = max(self._longest_gap_s, gap_s)
+            self._num_failed += is_failed
+            self._num_ended += has_ended
+            self._changed.notify_all()
+        if has_ended and not is_failed:
+            self._send()
+
+
+def _is_greedy(plain: Any, prompt: Sequence[int], answer: Sequence[int]) -> bool:
+    """Whether the plain model's greedy decoding of a prompt gives this answer."""
+    import torch
+
+    sequence = torch.tensor([[*prompt, *answer[:-1]]])
+    logits = plain(input_ids=sequence, use_cache=False, logits_to_keep=len(answer)).logits[0]
+    best: list[int] = logits.argmax(dim=-1).tolist()
+    return best == list(answer)

@@ -1,0 +1,62 @@
+"""`equipoise bench elastic`: ranks come and go under a constant stream of requests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from equipoise.cli.bench import JsonPath, check_json_path, show_outcome
+from equipoise.errors import ConfigError
+
+_COLUMNS = (
+    ("what", "what"),
+    ("value", "value"),
+    ("unit", "unit"),
+    ("pause ms", "pause_ms"),
+    ("step ms", "step_ms"),
+    ("goal", "goal"),
+    ("met", "met"),
+)
+
+
+def bench_elastic(
+    sizes: Annotated[str, typer.Option(help="Numbers of ranks, in turn.")] = "2,4,2,3,5,2",
+    requests: Annotated[int, typer.Option(help="At least so many.")] = 2000,
+    in_flight: Annotated[int, typer.Option(help="Requests at any time.")] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Of each request.")] = 8,
+    model: Annotated[
+        Path | None, typer.Option(help="Checkpoint directory.  [the bundled model]")
+    ] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Of the ranks.")] = "cpu",
+    timeout: Annotated[float, typer.Option(help="Longest wait for another rank, in s.")] = 30.0,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    json_path: JsonPath = None,
+) -> None:
+    """Change the number of ranks under load: what it costs, and whether any answer suffers."""
+    check_json_path(json_path)
+    from equipoise.bench.elastic import ElasticBench, measure_elastic
+
+    bench = ElasticBench(
+        sizes=_read_sizes(sizes),
+        num_requests=requests,
+        num_in_flight=in_flight,
+        num_new_tokens=new_tokens,
+        model=model,
+        device=device,
+        timeout_s=timeout,
+        seed=seed,
+    )
+    show_outcome(measure_elastic(bench, _say), _COLUMNS, json_path)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _read_sizes(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"--sizes {text}: must be numbers with commas between, like 2,4,2")
+    return tuple(map(int, parts))
