@@ -164,6 +164,8 @@ class FakeBuffer:
         expect(topk_idx.shape[1] <= MAX_TOP_K, "num_topk <= kNumMaxTopK")
         expect(bound * most % 4 == 0, "TMA requires the number of tokens to be multiple of 4")
         expect(bool((topk_idx < bound * self.num_slots).all()), "topk_idx < active_expert_bound")
+        is_same = (topk_idx[:, :, None] == topk_idx[:, None, :]) & (topk_idx >= 0)[:, None]
+        expect(not bool(is_same.tril(-1).any()), "a token's slots differ")
         for target in sorted(set(range(self.num_ranks)) - self.masked):
             chosen = (topk_idx // self.num_slots == target) & (topk_idx >= 0)
             pairs = chosen.nonzero()

@@ -108,8 +108,10 @@ def exchange(
     def run(rank: int) -> torch.Tensor:
         random = torch.Generator().manual_seed(100 * seed + rank)
         hidden = torch.randn(num_tokens, HIDDEN, generator=random).bfloat16()
-        slots = torch.randint(-1, num_slots, (num_tokens, 4), generator=random)
-        weights = torch.rand(num_tokens, 4, generator=random)
+        scores = torch.rand(num_tokens, num_slots, generator=random)
+        slots = scores.topk(min(4, num_slots)).indices
+        slots[torch.rand(slots.shape, generator=random) < 0.1] = -1
+        weights = torch.rand(slots.shape, generator=random)
         dispatcher = dispatchers[rank]
         dispatched = dispatcher.dispatch(hidden, slots)
         assert torch.equal(dispatched.slot_N, dispatched.slot_N.sort().values)

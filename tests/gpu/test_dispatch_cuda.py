@@ -119,8 +119,10 @@ def exchange(dispatcher: NixlEPDispatcher, group: RankGroup, seed: int, fp8: Fp8
         random = torch.Generator("cuda").manual_seed(100 * seed + 10 * number + group.rank)
         on = {"generator": random, "device": group.device}
         hidden = torch.randn(num_tokens, width, **on).bfloat16()
-        slots = torch.randint(-1, num_slots, (num_tokens, 8), **on)
-        weights = torch.rand(num_tokens, 8, **on)
+        scores = torch.rand(num_tokens, num_slots, **on)
+        slots = scores.topk(min(6, num_slots)).indices
+        slots[torch.rand(slots.shape, **on) < 0.1] = -1
+        weights = torch.rand(slots.shape, **on)
         dispatched = dispatcher.dispatch(hidden, slots)
         factor = (dispatched.slot_N + group.rank * SLOTS + 1).bfloat16() / 8
         home = dispatcher.combine(dispatched.hidden_ND * factor[:, None], weights, dispatched)
@@ -204,7 +206,7 @@ def test_nixl_ep_in_a_captured_graph_and_two_micro_batches(rank: Rank) -> None:
     manager = NixlEPAll2AllManager(2, group.device, timedelta(seconds=20))
     dispatcher = make_nixl_ep(manager, group, 2048)
     hidden = [torch.randn(32, 2048, device="cuda").bfloat16() for _ in range(2)]
-    slots = torch.randint(2 * SLOTS, (32, 2), device="cuda")
+    slots = torch.rand(32, 2 * SLOTS, device="cuda").topk(2).indices
     weights = torch.full((32, 2), 0.5, device="cuda")
 
     def run() -> list[Tensor]:
@@ -227,7 +229,7 @@ def test_nixl_ep_in_a_captured_graph_and_two_micro_batches(rank: Rank) -> None:
     for step in range(3):
         for each in hidden:
             each.normal_()
-        slots.copy_(torch.randint(2 * SLOTS, (32, 2), device="cuda"))
+        slots.copy_(torch.rand(32, 2 * SLOTS, device="cuda").topk(2).indices)
         graph.replay()
         for got, expected in zip(captured, hidden, strict=True):
             assert torch.equal(got, expected), step

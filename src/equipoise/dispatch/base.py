@@ -123,6 +123,13 @@ class TokenDispatcher(ABC):
         Raises: TransferError that names a rank that did not answer within the deadline.
         """
 
+    def enter(self) -> None:  # noqa: B027 - nothing to take over unless a backend shares something
+        """Serve from here on, in place of the generation before; the first dispatch does it else.
+
+        Collective: every rank of the group, between the same two steps of those that serve.
+        Raises: MembershipError if a rank does not come in time.
+        """
+
     def close(self) -> None:  # noqa: B027 - nothing to release unless a backend has something
         """Release what the dispatcher holds; twice is fine.
 

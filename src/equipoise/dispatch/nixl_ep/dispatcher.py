@@ -216,7 +216,8 @@ class NixlEPDispatcher(TokenDispatcher):
 
         Args:
             hidden_TD: [T, D] bfloat16, T at most what the buffer holds.
-            slot_TK: [T, K], global slots; -1 goes nowhere. K is at most 11.
+            slot_TK: [T, K], global slots; -1 goes nowhere. K is at most 11, and a token's slots
+                differ, as routers choose them: the blocks have no room for more.
             weight_on_input_T1: [T, 1], where top-1 models weigh what experts read; `send_home` is
                 then given weights of 1.
         Collective: every rank of the group, in the same order of calls.
