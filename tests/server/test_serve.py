@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -113,11 +114,18 @@ def test_ranks_come_and_go_under_load_and_the_end_is_in_good_order(
             client.rebalance()
             assert client.scale(remove=["rank-0"])["leaving"] == ["rank-0"]
             load.wait_for_more()
+            _kill(client, "rank-2")
+            load.wait_for_more()
         assert load.wrong == []
         status = client.status()
-        assert [rank["name"] for rank in status["ranks"]] == ["rank-1", "rank-2"]
-        assert status["totals"]["failed"] == 0
-        assert client.placement()["num_ranks"] == 2
+        assert {rank["name"]: rank["state"] for rank in status["ranks"]} == {
+            "rank-1": "serving",
+            "rank-2": "dead",
+        }
+        totals = status["totals"]
+        assert (totals["failed"], totals["scalings"], totals["deaths"]) == (0, 2, 1)
+        assert totals["rerun"] > 0
+        assert client.placement()["num_ranks"] == 1
         with pytest.raises(ServerRefused, match="it takes the admin key"):
             ServerClient(url, {API_KEY: KEYS.api}).scale(to=3)
         monkeypatch.setenv(API_KEY, KEYS.api)
@@ -126,6 +134,17 @@ def test_ranks_come_and_go_under_load_and_the_end_is_in_good_order(
         _end(process, url)
     ended = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert (ended["event"], ended["drained"]) == ("ended", True)
+
+
+def _kill(client: ServerClient, name: str) -> None:
+    """Kill a rank that has a request."""
+
+    def find() -> dict[str, Any]:
+        return next(rank for rank in client.status()["ranks"] if rank["name"] == name)
+
+    wait_until(lambda: find()["running"] > 0)
+    os.kill(find()["pid"], signal.SIGKILL)
+    wait_until(lambda: client.status()["totals"]["recoveries"] == 1)
 
 
 def _end(process: subprocess.Popen[str], url: str) -> None:

@@ -51,7 +51,7 @@ def bench_serve(
         max_batch_size=-(-streams // max(ranks, 1)),
         max_len=len(PROMPT) + tokens,
     )
-    launcher = LocalLauncher(spec.device)
+    launcher = LocalLauncher(spec.device, spec.model)
 
     def make_service() -> Service:
         controller = Controller(spec, launcher)

@@ -248,7 +248,11 @@ def _serve(
     def make_service() -> Service:
         controller = Controller(spec, launcher)
         controller.start()
-        closing.callback(ControlSocket(controller, socket).close)
+        try:
+            closing.callback(ControlSocket(controller, socket).close)
+        except BaseException:
+            controller.close()
+            raise
         return controller
 
     def tell(service: Service) -> None:
