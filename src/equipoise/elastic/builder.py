@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal, Self
 
@@ -32,7 +33,7 @@ from equipoise.errors import MembershipError
 from equipoise.load.recorder import LoadRecorder
 from equipoise.models.checkpoint import Checkpoint
 from equipoise.models.experts import ExpertParallelModel, ExpertSet, SetPlan, allocate_slots
-from equipoise.models.parallel import ParallelModel, assemble
+from equipoise.models.parallel import MakeDispatcher, ParallelModel, assemble
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Home:
         dtype: of the weights; None for that of the configuration.
         attention: transformers' attention implementation; None lets it choose.
         device_group: what tokens travel over.
-        dispatcher: what sends them, as `create_dispatcher` knows it.
+        dispatcher: makes what sends them; None for `torch`.
     """
 
     name: str
@@ -61,7 +62,7 @@ class Home:
     dtype: torch.dtype | None = None
     attention: str | None = None
     device_group: Literal["gloo", "nccl"] = "gloo"
-    dispatcher: str = "torch"
+    dispatcher: MakeDispatcher | None = None
 
 
 class Builder:
@@ -194,9 +195,10 @@ class Builder:
         else:
             assert checkpoint is not None, "a newcomer has one"
             layers = find_sets(checkpoint, plan)
+        make = home.dispatcher or partial(create_dispatcher, "torch")
         sets = []
         for some, placement in zip(layers, plan.placements, strict=True):
-            dispatcher = create_dispatcher(home.dispatcher, self._group, placement.topology)
+            dispatcher = make(self._group, placement.topology)
             self._dispatchers.append(dispatcher)
             sets.append(
                 SetPlan(
@@ -285,7 +287,7 @@ class Builder:
         return finish_newcomer(checkpoint, spread, listed, self._home.device)
 
     def _make_fingerprint(self) -> str:
-        facts = (self._plan.to_json(), self._home.config.model_dump_json(), self._home.dispatcher)
+        facts = (self._plan.to_json(), self._home.config.model_dump_json())
         return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
 
     def _drop_bridge(self) -> None:

@@ -208,8 +208,13 @@ class NextGeneration:
             _fill(parallel, haul.staged)
             parallel.spread.bind()
             _tell_commits(parallel, haul.staged)
+            for dispatcher in parallel.dispatchers:
+                dispatcher.enter()
         haul.staged.clear()
         if self._serving is not None:
+            # Here and not in the background: what they let go of, the device may be using.
+            for dispatcher in self._serving.dispatchers:
+                dispatcher.close()
             store = ChangeStore(self._home.store, self.plan.generation)
             self.retirement = Retirement(self._serving, self.plan, store, self._home.name)
         self._serving = None
