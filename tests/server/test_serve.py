@@ -167,6 +167,18 @@ def _end(process: subprocess.Popen[str], url: str) -> None:
     wait_until_alone(process.pid, time.monotonic() + 30)
 
 
+def test_a_server_without_ranks_ends_and_says_why(tmp_path: Path) -> None:
+    with serve(tmp_path, "--ranks=1") as (process, url):
+        (rank,) = ServerClient(url, {}).status()["ranks"]
+        os.kill(rank["pid"], signal.SIGKILL)
+        assert process.wait(60) == 2
+        assert process.stderr is not None
+        said = process.stderr.read().splitlines()[-1]
+        assert said.startswith("equipoise: ")
+        assert "rank-0 was killed by SIGKILL" in said
+        wait_until_alone(process.pid, time.monotonic() + 30)
+
+
 BAD = {
     ("--port=99999",): "--port must be from 0 to 65535, got 99999",
     ("--host=0.0.0.0",): "--host 0.0.0.0 lets other machines in: set EQ_API_KEY and EQ_ADMIN_KEY",
