@@ -86,7 +86,7 @@ def measure_elastic(bench: ElasticBench, say: Callable[[str], None]) -> BenchOut
     try:
         stream = RequestStream(
             controller,
-            _make_encoder(model),
+            make_encoder(model),
             bench.num_in_flight,
             bench.num_new_tokens,
             bench.seed,
@@ -129,7 +129,8 @@ def _find_step_s(status: ServiceStatus) -> float:
     return max(rank.step_s for rank in status.ranks if rank.state == "serving")
 
 
-def _make_encoder(model: Path) -> Callable[[str], list[int]]:
+def make_encoder(model: Path) -> Callable[[str], list[int]]:
+    """What makes a text the model's tokens, without special ones."""
     from equipoise.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(model)

@@ -11,6 +11,7 @@ from equipoise.cli.bench_dispatch import bench_dispatch
 from equipoise.cli.bench_elastic import bench_elastic
 from equipoise.cli.bench_plan import bench_plan
 from equipoise.cli.bench_record import bench_record
+from equipoise.cli.bench_recovery import bench_recovery
 from equipoise.cli.bench_serve import bench_serve
 from equipoise.cli.bench_stall import bench_stall
 from equipoise.cli.bench_step import bench_step
@@ -85,6 +86,7 @@ bench.command("elastic")(bench_elastic)
 bench.command("plan")(bench_plan)
 bench.command("record")(bench_record)
 bench.command("serve")(bench_serve)
+bench.command("recovery")(bench_recovery)
 bench.command("stall")(bench_stall)
 bench.command("step")(bench_step)
 bench.command("transfer")(bench_transfer)

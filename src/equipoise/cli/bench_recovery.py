@@ -1,0 +1,57 @@
+"""`equipoise bench recovery`: ranks are killed under a constant stream of requests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from equipoise.cli.bench import JsonPath, check_json_path, show_outcome
+
+_COLUMNS = (
+    ("what", "what"),
+    ("value", "value"),
+    ("unit", "unit"),
+    ("full, s", "full_s"),
+    ("goal", "goal"),
+    ("met", "met"),
+)
+
+
+def bench_recovery(
+    ranks: Annotated[int, typer.Option(help="That serve, and again after each death.")] = 4,
+    kills: Annotated[int, typer.Option(help="Ranks that are killed, in turn.")] = 5,
+    every: Annotated[float, typer.Option(help="Seconds between two kills, at least.")] = 15.0,
+    requests: Annotated[int, typer.Option(help="At least so many.")] = 1000,
+    in_flight: Annotated[int, typer.Option(help="Requests at any time.")] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Of each request.")] = 8,
+    model: Annotated[
+        Path | None, typer.Option(help="Checkpoint directory.  [the bundled model]")
+    ] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Of the ranks.")] = "cpu",
+    timeout: Annotated[float, typer.Option(help="Longest wait for another rank, in s.")] = 30.0,
+    seed: Annotated[int, typer.Option(help="Of the prompts, and of who is killed.")] = 0,
+    json_path: JsonPath = None,
+) -> None:
+    """Kill ranks under load: how long no token comes, and whether any answer suffers."""
+    check_json_path(json_path)
+    from equipoise.bench.recovery import RecoveryBench, measure_recovery
+
+    bench = RecoveryBench(
+        num_ranks=ranks,
+        num_kills=kills,
+        every_s=every,
+        num_requests=requests,
+        num_in_flight=in_flight,
+        num_new_tokens=new_tokens,
+        model=model,
+        device=device,
+        timeout_s=timeout,
+        seed=seed,
+    )
+    show_outcome(measure_recovery(bench, _say), _COLUMNS, json_path)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
