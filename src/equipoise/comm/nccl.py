@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from equipoise.comm.base import ExpertWeights, GroupCoordinator
+from equipoise.comm.deadline import call_in_time
 from equipoise.comm.exchange import Exchange, PeerFailure, deadline_in
 from equipoise.comm.groups import find_device
 from equipoise.comm.headers import Heard, swap_headers
@@ -110,17 +111,23 @@ class NcclStagedCommunicator(QueuedCommunicator[_Flight]):
         """Send every peer a byte, so that NCCL makes its connections and takes its memory."""
         peers = self._peers
         self._num_exchanges += 1
+
+        # Not made in there: they must live until it is over.
+        sent = torch.zeros(1, dtype=torch.uint8, device=self.device)
+        landed = torch.zeros(self.size, dtype=torch.uint8, device=self.device)
+        self._wire.wait_stream(torch.cuda.current_stream(self.device))
+
+        def greet() -> None:
+            with torch.cuda.device(self.device), torch.cuda.stream(self._wire):
+                self._post(
+                    [Message(peer, sent) for peer in peers],
+                    [Message(peer, landed[peer : peer + 1]) for peer in peers],
+                )
+
         try:
-            with torch.cuda.device(self.device):
-                sent = torch.zeros(1, dtype=torch.uint8, device=self.device)
-                landed = torch.zeros(self.size, dtype=torch.uint8, device=self.device)
-                self._wire.wait_stream(torch.cuda.current_stream(self.device))
-                with torch.cuda.stream(self._wire):
-                    self._post(
-                        [Message(peer, sent) for peer in peers],
-                        [Message(peer, landed[peer : peer + 1]) for peer in peers],
-                    )
-                    ended = self._wire.record_event()
+            # Here NCCL waits for the other ranks without a deadline.
+            call_in_time(greet, self.timeout_s)
+            ended = self._wire.record_event()
         except Exception as error:
             self.close()
             raise self._explain_set_up(error) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import threading
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ import torch
 
 from equipoise.comm.base import ExpertWeights, GroupCoordinator
 from equipoise.comm.byte_views import view_bytes
+from equipoise.comm.deadline import call_in_time
 from equipoise.comm.exchange import Exchange, deadline_in
 from equipoise.comm.nccl import Message, NcclStagedCommunicator
 from equipoise.errors import CommunicatorUnavailable
@@ -81,30 +81,18 @@ class PyNcclEplbCommunicator(NcclStagedCommunicator):
         return word.numpy().tobytes()
 
     def _make(self, unique_id: bytes, max_ctas: int | None) -> Any:
-        """On a thread of its own: NCCL waits for the other ranks without a deadline."""
-        nccl, made, errors = self._nccl, [], []
+        nccl = self._nccl
 
-        def make() -> None:
-            try:
-                torch.cuda.set_device(self._device)
-                made.append(
-                    nccl.Communicator.init(
-                        self.size,
-                        self.rank,
-                        nccl.UniqueId.from_bytes(unique_id),
-                        nccl.NCCLConfig(max_ctas=max_ctas),
-                    )
-                )
-            except Exception as error:
-                errors.append(error)
+        def make() -> Any:
+            torch.cuda.set_device(self._device)
+            key, config = nccl.UniqueId.from_bytes(unique_id), nccl.NCCLConfig(max_ctas=max_ctas)
+            return nccl.Communicator.init(self.size, self.rank, key, config)
 
-        thread = threading.Thread(target=make, name="equipoise-nccl", daemon=True)
-        thread.start()
-        thread.join(self.timeout_s)
-        if not made:
-            cause = errors[0] if errors else TimeoutError(f"not within {self.timeout_s:.1f} s")
-            raise self._explain_set_up(cause) from cause
-        return made[0]
+        try:
+            # NCCL waits for the other ranks without a deadline.
+            return call_in_time(make, self.timeout_s)
+        except Exception as error:
+            raise self._explain_set_up(error) from error
 
     def _post(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         stream = torch.cuda.current_stream(self._device)

@@ -10,15 +10,15 @@ import contextlib
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import cast
 
 from torch.distributed import rendezvous  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
+from equipoise.comm.deadline import call_in_time
 from equipoise.comm.exchange import name_ranks
 from equipoise.errors import MembershipError
 from equipoise.job.spec import JobSpec
@@ -27,7 +27,6 @@ LEAVE_S = 3.0
 """How long a rank that ends waits for the one that says why."""
 
 _PREFIX = "equipoise"
-_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def join_store(rank: int, size: int, environment: Mapping[str, str], timeout_s: 
     # torch complains in C++ beside the exception that we turn into one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        return in_time(lambda: _rendezvous(rank, size, timeout_s), timeout_s + LEAVE_S)
+        return call_in_time(lambda: _rendezvous(rank, size, timeout_s), timeout_s + LEAVE_S)
     except TimeoutError:
         said = f"no store answers at {where} within {timeout_s:.0f} s: does another program listen?"
         raise MembershipError(f"rank {rank}: {said}", rank=rank) from None
@@ -109,7 +108,7 @@ def compare_words(
             heard[peer] = Word(**json.loads(store.get(key)))
 
     try:
-        in_time(exchange, timeout_s + LEAVE_S)
+        call_in_time(exchange, timeout_s + LEAVE_S)
     except (RuntimeError, TimeoutError) as error:
         missing = [peer for peer in range(size) if peer not in heard]
         said = f"{name_ranks(missing[:1])} did not come within {timeout_s:.0f} s"
@@ -152,7 +151,7 @@ def claim(store: Store, rank: int, *, grace_s: float = 0.0) -> bool:
         return int(store.compare_set(key, "", str(rank)))
 
     try:
-        return in_time(ask, grace_s + LEAVE_S) == rank
+        return call_in_time(ask, grace_s + LEAVE_S) == rank
     except (RuntimeError, TimeoutError):
         return True
 
@@ -183,35 +182,7 @@ def leave(store: Store, rank: int, size: int, say: Callable[[], None] | None) ->
             store.wait(left, timedelta(seconds=LEAVE_S))
 
     with contextlib.suppress(RuntimeError, TimeoutError):
-        in_time(wait_for_others, 2 * LEAVE_S)
-
-
-def in_time(call: Callable[[], _Answer], seconds: float) -> _Answer:
-    """Call what may block beyond its own timeout, as a store's client does.
-
-    Args:
-        call: goes on in a thread of its own if it is given up.
-        seconds: until then.
-    Collective: as the call.
-    Raises: TimeoutError; what the call raises.
-    """
-    answers: list[_Answer] = []
-    errors: list[Exception] = []
-
-    def run() -> None:
-        try:
-            answers.append(call())
-        except Exception as error:  # raised again below
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="equipoise-store", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not answers:
-        raise TimeoutError
-    return answers[0]
+        call_in_time(wait_for_others, 2 * LEAVE_S)
 
 
 def _rendezvous(rank: int, size: int, timeout_s: float) -> Store:
