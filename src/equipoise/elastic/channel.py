@@ -129,6 +129,8 @@ class Channel:
 
     def _wait(self, event: int, deadline: float) -> bool:
         """Whether the socket was ready in time; not by its timeout, which both directions share."""
+        if self._is_closed:
+            raise OSError("it was hung up on")
         waiting = select.poll()
         waiting.register(self._socket, event)
         return bool(waiting.poll(max(0.0, deadline - time.monotonic()) * 1000))

@@ -230,13 +230,20 @@ class Controller:
     def _run(self) -> None:
         next_tick = time.monotonic()
         while not self._is_over.is_set():
-            with contextlib.suppress(queue.Empty):
-                self._events.get(timeout=max(0.0, next_tick - time.monotonic()))()
-            if time.monotonic() >= next_tick:
-                next_tick = time.monotonic() + TICK_S
-                self._tick()
-            self._changes.start_next()
-            self._assign()
+            try:
+                with contextlib.suppress(queue.Empty):
+                    self._events.get(timeout=max(0.0, next_tick - time.monotonic()))()
+                if time.monotonic() >= next_tick:
+                    next_tick = time.monotonic() + TICK_S
+                    self._tick()
+                self._changes.start_next()
+                self._assign()
+            except Exception as error:
+                # What it knows may be wrong from here on: nothing is served on that.
+                logger.exception("the controller has failed")
+                if self._stop_by is not None:
+                    return
+                self._give_up(f"the controller has failed: {error!r}")
 
     def _welcome(self, channel: Channel, hello: Message) -> RankRecord | None:
         """Take a rank's call; None from one that is not, or no longer, known."""
