@@ -78,6 +78,9 @@ class FakeBuffer:
         self.store: Any = None
         self.is_destroyed = False
         self.calls: list[str] = []
+        # Kernels that send clear the other half of the buffer: what was not received is lost.
+        self.on_its_way: list[int] = []
+        self.num_sends = 0
         self.sent: dict[tuple[str, int], int] = {}
         self.received: dict[tuple[str, int], int] = {}
 
@@ -171,6 +174,7 @@ class FakeBuffer:
             pairs = chosen.nonzero()
             slots = topk_idx[chosen] % self.num_slots
             self._put("dispatch", target, (x[pairs[:, 0]].clone(), slots, pairs))
+        number = self._begin()
         values = torch.full((self.num_slots, bound * most, hidden_size), float("nan"))
         values = values.bfloat16()
         counts = torch.zeros(self.num_slots, dtype=torch.int32)
@@ -184,6 +188,7 @@ class FakeBuffer:
             received = (quantized, packed if use_ue8m0 else scales)
 
         def receive() -> None:
+            self._end(number)
             for source in sorted(set(range(self.num_ranks)) - self.masked):
                 message = self._take("dispatch", source)
                 if message is None:
@@ -225,9 +230,11 @@ class FakeBuffer:
         for source in sorted(set(range(self.num_ranks)) - self.masked):
             rows = [(pair, x[slot, place].clone()) for slot, place, pair in where.get(source, [])]
             self._put("combine", source, rows)
+        number = self._begin()
         combined = torch.full((topk_idx.shape[0], hidden_size), float("nan")).bfloat16()
 
         def receive() -> None:
+            self._end(number)
             total = torch.zeros(*topk_idx.shape, hidden_size)
             for source in sorted(set(range(self.num_ranks)) - self.masked):
                 for (token, choice), row in self._take("combine", source) or []:
@@ -238,6 +245,16 @@ class FakeBuffer:
             return combined, None, receive
         receive()
         return combined, None, None
+
+    def _begin(self) -> int:
+        self.num_sends += 1
+        self.on_its_way = [self.num_sends]
+        return self.num_sends
+
+    def _end(self, number: int) -> None:
+        if number not in self.on_its_way:
+            self.masked = set(range(self.num_ranks))
+        self.on_its_way = []
 
     def _put(self, kind: str, target: int, message: Any) -> None:
         number = self.sent.get((kind, target), 0)

@@ -220,26 +220,34 @@ def test_a_newcomer_that_does_not_come_is_named_and_the_others_go_on() -> None:
     exchange(cluster.form(peers), 1)
 
 
-def test_micro_batches_cross_and_a_third_is_refused() -> None:
+def test_a_micro_batch_travels_while_another_is_computed() -> None:
     cluster = Cluster()
     dispatchers = cluster.form(cluster.make_peers(2))
 
     def run(rank: int) -> None:
         dispatcher = dispatchers[rank]
-        ones = torch.ones(2, 1)
+        ones, slots = torch.ones(2, 1), torch.tensor([[0], [SLOTS]])
         hidden = [torch.full((2, HIDDEN), 1.0 + batch).bfloat16() for batch in range(2)]
-        slots = torch.tensor([[0], [SLOTS]])
-        sent = [dispatcher.send(each, slots) for each in hidden]
+        first = dispatcher.send(hidden[0], slots)
+        with pytest.raises(TransferError, match="what was sent before has not been received"):
+            dispatcher.send(hidden[1], slots)
+        first.receive()
+        second = dispatcher.send(hidden[1], slots)
+        outputs = first.blocks.hidden_SCH * 2
+        with pytest.raises(TransferError, match="what was sent before has not been received"):
+            dispatcher.send_home(outputs, ones, first.blocks)
+        second.receive()
         with pytest.raises(TransferError, match="2 micro-batches are in flight already"):
             dispatcher.send(hidden[0], slots)
-        home = []
-        for each in sent:
-            each.receive()
-            assert each.blocks.count_S.tolist() == [2, 0, 0]
-            home.append(dispatcher.send_home(each.blocks.hidden_SCH, ones, each.blocks))
-        for each, expected in zip(home, hidden, strict=True):
-            each.receive()
-            assert torch.equal(each.combined_TD, expected)
+        assert first.blocks.count_S.tolist() == second.blocks.count_S.tolist() == [2, 0, 0]
+        home = dispatcher.send_home(outputs, ones, first.blocks)
+        outputs = second.blocks.hidden_SCH * 2
+        home.receive()
+        later = dispatcher.send_home(outputs, ones, second.blocks)
+        later.receive()
+        assert torch.equal(home.combined_TD, 2 * hidden[0])
+        assert torch.equal(later.combined_TD, 2 * hidden[1])
+        dispatcher.check()
 
     together([lambda: run(0), lambda: run(1)])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from datetime import timedelta
 
 import numpy as np
@@ -210,14 +211,17 @@ def test_nixl_ep_in_a_captured_graph_and_two_micro_batches(rank: Rank) -> None:
     weights = torch.full((32, 2), 0.5, device="cuda")
 
     def run() -> list[Tensor]:
-        sent = [dispatcher.send(each, slots) for each in hidden]
-        home = []
-        for each in sent:
-            each.receive()
-            home.append(dispatcher.send_home(each.blocks.hidden_SCH, weights, each.blocks))
-        for each in home:
-            each.receive()
-        return [each.combined_TD for each in home]
+        first = dispatcher.send(hidden[0], slots)
+        first.receive()
+        second = dispatcher.send(hidden[1], slots)
+        outputs = first.blocks.hidden_SCH.clone()
+        second.receive()
+        home = dispatcher.send_home(outputs, weights, first.blocks)
+        outputs = second.blocks.hidden_SCH.clone()
+        home.receive()
+        later = dispatcher.send_home(outputs, weights, second.blocks)
+        later.receive()
+        return [home.combined_TD, later.combined_TD]
 
     for got, expected in zip(run(), hidden, strict=True):
         assert torch.equal(got, expected)
@@ -249,7 +253,7 @@ def test_nixl_ep_names_a_rank_that_stays_away(rank: Rank) -> None:
     exchange(dispatcher, group, 0)
     if rank.rank == 1:
         rank.store.wait(["raised"], timedelta(seconds=30))
-        raise SystemExit
+        signal.raise_signal(signal.SIGKILL)
     hidden, slots = torch.ones(2, 2048, device="cuda").bfloat16(), torch.tensor([[0], [SLOTS]])
     dispatched = dispatcher.dispatch(hidden, slots.cuda())
     dispatcher.combine(dispatched.hidden_ND, torch.ones(2, 1, device="cuda"), dispatched)

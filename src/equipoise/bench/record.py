@@ -158,7 +158,9 @@ def _time_both(
 def _sum_kernels(work: Work) -> float:
     """Microseconds of a call's kernels on the device."""
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True
+    ) as profile:
         work()
         torch.cuda.synchronize()
     return sum(float(event.self_device_time_total) for event in profile.key_averages())

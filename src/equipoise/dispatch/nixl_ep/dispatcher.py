@@ -27,7 +27,8 @@ Fp8 = Literal["no", "float32", "ue8m0"]
 """How rows travel: as bfloat16, or as FP8 with a scale for each 128 elements, of this kind."""
 
 NUM_HANDLES = 2
-"""Micro-batches that may be in flight: the buffer has two halves."""
+"""Micro-batches that may be in flight: the buffer has two halves, and a kernel that sends clears
+the half that comes next. So one thing alone is on its way at a time."""
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,10 @@ class NixlEPDispatcher(TokenDispatcher):
 
     `dispatch` and `combine` are those of every backend. Whoever takes blocks as they are does not
     wait for the device, so they may stand in a captured graph; to know how many rows came takes one
-    wait. By `send` and `send_home` two micro-batches may be in flight. The first call of a
-    generation connects its ranks and takes the buffer over from the one before; the kernels give up
-    a rank that does not answer, and `check` tells.
+    wait. By `send` and `send_home` two micro-batches may be in flight: one on its way, while the
+    experts compute the other. The first call of a generation connects its ranks and takes the
+    buffer over from the one before; the kernels give up a rank that does not answer, and `check`
+    tells.
 
     Args:
         group: the ranks that exchange tokens.
@@ -175,6 +177,7 @@ class NixlEPDispatcher(TokenDispatcher):
         )
         self._is_entered = False
         self._num_in_flight = 0
+        self._is_on_its_way = False
 
     def enter(self) -> None:
         """Connect this generation's ranks and serve it; the first dispatch does it otherwise.
@@ -221,7 +224,8 @@ class NixlEPDispatcher(TokenDispatcher):
             weight_on_input_T1: [T, 1], where top-1 models weigh what experts read; `send_home` is
                 then given weights of 1.
         Collective: every rank of the group, in the same order of calls.
-        Raises: ConfigError if the kernels cannot take it; TransferError if two are in flight.
+        Raises: ConfigError if the kernels cannot take it; TransferError if two are in flight, or
+            what was sent before was not received.
         """
         if weight_on_input_T1 is not None:
             if slot_TK.shape[1] != 1:
@@ -239,6 +243,7 @@ class NixlEPDispatcher(TokenDispatcher):
             weight_TK: [T, K], the router's weights.
             blocks: what was received.
         Collective: every rank of the group, in the same order of calls.
+        Raises: TransferError if what was sent before was not received.
         """
         return self._send_home(output_SCH, weight_TK, blocks, with_hook=True)
 
@@ -265,6 +270,7 @@ class NixlEPDispatcher(TokenDispatcher):
     def _send(self, hidden_TD: Tensor, slot_TK: Tensor, *, with_hook: bool) -> Sent:
         self._check_input(hidden_TD, slot_TK)
         self.enter()
+        self._expect_received()
         if self._num_in_flight == NUM_HANDLES:
             raise TransferError(
                 f"{NUM_HANDLES} micro-batches are in flight already: bring one home first",
@@ -286,13 +292,13 @@ class NixlEPDispatcher(TokenDispatcher):
             ),
         )
         self._num_in_flight += 1
-        return Sent(
-            Blocks(received, count_S, wire_slot_TK, handle, self._hidden_size), hook or _nothing
-        )
+        blocks = Blocks(received, count_S, wire_slot_TK, handle, self._hidden_size)
+        return Sent(blocks, self._receive_by(hook))
 
     def _send_home(
         self, output_SCH: Tensor, weight_TK: Tensor, blocks: Blocks, *, with_hook: bool
     ) -> SentHome:
+        self._expect_received()
         combined, _, hook = self._manager.use(
             self.members,
             lambda buffer: buffer.low_latency_combine(
@@ -304,7 +310,27 @@ class NixlEPDispatcher(TokenDispatcher):
             ),
         )
         self._num_in_flight -= 1
-        return SentHome(combined[:, : self._hidden_size], hook or _nothing)
+        return SentHome(combined[:, : self._hidden_size], self._receive_by(hook))
+
+    def _expect_received(self) -> None:
+        if self._is_on_its_way:
+            raise TransferError(
+                "what was sent before has not been received: a kernel that sends now would clear "
+                "what it waits for",
+                rank=self._group.rank,
+            )
+
+    def _receive_by(self, hook: Callable[[], None] | None) -> Callable[[], None]:
+        """What waits for what was just sent; nothing where the kernel has waited itself."""
+        if hook is None:
+            return lambda: None
+        self._is_on_its_way = True
+
+        def receive() -> None:
+            hook()
+            self._is_on_its_way = False
+
+        return receive
 
     def _check_input(self, hidden_TD: Tensor, slot_TK: Tensor) -> None:
         num_tokens, width = hidden_TD.shape
@@ -327,7 +353,3 @@ class NixlEPDispatcher(TokenDispatcher):
 
 def _widen(rows: Tensor, width: int) -> Tensor:
     return rows if rows.shape[-1] == width else pad(rows, (0, width - rows.shape[-1]))
-
-
-def _nothing() -> None:
-    """There is no hook where the kernel itself waited."""
