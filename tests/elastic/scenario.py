@@ -21,8 +21,9 @@ from equipoise.elastic.membership import Deadlines, MembershipPlan, Serving
 from equipoise.elastic.placing import Redundancy
 from equipoise.elastic.planning import describe, plan_change
 from equipoise.elastic.verdict import Word, settle
+from equipoise.models.host_copies import HostBackup
 from equipoise.models.loading import load_model
-from equipoise.models.parallel import ParallelModel, parallelize
+from equipoise.models.parallel import ParallelModel, keep_copies, parallelize
 from tests.ranks import Rank
 from tests.test_models import VOCABULARY, make_model
 
@@ -40,6 +41,7 @@ class Cast:
         redundancy: of all generations.
         home: of this rank.
         plain: the model as it must be.
+        backup: which experts ranks keep in host memory.
         parallel: what it serves, while it does.
         names: of the serving generation, by number.
     """
@@ -49,6 +51,7 @@ class Cast:
     redundancy: Redundancy
     home: Home
     plain: Any
+    backup: HostBackup = "none"
     parallel: ParallelModel | None = None
     names: tuple[str, ...] = ()
     forwards: int = 0
@@ -150,7 +153,8 @@ def begin(cast: Cast, members: Sequence[int]) -> None:
         timeout=cast.home.timeout,
         device_group="gloo",
     )
-    cast.parallel = parallelize(cast.home.model, group, first_config(cast, len(members)))
+    parallel = parallelize(cast.home.model, group, first_config(cast, len(members)))
+    cast.parallel = keep_copies(parallel, cast.backup)
 
 
 def first_config(cast: Cast, size: int) -> EPLBConfig:
@@ -173,7 +177,7 @@ def change(
         cast.tell_serving(number)
     serving = cast.hear_serving(number)
     names = [f"rank-{member}" for member in members]
-    plan = plan_change(serving, names, number, cast.redundancy, deadlines)
+    plan = plan_change(serving, names, number, cast.redundancy, deadlines, cast.backup)
     plan = MembershipPlan.from_json(json.loads(json.dumps(plan.to_json())))
     if cast.name not in plan.participants:
         cast.names = tuple(names)

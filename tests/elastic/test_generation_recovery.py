@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 import pytest
+import torch
 
 from equipoise import EPLBConfig
 from equipoise.elastic.generation import NextGeneration
@@ -17,6 +18,7 @@ from equipoise.elastic.placing import Redundancy
 from equipoise.elastic.planning import describe, plan_recovery
 from equipoise.elastic.recovery import abandon
 from equipoise.errors import MembershipError, TransferError
+from equipoise.models.host_copies import HostBackup
 from tests.elastic.scenario import PATIENCE_S, Cast, begin, change, end, join_cast
 from tests.ranks import Rank, processes
 
@@ -45,7 +47,11 @@ def recover(cast: Cast, number: int, survivors: Sequence[int], attempt: int = 0)
     cast.rank.store.wait(keys, timedelta(seconds=PATIENCE_S))
     parts = [Serving.from_json(json.loads(cast.rank.store.get(key))) for key in keys]
     plan = plan_recovery(
-        Serving.join(parts), number + attempt, cast.redundancy, Deadlines(20.0, 5.0, 5.0)
+        Serving.join(parts),
+        number + attempt,
+        cast.redundancy,
+        Deadlines(20.0, 5.0, 5.0),
+        backup=cast.backup,
     )
     serving = cast.parallel
     next_one = NextGeneration(plan, cast.home, serving)
@@ -86,6 +92,34 @@ def test_survivors_go_on_with_what_they_hold_and_the_checkpoint(rank: Rank) -> N
     assert cast.retired[-1].figures.restored > 0
     cast.check_placements()
     cast.meet(None)
+    cast.forward()
+    end(cast)
+
+
+@pytest.mark.parametrize("backup", ["unreplicated", "all"])
+@processes(4, dies=[1, 2], timeout_s=50.0)
+def test_experts_come_back_from_host_memory_again_and_again(rank: Rank, backup: HostBackup) -> None:
+    config = CONFIG.model_copy(update={"step_interval": 1000})
+    cast = join_cast(rank, config, Redundancy(), timeout_s=10.0)
+    cast.backup = backup
+    begin(cast, (0, 1, 2, 3))
+    for number, victim, survivors in ((2, 2, (0, 1, 3)), (3, 1, (0, 3))):
+        cast.meet(None)
+        cast.forward()
+        if rank.rank == victim:
+            die()
+        serve_until_it_fails(cast)
+        assert recover(cast, number, survivors) == "switched"
+        cast.check_placements()
+        assert cast.retired[-1].figures.restored == 0
+    assert cast.parallel is not None
+    copies = cast.parallel.copies
+    assert bool(copies) == (cast.parallel.spread.maps.placement.replica_counts.min() < 2)
+    for key in copies:
+        layer = cast.parallel.spread.sets[key.set].layers[key.layer]
+        for name, kept in zip(layer.tensors, copies[key], strict=True):
+            whole = cast.plain.get_submodule(layer.name).get_parameter(name)
+            assert torch.equal(kept, whole[key.expert])
     cast.forward()
     end(cast)
 

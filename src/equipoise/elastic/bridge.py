@@ -14,7 +14,8 @@ from equipoise.comm.base import EplbCommunicator
 from equipoise.comm.groups import RankGroup
 from equipoise.config import EPLBConfig
 from equipoise.elastic.shared_weights import SharedTensor
-from equipoise.elastic.traffic import RESTORE, Fetch, split_batches
+from equipoise.elastic.traffic import IN_HOST, RESTORE, Fetch, split_batches
+from equipoise.models.host_copies import CopyKey, HostCopies
 
 logger = logging.getLogger(__name__)
 
@@ -64,17 +65,21 @@ class Bridge:
         config: says the wire. One over NCCL is not taken beside a forward pass that uses NCCL
             too; nixl is then, where every rank has it, else torch_gloo.
         given: what this rank's slots hold, or will where they hold nothing yet.
+        copies: what this rank keeps in host memory.
     Collective: every participant.
     Raises: as `create_eplb_communicator`.
     """
 
-    def __init__(self, group: RankGroup, config: EPLBConfig, given: Weights) -> None:
+    def __init__(
+        self, group: RankGroup, config: EPLBConfig, given: Weights, copies: HostCopies
+    ) -> None:
         self._group = group
         name = config.communicator
         if name in _OVER_NCCL:
             logger.info("a change of the membership moves weights beside NCCL: not by %s", name)
             name = "auto"
         self._given = given
+        self._copies = copies
         self._wires: list[EplbCommunicator] = []
         try:
             self._wires.extend(create_eplb_communicator(group, name, one) for one in given)
@@ -116,6 +121,41 @@ class Bridge:
                     check()
                     self._bring_own(fetch, target, keeps, restore, haul)
         return haul
+
+    def back_up(
+        self,
+        fetches: Sequence[Fetch],
+        target: Weights,
+        restore: Restore,
+        check: Callable[[], None],
+    ) -> dict[CopyKey, list[Tensor]]:
+        """Bring every expert that this rank keeps in host memory from now on; as `haul`.
+
+        Args:
+            fetches: of all participants, without slots.
+            target: this rank's tensors in the next generation, which say what an expert is like.
+            restore: as for `haul`.
+            check: as for `haul`.
+        Returns:
+            Per expert its tensors on the CPU.
+        Collective: every participant.
+        Raises: as `haul`.
+        """
+        keeps = [True] * len(self._wires)
+        kept: dict[CopyKey, list[Tensor]] = {}
+        haul = Haul()
+        for index, wire in enumerate(self._wires):
+            of_set = [fetch for fetch in fetches if fetch.set == index]
+            batch_bytes = _BATCH_BYTES.get(self._group.device.type, 1 << 30)
+            for batch in split_batches([one for one in of_set if one.travels], batch_bytes):
+                check()
+                landed = self._exchange(wire, batch, target, keeps)
+                _keep(kept, landed)
+            for fetch in of_set:
+                if fetch.member == self._group.rank and not fetch.travels:
+                    self._bring_own(fetch, target, keeps, restore, haul)
+        _keep(kept, [(one.fetch, one.tensors) for one in haul.staged])
+        return kept
 
     def share(
         self,
@@ -189,8 +229,8 @@ class Bridge:
         landed = []
         for fetch in batch:
             if fetch.source == rank:
-                for tensor in self._given[fetch.set][fetch.layer]:
-                    wire.add_send(tensor[fetch.held_in], fetch.member)
+                for tensor in self._find_source(fetch):
+                    wire.add_send(tensor, fetch.member)
             if fetch.member == rank:
                 tensors = _find_landing(fetch, target, keeps)
                 for tensor in tensors:
@@ -199,6 +239,13 @@ class Bridge:
         wire.execute()
         return landed
 
+    def _find_source(self, fetch: Fetch) -> list[Tensor]:
+        """The tensors of an expert that this rank gives, on its device."""
+        if fetch.held_in == IN_HOST:
+            kept = self._copies[CopyKey(fetch.set, fetch.layer, fetch.expert)]
+            return [tensor.to(self._group.device) for tensor in kept]
+        return [tensor[fetch.held_in] for tensor in self._given[fetch.set][fetch.layer]]
+
     def _bring_own(
         self, fetch: Fetch, target: Weights, keeps: Sequence[bool], restore: Restore, haul: Haul
     ) -> None:
@@ -206,18 +253,23 @@ class Bridge:
             source = restore(fetch.set, fetch.layer, fetch.expert)
             haul.restored += 1
         else:
-            held = self._given[fetch.set][fetch.layer]
-            source = [tensor[fetch.held_in] for tensor in held]
+            source = self._find_source(fetch)
         tensors = _find_landing(fetch, target, keeps)
         for into, tensor in zip(tensors, source, strict=True):
             into.copy_(tensor)
         _settle(fetch, tensors, target, keeps, haul)
 
 
+def _keep(kept: dict[CopyKey, list[Tensor]], landed: Sequence[tuple[Fetch, list[Tensor]]]) -> None:
+    for fetch, tensors in landed:
+        key = CopyKey(fetch.set, fetch.layer, fetch.expert)
+        kept[key] = [tensor.to("cpu") for tensor in tensors]
+
+
 def _find_landing(fetch: Fetch, target: Weights, keeps: Sequence[bool]) -> list[Tensor]:
     """Memory for an expert: its first slot where nobody uses it yet, else memory of its own."""
     slots = target[fetch.set][fetch.layer]
-    if keeps[fetch.set]:
+    if keeps[fetch.set] or not fetch.slots:
         return [torch.empty_like(tensor[0]) for tensor in slots]
     return [tensor[fetch.slots[0]] for tensor in slots]
 

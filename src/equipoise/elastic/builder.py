@@ -28,11 +28,12 @@ from equipoise.elastic.newcomer import build_newcomer, find_sets, finish_newcome
 from equipoise.elastic.planning import describe, find_room
 from equipoise.elastic.room import check_room
 from equipoise.elastic.shared_weights import SharedTensor, list_shared
-from equipoise.elastic.traffic import keeps_tensors, list_fetches
+from equipoise.elastic.traffic import find_kept, keeps_tensors, list_copy_fetches, list_fetches
 from equipoise.errors import MembershipError
 from equipoise.load.recorder import LoadRecorder
 from equipoise.models.checkpoint import Checkpoint
 from equipoise.models.experts import ExpertParallelModel, ExpertSet, SetPlan, allocate_slots
+from equipoise.models.host_copies import HostCopies
 from equipoise.models.parallel import MakeDispatcher, ParallelModel, assemble
 
 
@@ -97,6 +98,7 @@ class Builder:
         self._bridge: Bridge | None = None
         self._group: RankGroup | None = None
         self._checkpoint = None if serving is None else serving.checkpoint
+        self._copies = HostCopies()
         self._dispatchers: list[TokenDispatcher] = []
 
     def build(self) -> str:
@@ -127,6 +129,7 @@ class Builder:
                 self._home.config,
                 checkpoint,
                 None if self._serving is None else self._serving.on_commit,
+                self._copies,
             )
         if self._home.device.type == "cuda":
             torch.cuda.current_stream(self._home.device).synchronize()
@@ -252,7 +255,8 @@ class Builder:
         given: Weights = target
         if self._serving is not None:
             given = [one.weights for one in self._serving.spread.sets]
-        self._bridge = Bridge(group, home.config, given)
+        had = HostCopies() if self._serving is None else self._serving.copies
+        self._bridge = Bridge(group, home.config, given, had)
         keeps = [
             keeps_tensors(plan, home.name, index) and self._serving is not None
             for index in range(len(plan.placements))
@@ -262,8 +266,13 @@ class Builder:
         newcomers = [plan.participants.index(name) for name in plan.newcomers]
         givers = [plan.participants.index(name) for name in plan.serving.held]
         received = self._bridge.share(shared, givers, newcomers, store.check)
-        with _Restorer(self._serving, home) as restore:
+        with _Restorer(spread, checkpoint, home.name) as restore:
             self.haul = self._bridge.haul(list_fetches(plan), target, keeps, restore, store.check)
+            if plan.backup != "none":
+                new = list_copy_fetches(plan)
+                kept = self._bridge.back_up(new, target, restore, store.check)
+                stays = find_kept(plan, home.name) - set(kept)
+                self._copies = HostCopies({**kept, **{key: had[key] for key in stays}})
         self.haul.received_bytes += received
         self._bridge.meet(max(0.0, self._deadline - time.monotonic()))
 
@@ -297,26 +306,27 @@ class Builder:
 
 
 class _Restorer:
-    """Reads experts that no slot holds from the checkpoint, and nothing else of it."""
+    """Reads experts that nobody holds from the checkpoint, and nothing else of it."""
 
-    def __init__(self, serving: ParallelModel | None, home: Home) -> None:
-        self._serving, self._home = serving, home
+    def __init__(
+        self, spread: ExpertParallelModel | None, checkpoint: Checkpoint | None, name: str
+    ) -> None:
+        self._spread, self._checkpoint, self._name = spread, checkpoint, name
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._serving is not None and self._serving.checkpoint is not None:
-            self._serving.checkpoint.close()
+        if self._checkpoint is not None:
+            self._checkpoint.close()
 
     def __call__(self, index: int, layer: int, expert: int) -> Sequence[Tensor]:
-        checkpoint = None if self._serving is None else self._serving.checkpoint
-        if self._serving is None or checkpoint is None:
+        if self._spread is None or self._checkpoint is None:
             raise MembershipError(
-                f"layer {layer}, expert {expert} is held by nobody, and {self._home.name} has no "
+                f"layer {layer}, expert {expert} is held by nobody, and {self._name} has no "
                 "checkpoint to read it from"
             )
-        return checkpoint.read_expert(self._serving.spread.sets[index].layers[layer], expert)
+        return self._checkpoint.read_expert(self._spread.sets[index].layers[layer], expert)
 
 
 def _clone(store: Store) -> Store:

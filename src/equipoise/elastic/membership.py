@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 
 from equipoise.errors import MembershipError
+from equipoise.models.host_copies import CopyKey, HostBackup
 from equipoise.placement import Placement
 from equipoise.topology import IntArray
 
@@ -126,12 +127,14 @@ class Serving:
         shapes: of the model's sets of layers.
         shared_bytes: of what every rank has beside experts.
         held: what each rank's slots hold, by name, in the order of their numbers.
+        copies: experts that ranks keep in host memory, by name; of ranks that tell.
     """
 
     generation: int
     shapes: tuple[SetShape, ...]
     shared_bytes: int
     held: Mapping[str, Holding]
+    copies: Mapping[str, tuple[CopyKey, ...]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Everything, of JSON's own types. Collective: none."""
@@ -140,6 +143,7 @@ class Serving:
             "shapes": [asdict(shape) for shape in self.shapes],
             "shared_bytes": self.shared_bytes,
             "held": {name: holding.to_json() for name, holding in self.held.items()},
+            "copies": {name: [list(key) for key in keys] for name, keys in self.copies.items()},
         }
 
     @classmethod
@@ -154,6 +158,10 @@ class Serving:
                 ),
                 int(data["shared_bytes"]),
                 {name: Holding.from_json(held) for name, held in data["held"].items()},
+                {
+                    name: tuple(CopyKey(*map(int, key)) for key in keys)
+                    for name, keys in data["copies"].items()
+                },
             )
 
     @staticmethod
@@ -172,7 +180,8 @@ class Serving:
                 raise MembershipError(f"{names} do not serve the same model")
         held = {name: holding for part in parts for name, holding in part.held.items()}
         newest = max(part.generation for part in parts)
-        return Serving(newest, first.shapes, first.shared_bytes, held)
+        copies = {name: keys for part in parts for name, keys in part.copies.items()}
+        return Serving(newest, first.shapes, first.shared_bytes, held, copies)
 
 
 @dataclass(frozen=True)
@@ -203,6 +212,7 @@ class MembershipPlan:
         deadlines: of its phases.
         is_recovery: whether ranks have died: the serving generation steps no more, and experts
             that nobody holds are restored.
+        backup: which experts members keep in host memory for each other.
     """
 
     generation: int
@@ -212,6 +222,7 @@ class MembershipPlan:
     placements: tuple[Placement, ...]
     deadlines: Deadlines = Deadlines()
     is_recovery: bool = False
+    backup: HostBackup = "none"
 
     @property
     def participants(self) -> tuple[str, ...]:
@@ -252,6 +263,7 @@ class MembershipPlan:
             "placements": [placement.to_json() for placement in self.placements],
             "deadlines": asdict(self.deadlines),
             "is_recovery": self.is_recovery,
+            "backup": self.backup,
         }
 
     @classmethod
@@ -269,6 +281,7 @@ class MembershipPlan:
                 tuple(Placement.from_json(text) for text in data["placements"]),
                 Deadlines(**data["deadlines"]),
                 bool(data["is_recovery"]),
+                data["backup"],
             )
 
 

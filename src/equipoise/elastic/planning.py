@@ -17,6 +17,7 @@ from equipoise.elastic.placing import Redundancy, place_members
 from equipoise.elastic.shared_weights import list_shared
 from equipoise.elastic.traffic import RESTORE, keeps_tensors, list_fetches
 from equipoise.errors import MembershipError
+from equipoise.models.host_copies import HostBackup
 from equipoise.models.parallel import ParallelModel
 
 _SWITCH_S = 2e-3
@@ -77,6 +78,7 @@ def describe(parallel: ParallelModel, names: Sequence[str], only: str | None = N
         ),
         sum(shared.num_bytes for shared in list_shared(parallel.spread)),
         held,
+        {names[parallel.state.group.rank]: tuple(sorted(parallel.copies))},
     )
 
 
@@ -86,6 +88,7 @@ def plan_change(
     generation: int,
     redundancy: Redundancy,
     deadlines: Deadlines | None = None,
+    backup: HostBackup = "none",
 ) -> MembershipPlan:
     """Plan a change of the ranks that serve.
 
@@ -97,6 +100,7 @@ def plan_change(
             that was called off.
         redundancy: slots per rank.
         deadlines: None for the defaults.
+        backup: which experts members keep in host memory for each other.
     Collective: none.
     Raises: MembershipError, with the least size that can, if it cannot hold all experts; or if
         names repeat, there are none, or nobody stays who could give newcomers anything.
@@ -110,7 +114,7 @@ def plan_change(
         raise MembershipError(
             f"generation {generation} cannot follow generation {serving.generation}"
         )
-    return _plan(serving, members, generation, redundancy, deadlines, is_recovery=False)
+    return _plan(serving, members, generation, redundancy, deadlines, backup, is_recovery=False)
 
 
 def plan_recovery(
@@ -119,6 +123,7 @@ def plan_recovery(
     redundancy: Redundancy,
     deadlines: Deadlines | None = None,
     members: Sequence[str] | None = None,
+    backup: HostBackup = "none",
 ) -> MembershipPlan:
     """Plan how survivors go on: each keeps its slots, and what nobody holds is restored.
 
@@ -128,11 +133,12 @@ def plan_recovery(
         redundancy: slots per rank.
         deadlines: None for the defaults.
         members: None for the survivors; names beyond them are newcomers'.
+        backup: as for `plan_change`.
     Collective: none.
     Raises: as `plan_change`.
     """
     names = tuple(serving.held) if members is None else members
-    return _plan(serving, names, generation, redundancy, deadlines, is_recovery=True)
+    return _plan(serving, names, generation, redundancy, deadlines, backup, is_recovery=True)
 
 
 def rehearse(plan: MembershipPlan, device: str = "cpu") -> Rehearsal:
@@ -177,6 +183,7 @@ def _plan(
     generation: int,
     redundancy: Redundancy,
     deadlines: Deadlines | None,
+    backup: HostBackup,
     *,
     is_recovery: bool,
 ) -> MembershipPlan:
@@ -194,6 +201,7 @@ def _plan(
         tuple(placements),
         deadlines or Deadlines(),
         is_recovery,
+        backup,
     )
 
 

@@ -6,9 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from equipoise.elastic.membership import MembershipPlan
+from equipoise.models.host_copies import CopyKey, assign_copies
 
 RESTORE = -1
-"""Source of an expert that no participant's slots hold."""
+"""Source of an expert that no participant holds."""
+
+IN_HOST = -2
 
 
 class Fetch(NamedTuple):
@@ -22,7 +25,8 @@ class Fetch(NamedTuple):
         slots: local slots that get it, ascending.
         source: place among the participants of who gives it: the member itself where its slots hold
             it already, or RESTORE.
-        held_in: local slot of the source that holds it; -1 for RESTORE.
+        held_in: local slot of the source that holds it; IN_HOST where it is a copy in the source's
+            host memory; -1 for RESTORE.
         num_bytes: of the expert.
     """
 
@@ -52,6 +56,10 @@ def list_fetches(plan: MembershipPlan) -> list[Fetch]:
     names = plan.participants
     given = [0] * len(names)
     fetches: list[Fetch] = []
+    copies: dict[CopyKey, list[int]] = {}
+    for name, keys in plan.serving.copies.items():
+        for key in keys if name in names else ():
+            copies.setdefault(key, []).append(names.index(name))
     for index, shape in enumerate(plan.serving.shapes):
         held = [plan.find_holding(name).slots[index] for name in names]
         num_slots = plan.placements[index].topology.slots_per_rank
@@ -64,11 +72,49 @@ def list_fetches(plan: MembershipPlan) -> list[Fetch]:
                 for expert, slots in _find_changes(before[member], wanted):
                     source = _choose(holders.get(expert, []), member, given)
                     held_in = before[source].index(expert) if source != RESTORE else -1
+                    if source == RESTORE:
+                        kept = copies.get(CopyKey(index, layer, expert), [])
+                        source = _choose(kept, member, given)
+                        held_in = IN_HOST if source != RESTORE else -1
                     fetch = Fetch(index, layer, expert, member, slots, source, held_in, num_bytes)
                     if fetch.travels:
                         given[source] += num_bytes
                     fetches.append(fetch)
     return fetches
+
+
+def list_copy_fetches(plan: MembershipPlan) -> list[Fetch]:
+    """Experts that members bring into host memory, as `list_fetches`; they have no slots.
+
+    Collective: none; the same on every participant.
+    """
+    names = plan.participants
+    had = [plan.serving.copies.get(member.name, ()) for member in plan.members]
+    kept = assign_copies(plan.placements, plan.backup, had)
+    given = [0] * len(names)
+    fetches = []
+    for index, shape in enumerate(plan.serving.shapes):
+        held = [plan.find_holding(name).slots[index] for name in names]
+        for layer, num_bytes in enumerate(shape.expert_bytes):
+            before = [one[layer].tolist() for one in held]
+            holders = _find_holders(before)
+            for member, keys in enumerate(kept):
+                new = {key for key in keys if (key.set, key.layer) == (index, layer)}
+                for key in sorted(new - set(had[member])):
+                    source = _choose(holders.get(key.expert, []), member, given)
+                    held_in = before[source].index(key.expert) if source != RESTORE else -1
+                    fetch = Fetch(index, layer, key.expert, member, (), source, held_in, num_bytes)
+                    if fetch.travels:
+                        given[source] += num_bytes
+                    fetches.append(fetch)
+    return fetches
+
+
+def find_kept(plan: MembershipPlan, name: str) -> set[CopyKey]:
+    """What a member keeps in host memory in the next generation."""
+    had = [plan.serving.copies.get(member.name, ()) for member in plan.members]
+    number = plan.find_number(name)
+    return set() if number is None else assign_copies(plan.placements, plan.backup, had)[number]
 
 
 def keeps_tensors(plan: MembershipPlan, name: str, index: int) -> bool:

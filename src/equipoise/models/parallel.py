@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from equipoise.models.experts import (
 )
 from equipoise.models.export import write_checkpoint
 from equipoise.models.generation import Lockstep
+from equipoise.models.host_copies import CopyKey, HostBackup, HostCopies, assign_copies
 from equipoise.models.loading import load_spread
 from equipoise.placement import Placement, place_in_order
 from equipoise.policy import get_policy
@@ -55,6 +56,7 @@ class ParallelModel:
         checkpoint: where the model was read from, to read single experts again; None if it was
             given whole.
         on_commit: what the engine does with slots that have switched, or None.
+        copies: experts that this rank keeps in host memory for others.
     """
 
     spread: ExpertParallelModel
@@ -63,6 +65,7 @@ class ParallelModel:
     communicators: tuple[EplbCommunicator, ...]
     checkpoint: Checkpoint | None = None
     on_commit: OnCommit | None = None
+    copies: HostCopies = field(default_factory=HostCopies)
 
     @property
     def model(self) -> Any:
@@ -208,6 +211,7 @@ def assemble(
     config: EPLBConfig,
     checkpoint: Checkpoint | None = None,
     on_commit: OnCommit | None = None,
+    copies: HostCopies | None = None,
 ) -> ParallelModel:
     """Put a spread model under balance, over the wires of one generation.
 
@@ -217,6 +221,7 @@ def assemble(
         config: the same on every rank.
         checkpoint: where the model was read from.
         on_commit: as for `parallelize`.
+        copies: experts that this rank keeps in host memory.
     Collective: every rank of the group; any thread, before the first step.
     Raises: as `parallelize`; what was made is closed then.
     """
@@ -235,6 +240,7 @@ def assemble(
             tuple(communicators),
             checkpoint,
             on_commit,
+            copies or HostCopies(),
         )
         _add_models(parallel)
     except BaseException:
@@ -245,6 +251,36 @@ def assemble(
             one.dispatcher.close()
         raise
     return parallel
+
+
+def keep_copies(parallel: ParallelModel, backup: HostBackup) -> ParallelModel:
+    """Read the experts that this rank keeps in host memory, of a model that was read just now.
+
+    Args:
+        parallel: of a checkpoint.
+        backup: which experts; the same on every rank.
+    Returns:
+        The same model, with its copies.
+    Collective: none.
+    Raises: ModelError if the model was not read from a checkpoint, or that cannot be read.
+    """
+    if backup == "none":
+        return parallel
+    checkpoint, sets = parallel.checkpoint, parallel.spread.sets
+    if checkpoint is None:
+        raise ModelError("host_backup needs a model that was read from a checkpoint")
+    placements = [one.maps.placement for one in sets]
+    group = parallel.state.group
+    kept: dict[CopyKey, list[Tensor]] = {}
+    for key in assign_copies(placements, backup, [()] * group.size)[group.rank]:
+        one = sets[key.set]
+        read = checkpoint.read_expert(one.layers[key.layer], key.expert)
+        kept[key] = [
+            tensor.to("cpu", like.dtype, copy=True)
+            for tensor, like in zip(read, one.weights[key.layer], strict=True)
+        ]
+    checkpoint.close()
+    return replace(parallel, copies=HostCopies(kept))
 
 
 def _plan_sets(
