@@ -33,7 +33,7 @@ from equipoise.engine.figures import StepResult
 from equipoise.engine.requests import Request
 from equipoise.errors import MembershipError, TransferError
 from equipoise.models.families import read_model_shape
-from equipoise.models.parallel import ParallelModel, parallelize
+from equipoise.models.parallel import ParallelModel, keep_copies, parallelize
 from equipoise.placement import Placement, place_in_order
 from equipoise.topology import Topology
 
@@ -276,6 +276,7 @@ class RankLoop:
                 dtype=home.dtype,
                 attention=home.attention,
             )
+            parallel = keep_copies(parallel, spec.host_backup)
         except BaseException:
             group.close()
             raise
@@ -300,6 +301,8 @@ class RankLoop:
             self._engine.adopt(duty.parallel)
         # The first round of a generation waits for nobody: others may have work.
         self._is_busy = True
+        # Ranks count alike from here on, newcomers too.
+        self._num_rebalances = self._num_rebalances_done = 0
         self._link.say(
             {
                 "say": said,
