@@ -329,10 +329,14 @@ class Changes:
         redundancy = Redundancy.of(spec.config, spec.slots_per_rank)
         generation = self._last_generation + 1
         if change.kind == "recover":
-            return plan_recovery(Serving.join(parts), generation, redundancy, deadlines)
+            return plan_recovery(
+                Serving.join(parts), generation, redundancy, deadlines, backup=spec.host_backup
+            )
         names = {record.name for record in serving} - set(change.leaving) | set(change.joining)
         members = sort_names(names)
-        return plan_change(Serving.join(parts), members, generation, redundancy, deadlines)
+        return plan_change(
+            Serving.join(parts), members, generation, redundancy, deadlines, spec.host_backup
+        )
 
     def _rehearse(self, change: Change, plan: MembershipPlan) -> ScaleReport:
         expected = rehearse(plan, self._spec.device)
