@@ -15,7 +15,7 @@ import pytest
 from equipoise.server.settings import ServerLimits
 from tests.server.serving import KEYS, Running, count, make_spec, serve, wait_until
 
-NUM_GARBAGE = int(os.environ.get("EQUIPOISE_REQUESTS", "100"))
+NUM_GARBAGE = int(os.environ.get("SERVER_REQUESTS", "100"))
 
 BAD: dict[str, tuple[str, int, str]] = {
     "no prompt": ("{}", 400, "prompt: field required"),

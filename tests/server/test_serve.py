@@ -8,28 +8,25 @@ import os
 import re
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx2
-import openai
 import pytest
 
 from equipoise.server.client import ServerClient, ServerRefused
 from equipoise.server.settings import ADMIN_KEY, API_KEY
 from tests.command_line import run_command
+from tests.server.load import Load
 from tests.server.serving import KEYS, wait_until
-from tests.server.test_completions import MAX_TOKENS, PROMPTS, plain
+from tests.server.test_completions import MAX_TOKENS, plain
 from tests.sessions import end_session, start, wait_until_alone
 
 __all__ = ["plain"]
 
 pytestmark = pytest.mark.timeout(240)
-
-LOADERS = 3
 
 
 @contextlib.contextmanager
@@ -49,64 +46,13 @@ def serve(folder: Path, *words: str, **environment: str) -> Iterator[tuple[Any, 
         end_session(process)
 
 
-class Load:
-    """Clients that ask, and compare what they get, until they are told to stop."""
-
-    def __init__(self, url: str, expected: dict[str, str]) -> None:
-        self._expected = expected
-        self._client = openai.OpenAI(
-            base_url=f"{url}/v1", api_key=KEYS.api, max_retries=0, timeout=120.0
-        )
-        self._is_over = threading.Event()
-        self.num_right, self.wrong = 0, list[object]()
-        self._lock = threading.Lock()
-        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(LOADERS)]
-
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._is_over.set()
-        for thread in self._threads:
-            thread.join(120)
-            assert not thread.is_alive()
-
-    def wait_for_more(self, count: int = 2 * LOADERS) -> None:
-        """Until so many more have been answered, right or wrong."""
-        goal = self.num_right + len(self.wrong) + count
-        wait_until(lambda: self.num_right + len(self.wrong) >= goal)
-
-    def _run(self, number: int) -> None:
-        while not self._is_over.is_set():
-            prompt = PROMPTS[number % len(PROMPTS)]
-            number += 1
-            try:
-                chunks = self._client.completions.create(
-                    model="equipoise-small",
-                    prompt=prompt,
-                    temperature=0,
-                    max_tokens=MAX_TOKENS,
-                    stream=True,
-                )
-                text = "".join(chunk.choices[0].text for chunk in chunks)
-            except Exception as error:  # whatever a client may meet
-                text = repr(error)
-            with self._lock:
-                if text == self._expected[prompt]:
-                    self.num_right += 1
-                else:
-                    self.wrong.append((prompt, text))
-
-
 def test_ranks_come_and_go_under_load_and_the_end_is_in_good_order(
     tmp_path: Path, plain: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = {API_KEY: KEYS.api, ADMIN_KEY: KEYS.admin}
     with serve(tmp_path, "--ranks=2", "--step-interval=8", **keys) as (process, url):
         client = ServerClient(url, {ADMIN_KEY: KEYS.admin})
-        with Load(url, plain) as load:
+        with Load(url, plain, MAX_TOKENS, key=KEYS.api) as load:
             load.wait_for_more()
             assert client.scale(to=3, dry_run=True)["joining"] == ["rank-2"]
             assert client.scale(to=3)["done"]
