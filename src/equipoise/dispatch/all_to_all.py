@@ -14,12 +14,10 @@ from torch import Tensor
 
 from equipoise.comm.groups import RankGroup
 from equipoise.dispatch.base import Dispatched, DispatchedRows, TokenDispatcher
+from equipoise.dispatch.packing import Packer, TorchPacker, lay_out_row
 from equipoise.dispatch.routes import sum_by_weight
 from equipoise.errors import TransferError
 from equipoise.topology import Topology
-
-_ALIGNMENT = 16
-_SLOT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -27,12 +25,12 @@ class _Handle:
     """The way home.
 
     Attributes:
-        pair_N: [N] int64, t * K + k of each output that comes home, by rank, then by token, then k.
+        source_P: [T * K] int64, which output that comes home is whose; behind the last for none.
         sent: outputs sent to each rank.
         received: outputs received from each rank.
     """
 
-    pair_N: Tensor
+    source_P: Tensor
     sent: list[int]
     received: list[int]
 
@@ -54,51 +52,49 @@ class AllToAllDispatcher(TokenDispatcher):
 
     def __init__(self, group: RankGroup, topology: Topology) -> None:
         self._group = group
-        self._topology = topology
         self._staged = group.device.type == "cuda" and group.device_group is group.cpu_group
-        self._first_slot_R11 = (
-            torch.arange(topology.num_ranks, device=group.device) * topology.slots_per_rank
-        )[:, None, None]
+        self._even = [1] * topology.num_ranks
+        self._packer = _create_packer(group.device, topology)
 
     def dispatch(self, hidden_TD: Tensor, slot_TK: Tensor) -> Dispatched:
         """As the contract says; rows come ordered by source rank, then by token, then by k."""
-        num_ranks, slots_per_rank = self._topology.num_ranks, self._topology.slots_per_rank
-        num_tokens, top_k = slot_TK.shape
-        local_RTK = slot_TK - self._first_slot_R11
-        is_there_RTK = (local_RTK >= 0) & (local_RTK < slots_per_rank)
-        goes_RT = is_there_RTK.any(2)
-        count_R2 = torch.stack((goes_RT.sum(1), is_there_RTK.sum((1, 2))), dim=1)
-        counts = torch.stack((count_R2, torch.empty_like(count_R2)))
-        even = [1] * num_ranks
-        self._exchange(counts[1], counts[0], even, even)
+        hidden_TD, slot_TK = hidden_TD.contiguous(), slot_TK.contiguous()
+        routed = self._packer.route(slot_TK)
+        counts_2R2 = torch.stack((routed.count_R2, torch.empty_like(routed.count_R2)))
+        self._exchange(counts_2R2[1], counts_2R2[0], self._even, self._even)
         # The one wait for the device: splits are numbers of the host.
-        sent, received = counts.tolist()
-        rows_sent, outputs_received = zip(*sent, strict=True)
-        rows_received, outputs_sent = zip(*received, strict=True)
+        going, coming = counts_2R2.tolist()
+        rows_sent, outputs_received = ([count[i] for count in going] for i in range(2))
+        rows_received, outputs_sent = ([count[i] for count in coming] for i in range(2))
 
-        going_M2 = goes_RT.nonzero_static(size=sum(rows_sent))
-        row_MB, hidden_bytes = _pack(hidden_TD, local_RTK.masked_fill(~is_there_RTK, -1), going_M2)
+        row_MB, source_P = self._packer.pack(
+            routed, hidden_TD, slot_TK, sum(rows_sent), sum(outputs_received)
+        )
         came_MB = row_MB.new_empty(sum(rows_received), row_MB.shape[1])
-        self._exchange(came_MB, row_MB, list(rows_received), list(rows_sent))
-        slot_MK = came_MB[:, _round_up(hidden_bytes) :].view(torch.int32)[:, :top_k]
-        row_N, choice_N = (slot_MK >= 0).nonzero_static(size=sum(outputs_sent)).unbind(1)
-        pair_N = is_there_RTK.view(num_ranks, num_tokens * top_k)
-        pair_N = pair_N.nonzero_static(size=sum(outputs_received))[:, 1]
+        self._exchange(came_MB, row_MB, rows_received, rows_sent)
+        layout = lay_out_row(hidden_TD, slot_TK.shape[1])
+        row_N, slot_N = self._packer.unpack(
+            came_MB, layout, slot_TK.shape[1], counts_2R2[1], sum(outputs_sent)
+        )
         return DispatchedRows(
-            received_MD=came_MB[:, :hidden_bytes].view(hidden_TD.dtype),
+            received_MD=came_MB[:, : layout.hidden_bytes].view(hidden_TD.dtype),
             row_N=row_N,
-            slots=slot_MK[row_N, choice_N].long(),
-            handle=_Handle(pair_N, list(outputs_sent), list(outputs_received)),
+            slots=slot_N,
+            handle=_Handle(source_P, outputs_sent, outputs_received),
         )
 
     def combine(self, output_ND: Tensor, weight_TK: Tensor, dispatched: Dispatched) -> Tensor:
         """As the contract says."""
         assert isinstance(dispatched, DispatchedRows)
         handle: _Handle = dispatched.handle
-        home_ND = output_ND.new_empty(sum(handle.received), output_ND.shape[1])
-        sent, into = output_ND.contiguous().view(torch.uint8), home_ND.view(torch.uint8)
+        num_outputs = sum(handle.received)
+        # One row more: what went nowhere reads zeros.
+        home_ND = output_ND.new_empty(num_outputs + 1, output_ND.shape[1])
+        if num_outputs < weight_TK.numel():
+            home_ND[num_outputs].zero_()
+        sent, into = output_ND.contiguous().view(torch.uint8), home_ND[:-1].view(torch.uint8)
         self._exchange(into, sent, handle.received, handle.sent)
-        return sum_by_weight(home_ND, handle.pair_N, weight_TK)
+        return sum_by_weight(home_ND, handle.source_P, weight_TK)
 
     def _exchange(self, into: Tensor, rows: Tensor, received: list[int], sent: list[int]) -> None:
         if self._staged:
@@ -122,27 +118,9 @@ class AllToAllDispatcher(TokenDispatcher):
             ) from error
 
 
-def _pack(hidden_TD: Tensor, slot_RTK: Tensor, going_M2: Tensor) -> tuple[Tensor, int]:
-    """Rows as they travel: hidden state, then the slots of its rank that it is for.
+def _create_packer(device: torch.device, topology: Topology) -> Packer:
+    if device.type == "cpu":
+        return TorchPacker(topology)
+    from equipoise.dispatch.packing_kernel import KernelPacker
 
-    Args:
-        hidden_TD: [T, D].
-        slot_RTK: [R, T, K], local slots of each rank; -1 for a slot of another.
-        going_M2: [M, 2], rank and token of each row.
-    Returns:
-        [M, B] uint8, and how many of the B bytes are the hidden state's.
-    """
-    rank_M, token_M = going_M2.unbind(1)
-    num_rows, hidden_bytes = len(token_M), hidden_TD.shape[1] * hidden_TD.element_size()
-    slot_bytes = slot_RTK.shape[2] * _SLOT_BYTES
-    row_bytes = _round_up(_round_up(hidden_bytes) + slot_bytes)
-    row_MB = torch.empty(num_rows, row_bytes, dtype=torch.uint8, device=hidden_TD.device)
-    hidden_MD = row_MB[:, :hidden_bytes].view(hidden_TD.dtype)
-    torch.index_select(hidden_TD, 0, token_M, out=hidden_MD)
-    slot_at = _round_up(hidden_bytes)
-    row_MB[:, slot_at : slot_at + slot_bytes].view(torch.int32)[...] = slot_RTK[rank_M, token_M]
-    return row_MB, hidden_bytes
-
-
-def _round_up(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+    return KernelPacker(topology)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from equipoise.dispatch.base import Dispatched, DispatchedRows, TokenDispatcher
@@ -41,4 +42,8 @@ class ReferenceDispatcher(TokenDispatcher):
     def combine(self, output_ND: Tensor, weight_TK: Tensor, dispatched: Dispatched) -> Tensor:
         """As the contract says. Collective: none."""
         assert isinstance(dispatched, DispatchedRows)
-        return sum_by_weight(output_ND, dispatched.handle, weight_TK)
+        row_N: Tensor = dispatched.handle
+        padded = torch.cat((output_ND, output_ND.new_zeros(1, output_ND.shape[1])))
+        source_P = row_N.new_full((weight_TK.numel(),), len(row_N))
+        source_P[row_N] = torch.arange(len(row_N), device=row_N.device)
+        return sum_by_weight(padded, source_P, weight_TK)
