@@ -24,22 +24,15 @@ from equipoise.engine.cache import KVCache, LayerShape
 from equipoise.errors import ModelError
 from equipoise.models.parallel import ParallelModel
 
-NAME = "equipoise"
+_NAME = "equipoise"
 """What transformers knows this attention by."""
-
+_HANDED = "equipoise_pass"
+"""What `_Pass` is handed down as."""
 _INNER = ("sdpa", "eager")
-
-Attend = Callable[..., tuple[Tensor, Any]]
 
 
 class Chunk(NamedTuple):
-    """Tokens of one sequence's prompt.
-
-    Attributes:
-        row: of the cache.
-        start: position of the first.
-        length: C.
-    """
+    """Tokens of one sequence: row of the cache, position of the first, and how many."""
 
     row: int
     start: int
@@ -51,7 +44,7 @@ class Layout:
     """Which sequences a step's tokens belong to.
 
     Attributes:
-        rows: [N] int64, row of the cache.
+        rows: [N] int64, of the cache.
         positions: [N] int64.
         num_decoding: the first tokens, one of each of the first rows.
         longest: positions that any of these looks at.
@@ -62,7 +55,7 @@ class Layout:
     positions: Tensor
     num_decoding: int
     longest: int
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[Chunk, ...] = ()
 
 
 @dataclass
@@ -70,18 +63,34 @@ class _Pass:
     """One forward pass, handed down to every layer by the model."""
 
     inner: str
-    cache: KVCache | None
-    layout: Layout | None
-    masks: dict[tuple[int | None, int | None], Tensor] = field(default_factory=dict)
+    cache: KVCache | None = None
+    layout: Layout | None = None
     seen: dict[int, LayerShape] = field(default_factory=dict)
+    _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+
+    def hide(
+        self, position: Tensor, until: int, window: int | None, dtype: torch.dtype, at: int
+    ) -> Tensor:
+        """[tokens, until]: 0 where a token of a position looks, -inf elsewhere.
+
+        Layers share it: token `at` of the step and the window tell one from another.
+        """
+        if (at, window) not in self._masks:
+            key, position = torch.arange(until, device=position.device), position[:, None]
+            hidden = key > position
+            if window is not None:
+                hidden |= key <= position - window
+            shown = torch.zeros(hidden.shape, dtype=dtype, device=position.device)
+            self._masks[at, window] = shown.masked_fill_(hidden, float("-inf"))
+        return self._masks[at, window]
 
 
 class Attention:
     """Has a model attend to a cache of rows while the engine calls it.
 
     Args:
-        model: of transformers; attends by sdpa or eager.
-    Raises: ModelError if it attends by something else.
+        model: of transformers.
+    Raises: ModelError if it attends by something else than sdpa or eager.
     """
 
     def __init__(self, model: Any) -> None:
@@ -92,58 +101,43 @@ class Attention:
                 f"the model attends by {self._inner!r}, which cannot be asked for single "
                 f"sequences: load it with attention={_INNER[0]!r} or {_INNER[1]!r}"
             )
-        transformers = import_module("transformers")
-        transformers.AttentionInterface.register(NAME, _attend)
+        import_module("transformers").AttentionInterface.register(_NAME, _attend)
 
     @contextmanager
-    def serve(self, cache: KVCache, layout: Layout | None) -> Iterator[dict[str, Any]]:
-        """Within, calls of the model attend to the cache.
+    def serve(self, cache: KVCache | None, layout: Layout | None) -> Iterator[dict[str, Any]]:
+        """Within, calls of the model attend to the cache; without a layout, its token to itself.
 
-        Args:
-            cache: of the sequences.
-            layout: of the step's tokens; None for one token that belongs to nobody.
-        Returns:
-            What the model is called with besides tokens and positions.
+        Returns: what the model is called with besides tokens and positions.
         """
-        with self._call(_Pass(self._inner, cache, layout)) as named:
-            yield named
+        self._config._attn_implementation = _NAME
+        try:
+            yield {"use_cache": False, _HANDED: _Pass(self._inner, cache, layout)}
+        finally:
+            self._config._attn_implementation = self._inner
 
     def find_shapes(self, parallel: ParallelModel) -> dict[int, LayerShape]:
         """What a token leaves in each layer, by sending one through all but the experts.
 
-        Collective: none: the experts are left out.
-        Raises: ModelError if the model has attention that cannot be provided from outside.
+        Collective: none. Raises: ModelError if its attention cannot be provided from outside.
         """
         model = parallel.model
         zero = torch.zeros(1, 1, dtype=torch.int64, device=parallel.state.group.device)
-        probe = _Pass(self._inner, None, None)
-        with torch.inference_mode(), _without_experts(parallel), self._call(probe) as named:
+        with torch.inference_mode(), _without_experts(parallel), self.serve(None, None) as named:
             model.base_model(input_ids=zero, position_ids=zero, **named)
-        num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", len(probe.seen))
-        if len(probe.seen) != num_layers:
+        seen: dict[int, LayerShape] = named[_HANDED].seen
+        num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", len(seen))
+        if len(seen) != num_layers:
             raise ModelError(
-                f"{type(model).__name__} cannot be served: {len(probe.seen)} of {num_layers} "
+                f"{type(model).__name__} cannot be served: {len(seen)} of {num_layers} "
                 "layers attend by transformers' AttentionInterface"
             )
-        return probe.seen
-
-    @contextmanager
-    def _call(self, this: _Pass) -> Iterator[dict[str, Any]]:
-        self._config._attn_implementation = NAME
-        try:
-            yield {"use_cache": False, "equipoise_pass": this}
-        finally:
-            self._config._attn_implementation = self._inner
+        return seen
 
 
 @contextmanager
 def _without_experts(parallel: ParallelModel) -> Iterator[None]:
-    modules = [
-        module
-        for one in parallel.spread.sets
-        for layer in one.layers
-        for module in (layer.module, *layer.copies)
-    ]
+    layers = [layer for one in parallel.spread.sets for layer in one.layers]
+    modules = [module for layer in layers for module in (layer.module, *layer.copies)]
     kept = [module.forward for module in modules]
 
     def skip(*given: Tensor, **named: Tensor) -> Tensor:
@@ -164,96 +158,43 @@ def _attend(
     key: Tensor,
     value: Tensor,
     _mask: None,
-    *,
-    equipoise_pass: _Pass | None = None,
     **named: Any,
 ) -> tuple[Tensor, None]:
     """As transformers calls attention: query [1, H, N, D] and so on -> [1, N, H, D]."""
-    this = equipoise_pass
+    this: _Pass | None = named.pop(_HANDED, None)
     if this is None:
-        raise ModelError(
-            f"{type(module).__name__} is not handed what the model was called with: it cannot be "
-            "served"
-        )
-    inner = _find_inner(this.inner, module)
-    layer = cast(int, module.layer_idx)
-    if this.cache is None:
-        this.seen[layer] = LayerShape(_size(key), _size(value), key.dtype)
+        kind = type(module).__name__
+        raise ModelError(f"{kind} is not handed what its model is called with: it is not served")
+    inner, layer = _find_inner(this.inner, module), cast(int, module.layer_idx)
+    this.seen[layer] = LayerShape(
+        (key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]), key.dtype
+    )
     if this.cache is None or this.layout is None:
         return inner(module, query, key, value, None, **named)[0], None
-    layout = this.layout
+    layout, window = this.layout, cast("int | None", named.get("sliding_window"))
     keys, values = this.cache.store(layer, layout.rows, layout.positions, key, value)
-    window: int | None = named.get("sliding_window")
-    outputs = []
-    at = layout.num_decoding
+    outputs, at = [], layout.num_decoding
     if at:
-        until = layout.longest
-        output, _ = inner(
-            module,
-            query[0, :, :at].transpose(0, 1)[:, :, None],
-            keys[:at, :, :until],
-            values[:at, :, :until],
-            _mask_decoding(this, layout, window, query.dtype),
-            **named,
-        )
-        outputs.append(output.transpose(0, 1))
-    for number, chunk in enumerate(layout.chunks):
-        rows, until = slice(chunk.row, chunk.row + 1), chunk.start + chunk.length
-        output, _ = inner(
-            module,
-            query[:, :, at : at + chunk.length],
-            keys[rows, :, :until],
-            values[rows, :, :until],
-            _mask_chunk(this, number, chunk, window, query),
-            **named,
-        )
-        outputs.append(output)
-        at += chunk.length
+        until, each = layout.longest, query[0, :, :at].transpose(0, 1)[:, :, None]
+        mask = this.hide(layout.positions[:at], until, window, query.dtype, 0)[:, None, None]
+        seen = keys[:at, :, :until], values[:at, :, :until]
+        outputs.append(inner(module, each, *seen, mask, **named)[0].transpose(0, 1))
+    for row, start, length in layout.chunks:
+        until, part = start + length, query[:, :, at : at + length]
+        chunk_mask: Tensor | None = None
+        # From the first token on, sdpa knows by itself that it is causal.
+        if this.inner != "sdpa" or start or (window is not None and window < until):
+            position = layout.positions[at : at + length]
+            chunk_mask = this.hide(position, until, window, query.dtype, at)[None, None]
+        seen = keys[row : row + 1, :, :until], values[row : row + 1, :, :until]
+        outputs.append(inner(module, part, *seen, chunk_mask, **named)[0])
+        at += length
     return torch.cat(outputs, dim=1), None
 
 
-def _find_inner(name: str, module: nn.Module) -> Attend:
+def _find_inner(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
     if name == "eager":
-        eager: Attend = sys.modules[type(module).__module__].eager_attention_forward
-        return eager
-    found: Attend = import_module("transformers").AttentionInterface()[name]
-    return found
-
-
-def _size(states: Tensor) -> tuple[int, int]:
-    return states.shape[1], states.shape[3]
-
-
-def _mask_decoding(this: _Pass, layout: Layout, window: int | None, dtype: torch.dtype) -> Tensor:
-    """[decoding, 1, 1, longest], added to scores; the same for all layers of a window."""
-    place = (None, window)
-    if place not in this.masks:
-        position = layout.positions[: layout.num_decoding, None]
-        this.masks[place] = _hide(position, layout.longest, window, dtype)[:, None, None]
-    return this.masks[place]
-
-
-def _mask_chunk(
-    this: _Pass, number: int, chunk: Chunk, window: int | None, query: Tensor
-) -> Tensor | None:
-    """[1, 1, C, keys], added to scores; None where sdpa knows by itself that it is causal."""
-    until = chunk.start + chunk.length
-    plain = chunk.start == 0 and (window is None or window >= until)
-    if this.inner == "sdpa" and plain:
-        return None
-    place = (number, window)
-    if place not in this.masks:
-        position = torch.arange(chunk.start, until, device=query.device)[:, None]
-        this.masks[place] = _hide(position, until, window, query.dtype)[None, None]
-    return this.masks[place]
-
-
-def _hide(position: Tensor, until: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """[tokens, until]: 0 where a token of a position looks, -inf elsewhere."""
-    key = torch.arange(until, device=position.device)
-    hidden = key > position
-    if window is not None:
-        hidden |= key <= position - window
-    return torch.zeros(hidden.shape, dtype=dtype, device=position.device).masked_fill_(
-        hidden, float("-inf")
-    )
+        found = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        found = import_module("transformers").AttentionInterface()[name]
+    return cast("Callable[..., tuple[Tensor, Any]]", found)

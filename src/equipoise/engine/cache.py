@@ -1,6 +1,6 @@
 """Keys and values of sequences that join and leave between steps.
 
-Axis letters: B sequences, N tokens of a step, H key-value heads, D head dimension.
+Axis letters: N tokens of a step, H key-value heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -22,13 +22,7 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What one token leaves in one layer.
-
-    Attributes:
-        key: (H, D).
-        value: (H, D); its D may be another.
-        dtype: of both.
-    """
+    """What one token leaves in one layer: a key and a value (H, D), of this dtype."""
 
     key: tuple[int, int]
     value: tuple[int, int]
@@ -64,31 +58,24 @@ class CacheMemory:
         return self.num_rows * self.max_len * self.token_bytes
 
     def check(self) -> None:
-        """Say what will be taken.
-
-        Raises: ConfigError if it does not fit.
-        """
+        """Say in the log what will be taken. Raises: ConfigError if it does not fit."""
         needed = (
             f"keys and values of {self.num_rows} sequences of {self.max_len} tokens take "
             f"{self.num_bytes / _GIB:.2f} GiB"
         )
-        if self.free_bytes is None:
-            logger.info("%s", needed)
-            return
-        free = f"{self.free_bytes / _GIB:.2f} GiB free"
-        if self.num_bytes > self.free_bytes:
+        free = "" if self.free_bytes is None else f"{self.free_bytes / _GIB:.2f} GiB free"
+        if self.free_bytes is not None and self.num_bytes > self.free_bytes:
             raise ConfigError(
                 f"{needed}, and {self.device} has {free}: ask for fewer sequences at once, or "
                 "for shorter ones"
             )
-        logger.info("%s; %s has %s", needed, self.device, free)
+        logger.info("%s; %s has %s", needed, self.device, free or "an unknown amount free")
 
 
 class KVCache:
     """A row of fixed length for each sequence, in every layer.
 
-    Rows in use are the first ones, so that a step reads them as a view; a row that is freed is
-    filled by another one. Memory is taken once, when the cache is made.
+    Rows in use are the first ones, so that a step reads them as a view. Memory is taken once.
 
     Args:
         shapes: by number of the layer.
@@ -97,11 +84,11 @@ class KVCache:
 
     def __init__(self, shapes: Mapping[int, LayerShape], memory: CacheMemory) -> None:
         self.memory = memory
-        room = (memory.num_rows, memory.max_len)
+        rows, length, device = memory.num_rows, memory.max_len, memory.device
         # Zeros, not whatever was there: a masked NaN is still a NaN after the product.
         self._layers = {
             number: tuple(
-                torch.zeros(room[0], heads, room[1], size, dtype=shape.dtype, device=memory.device)
+                torch.zeros(rows, heads, length, size, dtype=shape.dtype, device=device)
                 for heads, size in (shape.key, shape.value)
             )
             for number, shape in shapes.items()
@@ -110,17 +97,9 @@ class KVCache:
     def store(
         self, layer: int, rows: Tensor, positions: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Take a layer's new keys and values.
+        """Take a layer's new keys and values [1, H, N, D], for rows [N] at positions [N].
 
-        Args:
-            layer: its number.
-            rows: [N] int64, each token's row.
-            positions: [N] int64, its place in the row.
-            key: [1, H, N, D].
-            value: [1, H, N, D].
-        Returns:
-            All keys and values of the layer, each [rows, H, max_len, D].
-        Collective: none; no host sync.
+        Returns: all of the layer's, each [rows, H, max_len, D]. Collective: none; no host sync.
         """
         keys, values = self._layers[layer]
         keys[rows, :, positions] = key[0].transpose(0, 1)
@@ -134,23 +113,12 @@ class KVCache:
                 tensor[into, :, :length] = tensor[source, :, :length]
 
 
-def find_memory(
-    shapes: Mapping[int, LayerShape], num_rows: int, max_len: int, device: torch.device
-) -> CacheMemory:
-    """What a cache of these layers takes, and what there is. Collective: none."""
-    token_bytes = sum(shape.num_bytes for shape in shapes.values())
-    return CacheMemory(num_rows, max_len, token_bytes, _find_free_bytes(device), device)
-
-
-def _find_free_bytes(device: torch.device) -> int | None:
+def find_free_bytes(device: torch.device) -> int | None:
+    """Bytes that a cache could take; None where that cannot be found out. Collective: none."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
         # What torch keeps of freed memory serves a cache as well.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + kept
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    kib = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(kib[0]) * 1024 if kib else None
+        return torch.cuda.mem_get_info(device)[0] + kept
+    path = Path("/proc/meminfo")
+    lines = path.read_text(encoding="ascii").splitlines() if path.exists() else []
+    return next((int(line.split()[1]) << 10 for line in lines if "MemAvailable" in line), None)

@@ -14,12 +14,7 @@ _MAX_CONTEXT = 32
 
 
 class Piece(NamedTuple):
-    """What more there is to say.
-
-    Attributes:
-        text: new; nothing behind the begin of a stop string.
-        stopped: whether a stop string has been met.
-    """
+    """New text, and whether a stop string has been met."""
 
     text: str
     stopped: bool
@@ -47,12 +42,11 @@ class TextStream:
 
     def push(self, tokens: Sequence[int]) -> Piece:
         """Take the next tokens. Collective: none."""
-        texts = []
+        text = ""
         for token in tokens:
-            if self._stopped:
-                break
-            texts.append(self._release(self._decode(token)))
-        return Piece("".join(texts), self._stopped)
+            if not self._stopped:
+                text += self._release(self._decode(token))
+        return Piece(text, self._stopped)
 
     def finish(self) -> str:
         """The text is over: what was held back, unless a stop string ended it. Collective: none."""
@@ -97,7 +91,5 @@ class TextStream:
 
 def _count_begun(text: str, stop: str) -> int:
     """Characters at the end of a text that begin a stop string."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+    lengths = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((length for length in lengths if text.endswith(stop[:length])), 0)

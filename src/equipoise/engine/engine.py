@@ -1,7 +1,4 @@
-"""The engine of one rank: requests in, tokens out, one forward pass per step.
-
-Axis letters: N tokens of a step, V vocabulary.
-"""
+"""The engine of one rank: requests in, tokens out, one forward pass per step."""
 
 from __future__ import annotations
 
@@ -10,17 +7,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from equipoise.balancer import RebalanceOutcome
-from equipoise.engine.attention import Attention, Layout
-from equipoise.engine.cache import CacheMemory, KVCache, find_memory
+from equipoise.engine.cache import CacheMemory
 from equipoise.engine.detokenizer import TextStream
 from equipoise.engine.figures import SetLoad, StepFigures, StepResult
+from equipoise.engine.forward import Forward
 from equipoise.engine.requests import Delta, FinishReason, Request
 from equipoise.engine.sampling import choose_tokens
-from equipoise.engine.schedule import Schedule, Sequence, Work
+from equipoise.engine.schedule import Schedule, Sequence
 from equipoise.errors import ConfigError
 from equipoise.models.parallel import ParallelModel
 
@@ -66,6 +61,7 @@ class Engine:
         limits: what it may hold.
         tokenizer: of the model; without, requests must have no stop strings.
         balance: whether steps are the balancer's too; without, nothing is counted or moved.
+        graphs: whether decode steps are CUDA graphs, where dispatch allows it.
     Raises: ConfigError, before any of it is taken, if the cache has no room; ModelError if the
         model cannot be served.
     """
@@ -77,33 +73,27 @@ class Engine:
         *,
         tokenizer: Any = None,
         balance: bool = True,
+        graphs: bool = True,
     ) -> None:
         self.limits = limits
         self._parallel, self._tokenizer, self._balance = parallel, tokenizer, balance
-        self._device = parallel.state.group.device
-        self._attention = Attention(parallel.model)
-        shapes = self._attention.find_shapes(parallel)
-        memory = find_memory(shapes, limits.max_batch_size, limits.max_len, self._device)
-        memory.check()
-        self._cache = KVCache(shapes, memory)
-        self._schedule = Schedule(limits.max_batch_size, limits.prefill_chunk, self._cache.move)
-        self._end_tokens = (
-            find_end_tokens(parallel.model) if limits.end_tokens is None else limits.end_tokens
-        )
-        # Ranks start elsewhere, so that replicas take turns over ranks as well as over tokens.
-        self._position = parallel.state.group.rank
+        rows = limits.max_batch_size
+        self._forward = Forward(parallel, rows, limits.max_len, graphs=graphs)
+        self._schedule = Schedule(rows, limits.prefill_chunk, self._forward.cache.move)
+        end_tokens = limits.end_tokens
+        self._end_tokens = find_end_tokens(parallel.model) if end_tokens is None else end_tokens
         # Kept beyond an error: each token is told, and once.
         self._deltas: list[Delta] = []
 
     @property
     def memory(self) -> CacheMemory:
         """What the cache takes."""
-        return self._cache.memory
+        return self._forward.cache.memory
 
     @property
     def has_work(self) -> bool:
         """Whether a request is queued or running."""
-        return bool(len(self._schedule))
+        return len(self._schedule) > 0
 
     @property
     def num_requests(self) -> int:
@@ -111,10 +101,8 @@ class Engine:
         return len(self._schedule)
 
     def submit(self, *requests: Request) -> None:
-        """Queue requests; they are begun in this order, from the next step on.
+        """Queue requests, new ones or with the tokens that they got elsewhere, behind the others.
 
-        Args:
-            requests: new, or with the tokens that they got elsewhere so far.
         Collective: none.
         Raises: ConfigError, before any is queued, if one cannot be served or its id is in use.
         """
@@ -130,10 +118,7 @@ class Engine:
             self._schedule.add(Sequence(request, stream))
 
     def cancel(self, request_id: str) -> None:
-        """End a request: a delta of the next step or tick says so. An unknown one is ignored.
-
-        Collective: none.
-        """
+        """End a request, if it is here: a delta of the next step says so. Collective: none."""
         for request in self.evict([request_id]):
             self._deltas.append(Delta(request.id, len(request.generated), (), "cancelled"))
 
@@ -141,10 +126,8 @@ class Engine:
         """Hand requests over, to be run again elsewhere from their tokens so far.
 
         Args:
-            request_ids: which; None for all that are queued or running. Unknown ones are ignored.
-        Returns:
-            Those that were here, running ones first.
-        Collective: none.
+            request_ids: which; None for all that are queued or running.
+        Returns: those that were here, running ones first. Collective: none.
         """
         wanted = None if request_ids is None else set(request_ids)
         return [sequence.request for sequence in self._schedule.remove(wanted)]
@@ -152,12 +135,11 @@ class Engine:
     def adopt(self, parallel: ParallelModel) -> None:
         """Serve in another generation from the next step on; requests and cache stay.
 
-        Args:
-            parallel: of the same model on the same device.
         Collective: none; every rank of the generation before its first step.
         """
         assert parallel.model is self._parallel.model, "a generation of another model"
         self._parallel = parallel
+        self._forward.adopt(parallel)
 
     def step(self) -> StepResult:
         """Run one forward pass, and the balancer's step.
@@ -169,122 +151,64 @@ class Engine:
         """
         started_s, cpu_s = time.perf_counter(), self._parallel.spread.expert_cpu_s
         work = self._schedule.plan()
-        kinds = frozenset(sequence.request.kind for sequence, _ in work)
-        with torch.inference_mode():
-            logits, getters = self._forward(work)
-            for dispatcher in self._parallel.dispatchers:
-                dispatcher.check()
-            self._take(logits, getters)
+        logits, getters = self._forward.run(work)
+        self._take(logits, getters)
         self._schedule.advance(work)
-        cpu_s = self._parallel.spread.expert_cpu_s - cpu_s
+        sets = self._parallel.spread.sets if self.limits.keep_load else ()
         figures = StepFigures(
             num_tokens=work.num_tokens,
             num_new_tokens=len(getters),
-            kinds=kinds,
-            expert_cpu_s=cpu_s,
-            loads=self._collect_loads() if self.limits.keep_load else (),
+            kinds=frozenset(sequence.request.kind for sequence, _ in work.parts),
+            expert_cpu_s=self._parallel.spread.expert_cpu_s - cpu_s,
+            loads=tuple(SetLoad(one.maps.placement, one.recorder.counts.clone()) for one in sets),
         )
         return self._close(started_s, figures)
 
     def tick(self) -> StepResult:
         """Close a step in which no rank has anything to do, without a forward pass.
 
-        Rebalances that are under way go on, and come to their end.
-
-        Collective: every rank of the group, equally often.
-        Raises: as `step`.
+        Rebalances that are under way go on. Collective and Raises: as `step`.
         """
         return self._close(time.perf_counter(), StepFigures())
 
     def _close(self, started_s: float, figures: StepFigures) -> StepResult:
         before_s = time.perf_counter()
-        outcomes = self._step_balancer()
+        outcomes = self._parallel.step() if self._balance else ()
+        for one in () if self._balance else self._parallel.spread.sets:
+            one.recorder.clear()
         ended_s = time.perf_counter()
         deltas, self._deltas = tuple(self._deltas), []
         figures = replace(figures, step_s=ended_s - started_s, balance_s=ended_s - before_s)
         return StepResult(deltas, figures, outcomes)
 
-    def _step_balancer(self) -> tuple[RebalanceOutcome, ...]:
-        if self._balance:
-            return self._parallel.step()
-        for one in self._parallel.spread.sets:
-            one.recorder.clear()
-        return ()
-
-    def _collect_loads(self) -> tuple[SetLoad, ...]:
-        sets = self._parallel.spread.sets
-        return tuple(SetLoad(one.maps.placement, one.recorder.counts.clone()) for one in sets)
-
     def _check(self, request: Request, known: set[str]) -> None:
-        most = len(request.tokens) + request.sampling.max_new_tokens
+        num_tokens, num_more = len(request.tokens), request.sampling.max_new_tokens
+        problem = None
         if request.id in known:
-            raise ConfigError(f"request {request.id!r} has not ended yet: take another id")
-        if not request.tokens:
-            raise ConfigError(f"request {request.id!r} is empty: it needs at least one token")
-        if most > self.limits.max_len:
-            raise ConfigError(
-                f"request {request.id!r} has {len(request.tokens)} tokens and asks for "
-                f"{request.sampling.max_new_tokens} more, the engine takes {self.limits.max_len}"
-            )
-        if len(request.generated) >= request.sampling.max_new_tokens:
-            raise ConfigError(f"request {request.id!r} has all of its tokens already")
-        if request.sampling.stop and self._tokenizer is None:
-            raise ConfigError(
-                f"request {request.id!r} has stop strings, and the engine no tokenizer: give it one"
-            )
-
-    def _forward(self, work: Work) -> tuple[Tensor, list[Sequence]]:
-        """[sequences that get a token, V] float32, and these."""
-        if not work.num_tokens:
-            return self._run(torch.zeros(3, 1, dtype=torch.int64), None), []
-        getters, columns, lasts = [], [], []
-        for sequence, chunk in work:
-            tokens = sequence.pending(chunk.length)
-            columns += [
-                (token, chunk.row, chunk.start + offset) for offset, token in enumerate(tokens)
-            ]
-            if chunk.length == sequence.num_pending:
-                getters.append(sequence)
-                lasts.append(len(columns) - 1)
-        hidden = self._run(torch.tensor(columns).T, work)[lasts]
-        logits: Tensor = self._parallel.model.get_output_embeddings()(hidden).float()
-        return logits, getters
-
-    def _run(self, columns: Tensor, work: Work | None) -> Tensor:
-        """[N, hidden] of tokens, rows and positions [3, N]; of nobody's token without work."""
-        model = self._parallel.model
-        tokens, rows, positions = columns.to(self._device, non_blocking=True)
-        layout = valid = None
-        if work is None:
-            valid = torch.zeros(1, dtype=torch.bool, device=self._device)
-        else:
-            longest = max((one.num_cached + 1 for one in work.decoding), default=0)
-            layout = Layout(rows, positions, len(work.decoding), longest, work.chunks)
-        with (
-            self._parallel.route(valid, self._position),
-            self._attention.serve(self._cache, layout) as named,
-        ):
-            hidden = model.base_model(
-                input_ids=tokens[None], position_ids=positions[None], **named
-            ).last_hidden_state
-        self._position += tokens.numel()
-        states: Tensor = hidden[0]
-        return states
+            problem = "has not ended yet: take another id"
+        elif not num_tokens:
+            problem = "is empty: it needs at least one token"
+        elif num_tokens + num_more > self.limits.max_len:
+            room = f"the engine takes {self.limits.max_len}"
+            problem = f"has {num_tokens} tokens and asks for {num_more} more, {room}"
+        elif len(request.generated) >= num_more:
+            problem = "has all of its tokens already"
+        elif request.sampling.stop and self._tokenizer is None:
+            problem = "has stop strings, and the engine no tokenizer: give it one"
+        if problem is not None:
+            raise ConfigError(f"request {request.id!r} {problem}")
 
     def _take(self, logits: Tensor, getters: list[Sequence]) -> None:
         """Give sequences their tokens, and find out which have ended."""
-        if not getters:
-            return
         tokens = choose_tokens(logits, [sequence.request for sequence in getters])
         kept = logits.cpu() if self.limits.keep_logits else None
         for index, (sequence, token) in enumerate(zip(getters, tokens, strict=True)):
             request = sequence.request
-            position = len(request.generated)
             request.generated.append(token)
             if kept is not None:
                 request.logits.append(kept[index])
-            sequence.finish_reason = self._find_end(sequence, token)
-            self._deltas.append(Delta(request.id, position, (token,), sequence.finish_reason))
+            end = sequence.finish_reason = self._find_end(sequence, token)
+            self._deltas.append(Delta(request.id, len(request.generated) - 1, (token,), end))
 
     def _find_end(self, sequence: Sequence, token: int) -> FinishReason | None:
         sampling = sequence.request.sampling
@@ -300,6 +224,4 @@ class Engine:
 def find_end_tokens(model: Any) -> frozenset[int]:
     """Tokens that end a text, as the model's generation_config says. Collective: none."""
     end = model.generation_config.eos_token_id
-    if end is None:
-        return frozenset()
-    return frozenset([end] if isinstance(end, int) else end)
+    return frozenset([end] if isinstance(end, int) else end or ())

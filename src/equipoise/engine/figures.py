@@ -16,12 +16,7 @@ from equipoise.placement import Placement
 
 @dataclass(frozen=True)
 class SetLoad:
-    """Tokens of one set of layers.
-
-    Attributes:
-        placement: the one that the step ran on.
-        slot_count: [L, P] int64 on the device, this rank's tokens by the slot they were sent to.
-    """
+    """A set of layers: its placement, and [L, P] int64 of this rank's tokens by slot."""
 
     placement: Placement
     slot_count: Tensor
@@ -52,13 +47,7 @@ class StepFigures:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step or a tick gave.
-
-    Attributes:
-        deltas: of this rank's requests.
-        figures: of this rank.
-        outcomes: rebalances that ended at this step, alike on all ranks.
-    """
+    """What a step or a tick gave this rank's requests, and the rebalances that ended with it."""
 
     deltas: tuple[Delta, ...]
     figures: StepFigures

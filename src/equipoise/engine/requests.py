@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FinishReason = Literal["stop", "length", "cancelled"]
-"""`stop`: an end token or a stop string; `length`: as many tokens as were asked for, or as fit."""
+"""`stop`: an end token or a stop string; `length`: as many tokens as were asked for."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class SamplingParams:
     ignore_end: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ConfigError(f"temperature must be a number from 0 on, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if not 0 <= self.seed < 1 << 64:
-            raise ConfigError(f"seed must be from 0 to 2**64 - 1, got {self.seed}")
+        for name, is_right, right in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "a number from 0 on"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("seed", 0 <= self.seed < 1 << 64, "from 0 to 2**64 - 1"),
+        ):
+            if not is_right:
+                raise ConfigError(f"{name} must be {right}, got {getattr(self, name)}")
         if "" in self.stop:
             raise ConfigError("a stop string must not be empty")
 
@@ -63,8 +63,7 @@ class Request:
         generated: so far, a token that ends the text included; not empty at submission where the
             request is run again from its tokens so far.
         kind: index of its kind of text, for figures by kind.
-        logits: of each token that this engine generated, [V] float32 on the CPU, where it keeps
-            them.
+        logits: of tokens generated here, [V] float32 on the CPU, where the engine keeps them.
     """
 
     id: str
@@ -73,11 +72,6 @@ class Request:
     generated: list[int] = field(default_factory=list)
     kind: int = 0
     logits: list[Tensor] = field(default_factory=list, repr=False)
-
-    @property
-    def num_tokens(self) -> int:
-        """Of the prompt and generated."""
-        return len(self.tokens) + len(self.generated)
 
 
 @dataclass(frozen=True)

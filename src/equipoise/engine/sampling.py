@@ -14,6 +14,7 @@ from torch import Tensor
 from equipoise.engine.requests import Request
 
 
+@torch.inference_mode()
 def choose_tokens(logits: Tensor, requests: Sequence[Request]) -> list[int]:
     """Choose the next token of each request, as its sampling asks.
 
@@ -22,6 +23,8 @@ def choose_tokens(logits: Tensor, requests: Sequence[Request]) -> list[int]:
         requests: B of them.
     Collective: none; waits for the device.
     """
+    if not requests:
+        return []
     tokens = logits.argmax(dim=-1)
     drawn = [row for row, request in enumerate(requests) if request.sampling.temperature > 0]
     if drawn:

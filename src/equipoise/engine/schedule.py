@@ -16,7 +16,7 @@ class Sequence:
     """A request while it is in an engine.
 
     Attributes:
-        request: its tokens are those of the prompt and generated.
+        request: whose tokens are those of its prompt and those generated.
         stream: its text, where stop strings are looked for.
         num_cached: tokens, from the first on, whose keys and values are in its row.
         finish_reason: why it has ended.
@@ -30,15 +30,13 @@ class Sequence:
     @property
     def num_pending(self) -> int:
         """Tokens that the model has not seen: one while it decodes."""
-        return self.request.num_tokens - self.num_cached
+        return len(self.request.tokens) + len(self.request.generated) - self.num_cached
 
-    def pending(self, num: int) -> list[int]:
+    def list_pending(self, num: int) -> list[int]:
         """The first of these tokens."""
-        tokens, begin = self.request.tokens, self.num_cached
-        if begin >= len(tokens):
-            begin -= len(tokens)
-            return self.request.generated[begin : begin + num]
-        return [*tokens[begin:], *self.request.generated][:num]
+        behind = max(0, self.num_cached - len(self.request.tokens))
+        generated = self.request.generated[behind : behind + num]
+        return [*self.request.tokens[self.num_cached :], *generated][:num]
 
 
 @dataclass(frozen=True)
@@ -46,24 +44,17 @@ class Work:
     """What one step does, sequence by sequence, in the order of its tokens.
 
     Attributes:
-        decoding: sequences in the first rows, one token each.
-        filling: behind them, sequences that take a chunk of their prompt.
-        chunks: of these.
+        parts: sequences, and what of them.
+        num_decoding: the first ones, in the first rows, a token each.
     """
 
-    decoding: tuple[Sequence, ...] = ()
-    filling: tuple[Sequence, ...] = ()
-    chunks: tuple[Chunk, ...] = ()
+    parts: tuple[tuple[Sequence, Chunk], ...]
+    num_decoding: int
 
     @property
     def num_tokens(self) -> int:
         """Of the step, on this rank."""
-        return len(self.decoding) + sum(chunk.length for chunk in self.chunks)
-
-    def __iter__(self) -> Iterator[tuple[Sequence, Chunk]]:
-        for row, sequence in enumerate(self.decoding):
-            yield sequence, Chunk(row, sequence.num_cached, 1)
-        yield from zip(self.filling, self.chunks, strict=True)
+        return sum(chunk.length for _, chunk in self.parts)
 
 
 class Schedule:
@@ -99,25 +90,22 @@ class Schedule:
 
     def plan(self) -> Work:
         """Give the next step its work; what is begun stays in its row, also if the step fails."""
-        num_decoding = 0
-        while num_decoding < len(self._rows) and self._rows[num_decoding].num_pending == 1:
-            num_decoding += 1
-        budget = self._prefill_chunk
-        filling: list[Sequence] = []
-        chunks: list[Chunk] = []
-        row = num_decoding
-        while budget and (row < len(self._rows) or self._admit()):
-            sequence = self._rows[row]
+        parts: list[tuple[Sequence, Chunk]] = []
+        for row, sequence in enumerate(self._rows):
+            if sequence.num_pending > 1:
+                break
+            parts.append((sequence, Chunk(row, sequence.num_cached, 1)))
+        num_decoding, budget = len(parts), self._prefill_chunk
+        while budget and (len(parts) < len(self._rows) or self._admit()):
+            sequence = self._rows[len(parts)]
             length = min(sequence.num_pending, budget)
-            filling.append(sequence)
-            chunks.append(Chunk(row, sequence.num_cached, length))
+            parts.append((sequence, Chunk(len(parts), sequence.num_cached, length)))
             budget -= length
-            row += 1
-        return Work(tuple(self._rows[:num_decoding]), tuple(filling), tuple(chunks))
+        return Work(tuple(parts), num_decoding)
 
     def advance(self, work: Work) -> None:
         """The step has been done: its tokens are cached, and sequences that ended leave."""
-        for sequence, chunk in work:
+        for sequence, chunk in work.parts:
             sequence.num_cached += chunk.length
         for row in reversed(range(len(self._rows))):
             if self._rows[row].finish_reason is not None:
@@ -143,13 +131,10 @@ class Schedule:
     def _free(self, row: int) -> None:
         """Fill a row with the last decoding sequence, and that one's with the one behind it."""
         last = len(self._rows) - 1
-        if self._rows[last].num_pending > 1 and row < last - 1:
-            self._replace(row, last - 1)
-            row = last - 1
-        if row < last:
-            self._replace(row, last)
+        sources = (last - 1, last) if self._rows[last].num_pending > 1 else (last,)
+        for source in sources:
+            if row < source:
+                self._rows[row] = self._rows[source]
+                self._move(source, row, self._rows[row].num_cached)
+                row = source
         self._rows.pop()
-
-    def _replace(self, row: int, source: int) -> None:
-        self._rows[row] = self._rows[source]
-        self._move(source, row, self._rows[row].num_cached)
