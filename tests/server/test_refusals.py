@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -170,13 +171,28 @@ def test_a_slow_body_is_refused(guarded: Running) -> None:
         "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         f"authorization: Bearer {KEYS.api}\r\ncontent-length: 100\r\n\r\n{{"
     ).encode()
-    import socket
-
     host, port = guarded.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         connection.sendall(request)
         answer = connection.recv(65536)
     assert answer.startswith(b"HTTP/1.1 408")
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /status HTTP/1.1\r\nhost: local"])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_who_does_not_say_what_they_want_keeps_no_connection(
+    running: Running, monkeypatch: pytest.MonkeyPatch, sent: bytes, is_first: bool
+) -> None:
+    monkeypatch.setattr("equipoise.server.serving.HEAD_S", 0.2)
+    host, port = running.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        if not is_first:
+            connection.sendall(b"GET /health/live HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+            if not sent:
+                return  # between two requests there is more time
+        connection.sendall(sent)
+        assert connection.recv(65536) == b""
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -231,8 +247,6 @@ def _ignore(server: Running, body: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_takes_its_request_along(running: Running, stream: bool) -> None:
-    import socket
-
     service = running.service
     assert service is not None
     before = service.status().totals.cancelled

@@ -245,8 +245,11 @@ def _serve(
     from equipoise.launch.processes import LocalLauncher
     from equipoise.server.serving import HttpServer
 
+    made: list[Controller] = []
+
     def make_service() -> Service:
         controller = Controller(spec, launcher)
+        made.append(controller)
         controller.start()
         try:
             closing.callback(ControlSocket(controller, socket).close)
@@ -254,6 +257,10 @@ def _serve(
             controller.close()
             raise
         return controller
+
+    def give_up() -> None:
+        for controller in made:
+            controller.close()
 
     def tell(service: Service) -> None:
         typer.echo(f"serving {settings.model_name or service.facts.name} at {server.url}")
@@ -264,7 +271,7 @@ def _serve(
         launcher = LocalLauncher(spec.device, spec.model)
         ranks = "1 rank" if spec.num_ranks == 1 else f"{spec.num_ranks} ranks"
         typer.echo(f"loading {spec.model} on {ranks}")
-        drained = server.run(make_service, tell)
+        drained = server.run(make_service, tell, give_up)
     if not drained:
         typer.echo("equipoise: ended with requests unfinished", err=True)
         raise typer.Exit(1)

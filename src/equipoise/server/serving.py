@@ -9,13 +9,15 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TextIO
 
 import uvicorn
 from prometheus_client import CollectorRegistry
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from equipoise.elastic.service import Service
-from equipoise.errors import ConfigError, MembershipError
+from equipoise.errors import ConfigError, EquipoiseError, MembershipError
 from equipoise.server.answers import Mailbox
 from equipoise.server.app import make_app
 from equipoise.server.backend import Backend
@@ -25,6 +27,8 @@ from equipoise.server.settings import ServerSettings
 KEEP_ALIVE_S = 75
 """How long a connection may be idle. Above the minute after which usual proxies end theirs: a
 request must not meet the end of its connection."""
+HEAD_S = 30.0
+"""For the head of a request, from the first byte of it or of its connection."""
 FLUSH_S = 5.0
 """When all requests have ended, for the last bytes to clients that read slowly."""
 BACKLOG = 1024
@@ -57,7 +61,12 @@ class HttpServer:
         host, port = self._socket.getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
-    def run(self, make_service: Callable[[], Service], on_ready: Callable[[Service], None]) -> bool:
+    def run(
+        self,
+        make_service: Callable[[], Service],
+        on_ready: Callable[[Service], None],
+        give_up: Callable[[], None] = lambda: None,
+    ) -> bool:
         """Serve until a signal or `stop` says that it is enough.
 
         SIGTERM or SIGINT: no new requests, those in flight finish within the deadline. A second
@@ -67,11 +76,13 @@ class HttpServer:
             make_service: makes what serves, in a thread; meanwhile the server lives but is not
                 ready. It is closed at the end.
             on_ready: called once it serves.
+            give_up: called, in another thread, when it is enough while `make_service` still runs,
+                which it then may cut short by an error.
         Returns:
             Whether all requests ended by themselves.
         Raises: whatever `make_service` raises; MembershipError once no rank is left.
         """
-        return asyncio.run(self._run(make_service, on_ready))
+        return asyncio.run(self._run(_Making(make_service, on_ready, give_up)))
 
     def stop(self) -> None:
         """As SIGTERM; from any thread, at any time."""
@@ -81,9 +92,7 @@ class HttpServer:
                 with contextlib.suppress(RuntimeError):  # it has ended
                     self._loop.call_soon_threadsafe(self._stop.set)
 
-    async def _run(
-        self, make_service: Callable[[], Service], on_ready: Callable[[Service], None]
-    ) -> bool:
+    async def _run(self, making: _Making) -> bool:
         loop = asyncio.get_running_loop()
         stop, hurry = asyncio.Event(), asyncio.Event()
         with self._lock:
@@ -98,7 +107,7 @@ class HttpServer:
             with _listening_to_signals(stop, hurry), _logging_to(log):
                 http = loop.create_task(server.serve([self._socket]))
                 try:
-                    return await self._serve(backend, make_service, on_ready, stop, hurry, log)
+                    return await self._serve(backend, making, stop, hurry, log)
                 finally:
                     server.should_exit = True
                     server.force_exit = hurry.is_set()
@@ -110,16 +119,15 @@ class HttpServer:
     async def _serve(
         self,
         backend: Backend,
-        make_service: Callable[[], Service],
-        on_ready: Callable[[Service], None],
+        making: _Making,
         stop: asyncio.Event,
         hurry: asyncio.Event,
         log: JsonLog,
     ) -> bool:
-        # Not ended while it begins: what it has begun would be nobody's.
-        await backend.start(make_service)
+        if not await _start(backend, making, stop):
+            return True
         log.write("ready", url=self.url, model=backend.model_name)
-        on_ready(backend.service)
+        making.on_ready(backend.service)
         failed = await self._wait_for_end(backend, stop)
         log.write("ending", failed=failed)
         ending = asyncio.ensure_future(backend.end(self._settings.limits.drain_timeout_s))
@@ -146,6 +154,63 @@ class HttpServer:
         return None
 
 
+@dataclass(frozen=True)
+class _Making:
+    """How a service is come by. As the arguments of `HttpServer.run`."""
+
+    make_service: Callable[[], Service]
+    on_ready: Callable[[Service], None]
+    give_up: Callable[[], None]
+
+
+async def _start(backend: Backend, making: _Making, stop: asyncio.Event) -> bool:
+    """Bring up what serves; False if it was enough before that."""
+    starting = asyncio.ensure_future(backend.start(making.make_service))
+    stopping = asyncio.ensure_future(stop.wait())
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if starting.done():
+        await starting
+        return True
+    await asyncio.to_thread(making.give_up)
+    try:
+        await starting
+    except EquipoiseError:  # cut short, as it was told to be
+        return False
+    return True
+
+
+class _Protocol(HttpToolsProtocol):
+    """With a time for a request's head too: who says nothing keeps no connection."""
+
+    _silence: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._silence is None and (self.cycle is None or self.cycle.response_complete):
+            self._expect_head()
+
+    def on_headers_complete(self) -> None:
+        self._stop_expecting()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_expecting()
+        super().connection_lost(exc)
+
+    def _expect_head(self) -> None:
+        self._silence = self.loop.call_later(HEAD_S, self.transport.close)
+
+    def _stop_expecting(self) -> None:
+        if self._silence is not None:
+            self._silence.cancel()
+            self._silence = None
+
+
 class _Uvicorn(uvicorn.Server):
     """Whose signals are ours: uvicorn ends with the signal that it got, not with 0."""
 
@@ -160,7 +225,7 @@ def _configure(gate: object, settings: ServerSettings) -> uvicorn.Config:
         lifespan="off",
         ws="none",
         loop="none",
-        http="httptools",
+        http=_Protocol,
         log_config=None,
         access_log=False,
         server_header=False,
