@@ -50,11 +50,13 @@ class Haul:
         staged: experts for slots that are in use until the switch.
         received_bytes: from other ranks.
         restored: experts that were held nowhere.
+        seconds: that it took, newcomers' shared weights included.
     """
 
     staged: list[Staged] = field(default_factory=list)
     received_bytes: int = 0
     restored: int = 0
+    seconds: float = 0.0
 
 
 class Bridge:

@@ -263,11 +263,15 @@ class Builder:
         ]
         self._notify("pull")
         shared = self._exchange_shared(spread, checkpoint)
+        started = time.perf_counter()
         newcomers = [plan.participants.index(name) for name in plan.newcomers]
         givers = [plan.participants.index(name) for name in plan.serving.held]
         received = self._bridge.share(shared, givers, newcomers, store.check)
         with _Restorer(spread, checkpoint, home.name) as restore:
             self.haul = self._bridge.haul(list_fetches(plan), target, keeps, restore, store.check)
+            if home.device.type == "cuda":
+                torch.cuda.current_stream(home.device).synchronize()
+            self.haul.seconds = time.perf_counter() - started
             if plan.backup != "none":
                 new = list_copy_fetches(plan)
                 kept = self._bridge.back_up(new, target, restore, store.check)

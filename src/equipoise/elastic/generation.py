@@ -41,6 +41,7 @@ class ChangeFigures:
 
     Attributes:
         prepare_s: from the plan until this rank was ready.
+        pull_s: of those, while weights travelled.
         received_bytes: weights that came from other ranks.
         staged_bytes: of those experts that the switch copies.
         restored: experts that were read as no rank held them.
@@ -48,6 +49,7 @@ class ChangeFigures:
     """
 
     prepare_s: float = 0.0
+    pull_s: float = 0.0
     received_bytes: int = 0
     staged_bytes: int = 0
     restored: int = 0
@@ -344,4 +346,4 @@ def _tell_commits(parallel: ParallelModel, staged: list[Staged]) -> None:
 
 def _measure(haul: Haul, prepare_s: float) -> ChangeFigures:
     staged = sum(one.fetch.num_bytes for one in haul.staged)
-    return ChangeFigures(prepare_s, haul.received_bytes, staged, haul.restored)
+    return ChangeFigures(prepare_s, haul.seconds, haul.received_bytes, staged, haul.restored)

@@ -1,0 +1,236 @@
+"""Generations of ranks on GPUs: weights come from peers, whole, and the pause is short."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from equipoise import EPLBConfig
+from equipoise.comm.groups import create_rank_group
+from equipoise.elastic.builder import Home
+from equipoise.elastic.generation import NextGeneration
+from equipoise.elastic.membership import Deadlines, Serving
+from equipoise.elastic.placing import Redundancy
+from equipoise.elastic.planning import describe, plan_change, rehearse
+from equipoise.elastic.verdict import Word, settle
+from equipoise.models.parallel import ParallelModel, parallelize
+from tests.ranks import Rank, processes
+
+HIDDEN, INTERMEDIATE, EXPERTS, VOCABULARY = 2048, 768, 128, 1024
+NUM_LAYERS = int(os.environ.get("EQUIPOISE_GPU_LAYERS", "2"))
+"""An MoE layer has 1.2 GB of experts; 16 make 19 GB."""
+PATIENCE_S = 200.0
+
+
+def write_hollow_checkpoint(directory: Path) -> None:
+    """A checkpoint whose weights are zeros that take no room on the disk."""
+    import transformers
+
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        moe_intermediate_size=INTERMEDIATE,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=EXPERTS,
+        num_experts_per_tok=8,
+        tie_word_embeddings=False,
+        architectures=["Qwen3MoeForCausalLM"],
+        dtype="bfloat16",
+    )
+    config.save_pretrained(directory)
+    with torch.device("meta"):
+        model = transformers.Qwen3MoeForCausalLM(config)
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in _list_stored(model):
+        start, end = end, end + 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+
+
+def _list_stored(model: Any) -> list[tuple[str, tuple[int, ...]]]:
+    """Tensors as such checkpoints have them: an expert's projections one by one."""
+    stored: list[tuple[str, tuple[int, ...]]] = []
+    for name, tensor in model.state_dict().items():
+        if ".experts." not in name:
+            stored.append((name, tuple(tensor.shape)))
+    for layer in range(NUM_LAYERS):
+        for expert in range(EXPERTS):
+            path = f"model.layers.{layer}.mlp.experts.{expert}"
+            stored.append((f"{path}.gate_proj.weight", (INTERMEDIATE, HIDDEN)))
+            stored.append((f"{path}.up_proj.weight", (INTERMEDIATE, HIDDEN)))
+            stored.append((f"{path}.down_proj.weight", (HIDDEN, INTERMEDIATE)))
+    return stored
+
+
+def stir(parallel: ParallelModel) -> None:
+    """Give the model weights that are not zero."""
+    random = torch.Generator(parallel.state.group.device).manual_seed(1)
+    with torch.no_grad():
+        for parameter in parallel.model.parameters():
+            parameter.normal_(0.0, 0.02, generator=random)
+
+
+def sum_experts(parallel: ParallelModel) -> dict[str, int]:
+    """A checksum of each expert of this rank's slots."""
+    sums = {}
+    group, (one,) = parallel.state.group, parallel.spread.sets
+    num_slots = one.maps.placement.topology.slots_per_rank
+    mine = one.maps.placement.slot_to_expert[:, group.rank * num_slots :][:, :num_slots]
+    for layer, (weights, held) in enumerate(zip(one.weights, mine.tolist(), strict=True)):
+        for slot, expert in enumerate(held):
+            if expert >= 0:
+                bits = [tensor[slot].view(torch.int16).long().sum() for tensor in weights]
+                sums[f"{layer}/{expert}"] = int(torch.stack(bits).sum())
+    return sums
+
+
+def compute(parallel: ParallelModel, device: torch.device) -> torch.Tensor:
+    tokens = torch.arange(64, device=device)[None] % VOCABULARY
+    with torch.inference_mode(), parallel.route(first_position=0) as model:
+        logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
+    parallel.step()
+    return logits.float()
+
+
+class Player:
+    """One process that may serve."""
+
+    def __init__(self, rank: Rank, device: torch.device, device_group: Any, wire: str) -> None:
+        self.rank, self.device = rank, device
+        config = EPLBConfig(communicator=wire, policy="deepseek", num_redundant_experts=0)
+        self.home = Home(
+            f"rank-{rank.rank}",
+            rank.store,
+            device,
+            config,
+            timedelta(seconds=60),
+            rank.path / "model",
+            dtype=torch.bfloat16,
+            device_group=device_group,
+        )
+        self.parallel: ParallelModel | None = None
+        self.names: tuple[str, ...] = ()
+        self.step_s: list[float] = []
+
+    def serve(self) -> None:
+        assert self.parallel is not None
+        started = time.perf_counter()
+        compute(self.parallel, self.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.step_s.append(time.perf_counter() - started)
+
+    def change(self, number: int, names: tuple[str, ...]) -> None:
+        store = self.rank.store
+        if self.parallel is not None:
+            self.parallel.state.pause()
+        if self.parallel is not None and self.parallel.state.group.rank == 0:
+            facts = describe(self.parallel, self.names).to_json()
+            store.set(f"facts/{number}", json.dumps(facts))
+        store.wait([f"facts/{number}"], timedelta(seconds=PATIENCE_S))
+        serving = Serving.from_json(json.loads(store.get(f"facts/{number}")))
+        redundancy = Redundancy.of(self.home.config)
+        deadlines = Deadlines(150.0, 60.0, 60.0)
+        plan = plan_change(serving, names, number, redundancy, deadlines)
+        if self.rank.rank == 0:
+            print(f"{plan.participants} -> {names}: {rehearse(plan, self.device.type)}", flush=True)
+        next_one = NextGeneration(plan, self.home, self.parallel)
+        word = Word.OPEN
+        if self.parallel is None:
+            assert next_one.wait(PATIENCE_S) == "decided", next_one.reason
+            word = Word.SWITCH
+        while word is Word.OPEN:
+            told = torch.tensor([next_one.word])
+            heard = self.parallel.state.group.all_gather(told)  # type: ignore[union-attr]
+            word = settle([int(each) for each in heard])
+            if word is Word.OPEN:
+                self.serve()
+        assert word is Word.SWITCH, next_one.reason
+        steps, self.step_s = sorted(self.step_s), []
+        started = time.perf_counter()
+        self.parallel, self.names = next_one.switch(), names
+        if self.parallel is not None:
+            self.serve()
+        pause_s = time.perf_counter() - started
+        figures = next_one.figures
+        rate = figures.received_bytes / max(figures.pull_s, 1e-9)
+        during = f", {len(steps)} steps meanwhile"
+        if steps:
+            during += f", median {steps[len(steps) // 2]:.4f} s, longest {steps[-1]:.4f} s"
+        print(
+            f"generation {number}, {self.home.name}: {figures}, {rate / 1e9:.1f} GB/s; "
+            f"switch and first step {pause_s:.4f} s{during}",
+            flush=True,
+        )
+        if next_one.retirement is not None:
+            assert next_one.retirement.wait(60.0)
+
+
+def grow_and_shrink(rank: Rank, device: torch.device, device_group: Any, wire: str) -> None:
+    if rank.rank == 0:
+        write_hollow_checkpoint(rank.path / "model")
+        rank.store.set("model", "there")
+    rank.store.wait(["model"], timedelta(seconds=PATIENCE_S))
+    player = Player(rank, device, device_group, wire)
+    if rank.rank == 0:
+        group = create_rank_group(
+            rank.store.clone(),
+            0,
+            1,
+            device,
+            generation=1,
+            timeout=timedelta(seconds=60),
+            device_group=device_group,
+        )
+        player.names = ("rank-0",)
+        player.parallel = parallelize(player.home.model, group, player.home.config)
+        stir(player.parallel)
+        torch.save(sum_experts(player.parallel), rank.path / "sums")
+        torch.save(compute(player.parallel, device).cpu(), rank.path / "logits")
+        for _ in range(3):
+            player.serve()
+    for number, names in (
+        (2, ("rank-0", "rank-1")),
+        (3, ("rank-0",)),
+        (4, ("rank-0", "rank-1")),
+        (5, ("rank-1",)),
+    ):
+        player.change(number, names)
+        if player.parallel is not None:
+            wanted = torch.load(rank.path / "sums")
+            for key, got in sum_experts(player.parallel).items():
+                assert wanted[key] == got, f"generation {number}: expert {key} differs"
+            logits = torch.load(rank.path / "logits")
+            error = (compute(player.parallel, device).cpu() - logits).abs().max()
+            assert error <= 0.05 * logits.abs().max(), error
+            for _ in range(3):
+                player.serve()
+    if player.parallel is not None:
+        player.parallel.close()
+        player.parallel.state.group.close()
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("wire", ["nixl", "torch_gloo"])
+@processes(2, timeout_s=390)
+def test_two_gpus_become_one_and_two_again(rank: Rank, wire: str) -> None:
+    device = torch.device("cuda", rank.rank)
+    torch.cuda.set_device(device)
+    grow_and_shrink(rank, device, "nccl", wire)
