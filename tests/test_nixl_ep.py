@@ -7,12 +7,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
 from torch.distributed import HashStore
 
+from equipoise.bundled import model_directory
 from equipoise.comm.groups import RankGroup, create_rank_group
+from equipoise.config import EPLBConfig
 from equipoise.dispatch import create_dispatcher
 from equipoise.dispatch.nixl_ep.all_to_all import NixlEPAll2AllManager
 from equipoise.dispatch.nixl_ep.dispatcher import Fp8, NixlEPDispatcher, NixlEPOptions
@@ -24,6 +27,7 @@ from equipoise.errors import (
     MembershipError,
     TransferError,
 )
+from equipoise.models.parallel import parallelize
 from equipoise.topology import Topology
 from tests.fake_nixl_ep import FakeBuffer, FakeFabric, FakeKernels, quantize
 
@@ -305,6 +309,44 @@ def test_what_the_kernels_cannot_take_is_refused() -> None:
     with pytest.raises(ConfigError, match="at most 11 slots per token, not 12"):
         dispatcher.dispatch(torch.zeros(1, HIDDEN).bfloat16(), slots.expand(1, 12))
     assert dispatcher.dispatch(torch.zeros(1, HIDDEN).bfloat16(), slots).slot_N.tolist() == [0]
+
+
+def compare_models(group: RankGroup, manager: NixlEPAll2AllManager) -> None:
+    """The bundled model in bfloat16 says the same over NIXL-EP as over torch."""
+    options = NixlEPOptions(manager, 64, 128)
+    config = EPLBConfig(use_async=False, communicator="torch_gloo")
+    inputs = torch.arange(60, device=group.device).view(2, 30) * (3 + group.rank) % 256
+    valid = torch.ones(60, dtype=torch.bool, device=group.device)
+    valid[20:30] = False
+    logits = []
+    for choice in ("torch", options):
+        parallel = parallelize(
+            model_directory(),
+            group,
+            config,
+            dtype=torch.bfloat16,
+            attention="sdpa",
+            dispatcher=partial(create_dispatcher, choice),
+        )
+        with torch.no_grad(), parallel.route(valid, 0) as model:
+            logits.append(model(inputs).logits.flatten(0, 1)[valid].float())
+        assert parallel.spread.recorder.counts.sum() == 4 * 4 * 50
+        parallel.dispatchers[0].check()
+        parallel.close()
+    # Outputs are summed in float32 and rounded once, and a route that is close may turn out so.
+    error = (logits[0] - logits[1]).norm() / logits[0].norm()
+    assert error < 0.06, error
+
+
+def test_a_model_says_the_same_over_blocks() -> None:
+    (peer,) = Cluster().make_peers(1)
+    peer.join(0, 1, 1)
+    assert peer.group is not None
+    manager = NixlEPAll2AllManager(
+        1, CPU, timedelta(seconds=20), index=0, kernels=FakeKernels(FakeFabric())
+    )
+    compare_models(peer.group, manager)
+    manager.close()
 
 
 def make_manager(fabric: FakeFabric, **options: int) -> NixlEPAll2AllManager:

@@ -15,6 +15,7 @@ from equipoise.dispatch import create_dispatcher
 from equipoise.dispatch.maps import PlacementMaps
 from equipoise.dispatch.nixl_ep.all_to_all import NixlEPAll2AllManager
 from equipoise.dispatch.nixl_ep.dispatcher import Fp8, NixlEPDispatcher, NixlEPOptions
+from equipoise.dispatch.packing import TorchPacker, lay_out_row
 from equipoise.dispatch.reference import ReferenceDispatcher
 from equipoise.dispatch.replicas import choose_slots
 from equipoise.dispatch.turns import NearestReplicas, ReplicaChoice, SharedReplicas, SpreadReplicas
@@ -24,6 +25,7 @@ from equipoise.topology import Topology
 from tests.contracts.test_dispatch import CASES, compute, make_inputs
 from tests.placements import make_random_placement
 from tests.ranks import Rank, processes
+from tests.test_nixl_ep import compare_models
 
 CHOICES = (SpreadReplicas(), NearestReplicas(3), SharedReplicas(tuple(range(8))))
 SLOTS = 4
@@ -110,6 +112,45 @@ def test_torch_brings_home_what_one_process_computes(
             combined.append(one.combine(compute(dispatched, first_slot), inputs[2], dispatched))
         assert torch.equal(*combined), case
     group.barrier()
+    group.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_ranks", [1, 3, 8])
+def test_kernels_pack_as_pytorch_does(num_ranks: int, dtype: torch.dtype) -> None:
+    from equipoise.dispatch.packing_kernel import KernelPacker
+
+    topology = Topology(num_ranks, 5)
+    plain, kernels = TorchPacker(topology), KernelPacker(topology)
+    random = torch.Generator().manual_seed(0)
+    for num_tokens, top_k, width in ((0, 2, 8), (1, 1, 24), (300, 8, 2100), (4096, 3, 64)):
+        slots = torch.randint(-1, topology.num_slots, (num_tokens, top_k), generator=random)
+        hidden = torch.randn(num_tokens, width, generator=random).to(dtype)
+        layout = lay_out_row(hidden, top_k)
+        ends = slice(layout.first_word, layout.first_word + 1 + top_k)
+        results = []
+        for packer, device in ((plain, "cpu"), (kernels, "cuda")):
+            routed = packer.route(slots.to(device))
+            num_rows, num_outputs = routed.count_R2.sum(0).tolist()
+            rows, sources = packer.pack(
+                routed, hidden.to(device), slots.to(device), num_rows, num_outputs
+            )
+            came = packer.unpack(rows, layout, top_k, routed.count_R2, num_outputs)
+            parts = (rows[:, : layout.hidden_bytes], rows.view(torch.int32)[:, ends])
+            results.append((routed.count_R2, sources, *came, *parts))
+        for expected, got in zip(*results, strict=True):
+            assert torch.equal(expected, got.cpu()), (num_tokens, top_k)
+
+
+@pytest.mark.multi_gpu
+@processes(2)
+def test_a_model_says_the_same_over_nixl_ep(rank: Rank) -> None:
+    group = rank.make_group(device="cuda")
+    manager = NixlEPAll2AllManager(2, group.device, timedelta(seconds=20))
+    compare_models(group, manager)
+    group.barrier()
+    manager.close()
     group.close()
 
 
