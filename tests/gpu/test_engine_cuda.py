@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any, Literal
 
 import pytest
@@ -9,20 +10,36 @@ import torch
 
 from equipoise.bundled import model_directory
 from equipoise.bundled.texts import KINDS, excerpts
+from equipoise.comm.groups import RankGroup
 from equipoise.config import EPLBConfig
+from equipoise.dispatch import create_dispatcher
+from equipoise.dispatch.base import TokenDispatcher
 from equipoise.engine.engine import Engine, EngineLimits
 from equipoise.engine.requests import Request, SamplingParams
 from equipoise.models.loading import load_model, load_tokenizer
-from equipoise.models.parallel import parallelize
+from equipoise.models.parallel import MakeDispatcher, parallelize
+from equipoise.topology import Topology
 from tests.ranks import Rank, processes
 
 MAX_NEW = 24
 
 
-def serve(rank: Rank, dtype: torch.dtype, device_group: Literal["gloo", "nccl"]) -> None:
+def serve(
+    rank: Rank,
+    dtype: torch.dtype,
+    device_group: Literal["gloo", "nccl"],
+    make_dispatcher: MakeDispatcher | None = None,
+) -> Engine:
     group = rank.make_group(device="cuda", device_group=device_group)
     config = EPLBConfig(window_size=4, step_interval=4, policy="deepseek")
-    parallel = parallelize(model_directory(), group, config, dtype=dtype, attention="sdpa")
+    parallel = parallelize(
+        model_directory(),
+        group,
+        config,
+        dtype=dtype,
+        attention="sdpa",
+        dispatcher=make_dispatcher,
+    )
     initial = parallel.spread.maps.placement
     limits = EngineLimits(6, 256 + MAX_NEW, prefill_chunk=100, keep_logits=True)
     engine = Engine(parallel, limits)
@@ -52,6 +69,7 @@ def serve(rank: Rank, dtype: torch.dtype, device_group: Literal["gloo", "nccl"])
     check(requests, group.device)
     parallel.close()
     group.close()
+    return engine
 
 
 def find_logits(requests: list[Request], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -107,3 +125,23 @@ def test_ranks_share_gpus_over_gloo(rank: Rank, num_ranks: int, dtype: torch.dty
 @processes(2, timeout_s=58)
 def test_a_gpu_each_over_nccl(rank: Rank, dtype: torch.dtype) -> None:
     serve(rank, dtype, "nccl")
+
+
+@pytest.mark.multi_gpu
+@processes(2, timeout_s=58)
+def test_decode_in_graphs_over_nixl_ep(rank: Rank) -> None:
+    """Experts move under the graphs, and what they do is followed."""
+    pytest.importorskip("nixl_ep_cu13")
+    from equipoise.dispatch.nixl_ep.all_to_all import NixlEPAll2AllManager
+    from equipoise.dispatch.nixl_ep.dispatcher import NixlEPOptions
+
+    device = torch.device("cuda", rank.rank)
+    manager = NixlEPAll2AllManager(rank.size, device, timedelta(seconds=20))
+    options = NixlEPOptions(manager, 106, 128)
+
+    def make(group: RankGroup, topology: Topology) -> TokenDispatcher:
+        return create_dispatcher(options, group, topology)
+
+    engine = serve(rank, torch.bfloat16, "nccl", make)
+    assert engine._forward._graphs._captured
+    manager.close()

@@ -182,13 +182,11 @@ class Setting:
         device: its name.
         dtype: of the weights.
         communicator: the wire, and why.
-        cache_bytes: keys and values, per rank, of the largest engine.
     """
 
     device: str
     dtype: str
     communicator: str
-    cache_bytes: int
 
 
 StepSaid = Compared | LeftOut | Setting

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,14 +25,21 @@ from equipoise.bench.step_case import (
 from equipoise.bench.step_model import Routes, build_model, draw_shares, measure_experts
 from equipoise.comm.groups import RankGroup
 from equipoise.config import EPLBConfig
+from equipoise.dispatch import create_dispatcher
+from equipoise.dispatch.base import TokenDispatcher
 from equipoise.engine.engine import Engine, EngineLimits
 from equipoise.engine.figures import StepResult
 from equipoise.engine.requests import Request, SamplingParams
 from equipoise.models.parallel import ParallelModel, parallelize
+from equipoise.topology import Topology
+
+if TYPE_CHECKING:
+    from equipoise.dispatch.nixl_ep.all_to_all import NixlEPAll2AllManager
 
 BLOCK_STEPS = 50
 _WARM_STEPS = 5
-_DECODE_PROMPT, _DECODE_TOKENS = 16, 240
+_DECODE_PROMPT, _DECODE_TOKENS = 1, 240
+"""Rows are replaced all at once: one step in 240 takes prompts."""
 _NEVER = 1 << 40
 
 
@@ -57,14 +65,14 @@ def measure_steps(spec: StepSpec, group: RankGroup, emit: Callable[[StepSaid], N
         "graphs": bench.compare_graphs,
     }
     try:
+        if group.rank == 0:
+            emit(bench.describe())
         for case in spec.cases:
             said = measures[case]()
             if group.rank == 0:
                 emit(said)
-        if group.rank == 0:
-            emit(bench.describe())
     finally:
-        bench.parallel.close()
+        bench.close()
 
 
 @dataclass
@@ -100,6 +108,7 @@ class _Bench:
     def __init__(self, spec: StepSpec, group: RankGroup) -> None:
         self._spec, self._group = spec, group
         self._dtype = torch.float32 if spec.device == "cpu" else torch.bfloat16
+        self._manager: NixlEPAll2AllManager | None = None
         config = EPLBConfig(
             window_size=spec.num_steps,
             step_interval=_NEVER,
@@ -108,12 +117,19 @@ class _Bench:
             policy="deepseek",
         )
         model = build_model(spec.size, self._dtype, group.device, spec.seed)
-        self.parallel: ParallelModel = parallelize(model, group, config)
+        self.parallel: ParallelModel = parallelize(
+            model, group, config, dispatcher=self._make_dispatcher
+        )
         shares = draw_shares(spec.size, spec.seed)
         self._routes = Routes(self.parallel, shares, spec.size.top_k, spec.seed)
         self._random = np.random.default_rng(spec.seed + group.rank)
         self._num_requests = 0
-        self._cache_bytes = 0
+
+    def close(self) -> None:
+        """Release what was taken. Collective: every rank of the group."""
+        self.parallel.close()
+        if self._manager is not None:
+            self._manager.close()
 
     def compare_prefill(self) -> Compared:
         """Prompts alone, on the initial placement and on a balanced one."""
@@ -166,8 +182,15 @@ class _Bench:
         )
 
     def compare_graphs(self) -> Compared | LeftOut:
-        """Decode steps launched one kernel at a time, and as graphs."""
-        return LeftOut("graphs", "two GPUs and tokens that travel by nixl_ep")
+        """Decode steps launched one kernel at a time, and as graphs, in blocks by turns."""
+        if not all(dispatcher.captures for dispatcher in self.parallel.dispatchers):
+            return LeftOut("graphs", "two GPUs and --dispatcher nixl_ep")
+        sides = [(self._make_decoding(graphs=graphs), _Tally()) for graphs in (False, True)]
+        for _ in range(-(-self._spec.num_steps // BLOCK_STEPS)):
+            for (engine, feed), tally in sides:
+                self._run(engine, feed, BLOCK_STEPS, tally)
+        (_, eager), (_, captured) = sides
+        return Compared("graphs", self._merge(eager), self._merge(captured))
 
     def describe(self) -> Setting:
         """What was measured on."""
@@ -177,7 +200,6 @@ class _Bench:
             device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
             dtype=str(self._dtype).removeprefix("torch."),
             communicator=f"{wire.name} ({wire.reason})",
-            cache_bytes=self._cache_bytes,
         )
 
     def _compare_placements(
@@ -201,23 +223,36 @@ class _Bench:
             between.rebalances,
         )
 
-    def _make_engine(self, num_rows: int, max_len: int, prefill: int) -> Engine:
-        limits = EngineLimits(num_rows, max_len, prefill, end_tokens=frozenset(), keep_load=True)
-        engine = Engine(self.parallel, limits)
-        self._cache_bytes = max(self._cache_bytes, engine.memory.num_bytes)
-        return engine
+    def _make_dispatcher(self, group: RankGroup, topology: Topology) -> TokenDispatcher:
+        spec = self._spec
+        if spec.dispatcher != "nixl_ep":
+            return create_dispatcher(spec.dispatcher, group, topology)
+        from equipoise.dispatch.nixl_ep.all_to_all import NixlEPAll2AllManager
+        from equipoise.dispatch.nixl_ep.dispatcher import NixlEPOptions
 
-    def _make_decoding(self) -> tuple[Engine, Callable[[], None]]:
+        self._manager = NixlEPAll2AllManager(group.size, group.device, group.timeout)
+        most = max(spec.decode_size, spec.prefill_tokens if "prefill" in spec.cases else 1)
+        options = NixlEPOptions(self._manager, most, spec.size.hidden_size)
+        return create_dispatcher(options, group, topology)
+
+    def _make_engine(
+        self, num_rows: int, max_len: int, prefill: int, *, graphs: bool = True
+    ) -> Engine:
+        limits = EngineLimits(num_rows, max_len, prefill, end_tokens=frozenset(), keep_load=True)
+        return Engine(self.parallel, limits, graphs=graphs)
+
+    def _make_decoding(self, *, graphs: bool = True) -> tuple[Engine, Callable[[], None]]:
         """An engine in which every row decodes, but for a step at which all are replaced."""
         size = self._spec.decode_size
         length = _DECODE_PROMPT + _DECODE_TOKENS
-        engine = self._make_engine(size, length, size * _DECODE_PROMPT)
+        engine = self._make_engine(size, length, size * _DECODE_PROMPT, graphs=graphs)
 
         def feed() -> None:
             while engine.num_requests < size:
                 engine.submit(self._make_request(_DECODE_PROMPT, _DECODE_TOKENS))
 
-        self._run(engine, feed, _WARM_STEPS, _Tally())
+        # Until all of its shapes have been met once.
+        self._run(engine, feed, _WARM_STEPS if self._manager is None else length, _Tally())
         return engine, feed
 
     def _make_request(self, length: int, max_new_tokens: int) -> Request:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from equipoise.cli.bench import JsonPath, check_json_path, show_outcome
 from equipoise.cli.bench_transfer import Device, count_gpus
+
+if TYPE_CHECKING:
+    from equipoise.bench.step_case import StepSaid
 
 _COLUMNS = (
     ("case", "case"),
@@ -43,6 +47,9 @@ def bench_step(
     stall_steps: Annotated[
         int | None, typer.Option(help="The same, beside rebalances; 200, on GPUs 2,000.")
     ] = None,
+    dispatcher: Annotated[
+        str, typer.Option(help="What tokens travel by: torch, or nixl_ep on GPUs.")
+    ] = "torch",
     communicator: Annotated[str, typer.Option(help="Wire for weights.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of weights, tokens and routes.")] = 0,
     timeout: Annotated[float, typer.Option(help="Longest wait for another rank, in s.")] = 60.0,
@@ -67,11 +74,17 @@ def bench_step(
         decode_size=_or(sequences, 64 if on_gpus else 16),
         num_steps=_or(steps, 40),
         num_stall_steps=_or(stall_steps, 2000 if on_gpus else 200),
+        dispatcher=dispatcher,
         communicator=communicator,
         seed=seed,
         timeout_s=timeout,
     )
-    show_outcome(compare_steps(spec), _COLUMNS, json_path)
+    show_outcome(compare_steps(spec, _say_done), _COLUMNS, json_path)
+
+
+def _say_done(said: StepSaid) -> None:
+    what = getattr(said, "case", "the model is there")
+    typer.echo(f"{time.strftime('%H:%M:%S')} {what}", err=True)
 
 
 def _or(given: int | None, default: int) -> int:

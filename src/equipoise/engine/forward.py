@@ -12,6 +12,7 @@ from equipoise.engine.attention import Attention, Layout
 from equipoise.engine.cache import CacheMemory, KVCache, find_free_bytes
 from equipoise.engine.graphs import DecodeGraphs
 from equipoise.engine.schedule import Sequence, Work
+from equipoise.models.grouped import computes_grouped
 from equipoise.models.parallel import ParallelModel
 
 
@@ -48,7 +49,10 @@ class Forward:
         """Call the model of another generation from now on. Collective: none."""
         self._parallel = parallel
         self._graphs.clear()
-        allowed = all(dispatcher.captures for dispatcher in parallel.dispatchers)
+        allowed = all(
+            one.dispatcher.captures and all(computes_grouped(layer.module) for layer in one.layers)
+            for one in parallel.spread.sets
+        )
         self._captures = self._wants_graphs and allowed and self._device.type == "cuda"
 
     @torch.inference_mode()
