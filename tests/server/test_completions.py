@@ -136,6 +136,9 @@ def test_draws_are_the_seeds(running: Running, plain: dict[str, str]) -> None:
     assert len({draw(seed=seed) for seed in (-1, 5, 6)}) > 1
     assert len({draw() for _ in range(3)}) > 1
     assert draw(top_p=1e-9, seed=1) == plain[PROMPTS[2]]
+    for temperature in (1e-12, 2.3e-308, 5e-324):
+        cold = complete(client, PROMPTS[2], temperature=temperature, seed=1)
+        assert cold.choices[0].text == plain[PROMPTS[2]]
 
 
 def test_without_a_number_a_completion_has_sixteen_tokens(running: Running) -> None:

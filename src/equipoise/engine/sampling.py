@@ -46,7 +46,10 @@ def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     ]
     columns = torch.tensor(settings, dtype=torch.float64, device=logits.device)
     temperature, top_p, uniform = columns.T[..., None]
-    share = (logits.double() / temperature).softmax(dim=-1)
+    # From the largest down, and by no less than what divides at all: however small a temperature,
+    # the likeliest token keeps its share, and none becomes infinity less infinity.
+    behind = logits.double() - logits.amax(dim=-1, keepdim=True)
+    share = (behind / temperature.clamp(min=torch.finfo(torch.float64).tiny)).softmax(dim=-1)
     ordered, token = share.sort(dim=-1, descending=True, stable=True)
     beyond = ordered.cumsum(dim=-1) - ordered >= top_p
     # The likeliest always stays, whatever rounding says.
