@@ -155,6 +155,18 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
         "--dtype float8: must be one of float32, bfloat16, float16",
     ),
     "another device": (("--device=tpu",), "--device tpu: must be one of auto, cpu, cuda"),
+    "another dispatcher": (
+        ("--dispatch=pigeon",),
+        "--dispatch pigeon: must be one of torch, nixl_ep",
+    ),
+    "NIXL-EP on the CPU": (
+        ("--dispatch=nixl_ep", "--device=cpu"),
+        "--dispatch nixl_ep sends tokens between GPUs: add --device cuda",
+    ),
+    "NIXL-EP in float32": (
+        ("--dispatch=nixl_ep",),
+        "--dispatch nixl_ep carries bfloat16, not float32: add --dtype bfloat16",
+    ),
     "figures into a folder": (("--json=folder",), "--json folder: is a directory; name a file"),
     "figures where nobody can write": (
         ("--json=/proc/run.json",),

@@ -18,7 +18,7 @@ import typer
 from equipoise.cli.config import list_options
 from equipoise.config_sources import add_flag, parse_flags, resolve_config
 from equipoise.errors import ConfigError
-from equipoise.job.spec import DType, JobSpec
+from equipoise.job.spec import Dispatch, DType, JobSpec, check_dispatch
 
 if TYPE_CHECKING:
     from equipoise.config import EPLBConfig
@@ -75,6 +75,7 @@ def run(
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dispatch: Annotated[str, typer.Option(help="Of tokens: torch or nixl_ep.")] = "torch",
     seed: Annotated[int, typer.Option(help="Of whatever is random.")] = 0,
     timeout: Annotated[
         float, typer.Option(help="Longest wait for another rank, s.")
@@ -110,6 +111,7 @@ def run(
                 prompts=prompts,
                 dtype=dtype,
                 device=device,
+                dispatch=dispatch,
                 limits={
                     "max_new_tokens": max_new_tokens,
                     "max_batch_size": batch_size,
@@ -140,6 +142,7 @@ class _Asked:
     prompts: int | None
     dtype: str
     device: str
+    dispatch: str
     limits: dict[str, Any]
     json: Path | None
     report: Path
@@ -166,6 +169,8 @@ def _settle(asked: _Asked, place: TorchrunRank | None) -> JobSpec:
     config = _resolve_config(asked)
     dtype = _choose("--dtype", asked.dtype, ("float32", "bfloat16", "float16"))
     device = _choose("--device", asked.device, ("auto", "cpu", "cuda"))
+    dispatch = _choose("--dispatch", asked.dispatch, ("torch", "nixl_ep"))
+    check_dispatch(dispatch, device, dtype)
     num_ranks = _count_ranks(asked.ranks, place)
     _check_limits(asked.limits)
     model = asked.model or model_directory()
@@ -183,6 +188,8 @@ def _settle(asked: _Asked, place: TorchrunRank | None) -> JobSpec:
         preload_ranks()
         _make_policy(config.policy)
     _check_communicator(config.communicator)
+    found = _find_device(device)
+    check_dispatch(dispatch, found, dtype)
     return JobSpec(
         model=model,
         prompts=prompts,
@@ -190,7 +197,8 @@ def _settle(asked: _Asked, place: TorchrunRank | None) -> JobSpec:
         num_ranks=num_ranks,
         config=config,
         dtype=cast("DType", dtype),
-        device=_find_device(device),
+        device=found,
+        dispatch=cast("Dispatch", dispatch),
         **asked.limits,
     )
 

@@ -15,6 +15,7 @@ from equipoise.engine.figures import StepFigures
 from equipoise.engine.requests import Request, SamplingParams
 from equipoise.errors import ConfigError
 from equipoise.job.check import check_outputs
+from equipoise.job.dispatching import JobDispatch
 from equipoise.job.ledger import merge_steps
 from equipoise.job.loss import Scores, Text, score_in_lockstep, score_plain
 from equipoise.job.records import (
@@ -57,6 +58,7 @@ class _Job:
     held_out: list[Text]
     parallel: ParallelModel
     limits: EngineLimits
+    dispatch: JobDispatch
 
     def say(self, record: Record) -> None:
         """Emit on rank 0."""
@@ -74,6 +76,7 @@ class _Job:
         self.close_balancer(wait_s)
         for dispatcher in self.parallel.dispatchers:
             dispatcher.close()
+        self.dispatch.close()
 
     def owned(self) -> list[int]:
         """Prompts of this rank."""
@@ -134,10 +137,17 @@ def _prepare(spec: JobSpec, group: RankGroup, emit: Emit) -> _Job:
     prompts = encode_all(tokenizer, spec.prompts, "prompt", spec.max_new_tokens, longest)
     held_out = encode_all(tokenizer, spec.held_out, "held-out text", 0, longest)
     kinds = list_kinds(spec.prompts, spec.held_out)
+    longest_prompt = max(map(len, prompts)) + spec.max_new_tokens
+    limits = EngineLimits(
+        max_batch_size=spec.max_batch_size, max_len=longest_prompt, keep_load=True
+    )
+    per_step = limits.prefill_chunk + limits.max_batch_size
+    dispatch = JobDispatch(spec, group, max([per_step, *map(len, held_out)]))
     parallel = parallelize(
         spec.model,
         group,
         spec.config,
+        dispatcher=dispatch.create,
         dtype=_dtype(spec),
         attention="sdpa",
         # Ranks read alike: rank 0 speaks for all.
@@ -155,11 +165,8 @@ def _prepare(spec: JobSpec, group: RankGroup, emit: Emit) -> _Job:
             for text, tokens in zip(spec.held_out, held_out, strict=True)
         ],
         parallel=parallel,
-        limits=EngineLimits(
-            max_batch_size=spec.max_batch_size,
-            max_len=max(map(len, prompts)) + spec.max_new_tokens,
-            keep_load=True,
-        ),
+        limits=limits,
+        dispatch=dispatch,
     )
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from equipoise.config import EPLBConfig
+from equipoise.errors import ConfigError
 
 DType = Literal["float32", "bfloat16", "float16"]
+Dispatch = Literal["torch", "nixl_ep"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class JobSpec:
         config: balancing.
         dtype: of the weights.
         device: "cpu" or "cuda".
+        dispatch: what tokens travel by; "nixl_ep" on CUDA and in bfloat16 alone.
         max_new_tokens: per prompt; fewer where the model ends it.
         max_batch_size: sequences in flight per rank.
         max_steps: per pass, None for until all prompts are done.
@@ -51,9 +54,24 @@ class JobSpec:
     config: EPLBConfig
     dtype: DType = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
+    dispatch: Dispatch = "torch"
     max_new_tokens: int = 32
     max_batch_size: int = 8
     max_steps: int | None = None
     check: bool = True
     seed: int = 0
     timeout_s: float = 60.0
+
+
+def check_dispatch(dispatch: str, device: str, dtype: str) -> None:
+    """Refuse what a dispatcher cannot do, before a rank starts.
+
+    Collective: none.
+    Raises: ConfigError.
+    """
+    if dispatch != "nixl_ep":
+        return
+    if device == "cpu":
+        raise ConfigError("--dispatch nixl_ep sends tokens between GPUs: add --device cuda")
+    if dtype != "bfloat16":
+        raise ConfigError(f"--dispatch nixl_ep carries bfloat16, not {dtype}: add --dtype bfloat16")
