@@ -17,6 +17,7 @@ from equipoise.job.job import MERGE_STEPS, run_job
 from equipoise.job.loss import Text, score_plain
 from equipoise.job.records import (
     JobRecord,
+    LoadRecord,
     PhaseRecord,
     RebalanceRecord,
     Record,
@@ -79,6 +80,8 @@ def test_a_job_tells_everything_in_order(rank: Rank) -> None:
     if rank.rank != 0:
         assert said == []
         return
+    # Those come where reading takes long, on a busy machine.
+    said = [record for record in said if not isinstance(record, LoadRecord)]
     job, result = said[0], said[-1]
     assert isinstance(job, JobRecord)
     assert isinstance(result, ResultRecord)
@@ -106,8 +109,8 @@ def test_a_job_says_which_wire_auto_chose_and_why(rank: Rank) -> None:
     said: list[Record] = []
     run_job(spec, group, said.append)
     if rank.rank == 0:
-        assert isinstance(said[0], JobRecord)
-        assert said[0].communicator == "nixl (auto; every rank has NIXL)"
+        (job,) = [record for record in said if isinstance(record, JobRecord)]
+        assert job.communicator == "nixl (auto; every rank has NIXL)"
 
 
 def check_steps(spec: JobSpec, job: JobRecord, said: list[Record]) -> None:

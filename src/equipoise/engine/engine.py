@@ -144,8 +144,6 @@ class Engine:
     def step(self) -> StepResult:
         """Run one forward pass, and the balancer's step.
 
-        Returns:
-            What the step did on this rank, and what balancing did on all.
         Collective: every rank of the group, equally often.
         Raises: TransferError or MembershipError within the deadline if a rank does not take part.
         """

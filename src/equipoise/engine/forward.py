@@ -59,8 +59,7 @@ class Forward:
     def run(self, work: Work) -> tuple[Tensor, list[Sequence]]:
         """Run a step; a dummy token that is sent nowhere if there is no work.
 
-        Returns:
-            [sequences that get a token, V] float32, and these sequences.
+        Returns: [sequences that get a token, V] float32, and these sequences.
         Collective: every rank of the generation, equally often.
         """
         columns: list[tuple[int, int, int]] = []
