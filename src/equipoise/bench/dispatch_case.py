@@ -63,11 +63,16 @@ class DispatchSpec:
     timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
-        if self.num_ranks < 2:
-            raise ConfigError(f"tokens travel between at least 2 ranks, not {self.num_ranks}")
-        if self.num_rounds < 1:
-            raise ConfigError(f"a case is timed in at least 1 round, not {self.num_rounds}")
+        for name, least in (("ranks", 2), ("rounds", 1)):
+            if getattr(self, f"num_{name}") < least:
+                raise ConfigError(
+                    f"--{name} must be at least {least}, got {getattr(self, f'num_{name}')}"
+                )
+        if not self.timeout_s > 0:
+            raise ConfigError(f"--timeout must be above 0, got {self.timeout_s}")
         for case in self.cases:
+            if case.num_tokens < 1:
+                raise ConfigError(f"--tokens must be at least 1, got {case.num_tokens}")
             if case.num_experts % self.num_ranks:
                 raise ConfigError(
                     f"{case.num_experts} experts cannot be spread evenly over {self.num_ranks} "

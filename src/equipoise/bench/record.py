@@ -57,8 +57,16 @@ class RecordSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.num_tokens, self.top_k, self.num_experts, self.num_rounds) < 1:
-            raise ConfigError("tokens, top-k, experts and rounds must each be at least 1")
+        for name, value in (
+            ("tokens", self.num_tokens),
+            ("top-k", self.top_k),
+            ("experts", self.num_experts),
+            ("rounds", self.num_rounds),
+        ):
+            if value < 1:
+                raise ConfigError(f"--{name} must be at least 1, got {value}")
+        if self.top_k > self.num_experts:
+            raise ConfigError(f"a token cannot choose {self.top_k} of {self.num_experts} experts")
         if self.num_slots < self.num_experts:
             raise ConfigError(
                 f"{self.num_slots} slots cannot hold {self.num_experts} experts: ask for as many"
@@ -100,7 +108,7 @@ def _compare(spec: RecordSpec) -> tuple[Row, ...]:
     maps, recorder = PlacementMaps(placement, device), LoadRecorder(1, spec.num_slots, device)
     generator = torch.Generator().manual_seed(spec.seed)
     scores = torch.rand(spec.num_tokens, spec.num_experts, generator=generator)
-    experts = scores.topk(min(spec.top_k, spec.num_experts)).indices.to(device)
+    experts = scores.topk(spec.top_k).indices.to(device)
     valid = (torch.rand(spec.num_tokens, generator=generator) >= 0.1).to(device)
     counts = torch.zeros(spec.num_slots, dtype=torch.int64, device=device)
 
@@ -116,7 +124,7 @@ def _compare(spec: RecordSpec) -> tuple[Row, ...]:
         raise TransferError("the kernel chooses or counts otherwise than PyTorch does")
     kernel_us, plain_us = _time_both(kernel, pytorch, spec.num_rounds, _sum_kernels)
     kernel_call_us, plain_call_us = _time_both(kernel, pytorch, spec.num_rounds, _time_calls)
-    case = f"{spec.num_tokens} x top-{experts.shape[1]}, {spec.num_slots} slots"
+    case = f"{spec.num_tokens} x top-{spec.top_k}, {spec.num_slots} slots"
     row: Row = {
         "case": case,
         "way": "one launch",
