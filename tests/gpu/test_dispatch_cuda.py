@@ -181,16 +181,22 @@ def exchange(dispatcher: NixlEPDispatcher, group: RankGroup, seed: int, fp8: Fp8
 @pytest.mark.parametrize("width", [2048, 7000])
 @processes(2, timeout_s=160)
 def test_nixl_ep_ranks_come_and_go_in_one_buffer(rank: Rank, width: int) -> None:
-    """Together, alone, together again, in one process; memory does not grow."""
+    """Alone, beside a rank that is masked, together, alone again; memory does not grow."""
     group = rank.make_group(device="cuda")
     manager = NixlEPAll2AllManager(4, group.device, timedelta(seconds=20))
     free = []
     for cycle in range(3):
-        both = make_nixl_ep(manager, group, width)
-        exchange(both, group, cycle)
         single = make_lone(rank, cycle)
-        one = make_nixl_ep(manager, single, width)
-        exchange(one, single, cycle)
+        # Both ranks have their index from a generation of both.
+        both = make_nixl_ep(manager, group, width)
+        before = make_nixl_ep(manager, single, width)
+        exchange(before, single, cycle)
+        group.barrier()
+        manager.stage(group, both.members)
+        assert manager.connected == {1 - rank.rank}
+        exchange(before, single, cycle + 10)
+        exchange(both, group, cycle)
+        exchange(make_nixl_ep(manager, single, width), single, cycle)
         both.close()
         assert not manager.connected
         group.barrier()
