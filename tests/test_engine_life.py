@@ -30,7 +30,7 @@ from tests.test_models import CPU, VOCABULARY, make_lone_group, make_model
 
 NUM_REQUESTS = 60
 """Of each rank."""
-LEAK_REQUESTS = int(os.environ.get("EQUIPOISE_LEAK_REQUESTS", "300"))
+LEAK_REQUESTS = int(os.environ.get("LEAK_REQUESTS", "300"))
 
 
 def draw_requests(seed: int, number: int) -> list[Request]:
@@ -242,7 +242,7 @@ def serve_many(engine: Engine, group: RankGroup, number: int) -> None:
 
 @pytest.mark.timeout(1200 if LEAK_REQUESTS > 300 else 60)
 def test_nothing_is_left_of_requests_that_have_ended() -> None:
-    """EQUIPOISE_LEAK_REQUESTS asks for more of them, like 10000."""
+    """LEAK_REQUESTS asks for more of them, like 10000."""
     group = make_lone_group()
     engine = Engine(spread_model(group, "olmoe", step_interval=50), EngineLimits(8, 20))
     serve_many(engine, group, 100)

@@ -1,0 +1,97 @@
+"""`bench step`: what it says of steps, and that its tokens go where they should."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from equipoise.bench.step import compare_steps
+from equipoise.bench.step_case import BUNDLED, Compared, ExpertTime, Setting, StepSpec, Timed
+from equipoise.bench.step_model import Routes, build_model, draw_shares
+from equipoise.cli.app import app
+from equipoise.config import EPLBConfig
+from equipoise.engine.graphs import _round_up
+from equipoise.errors import ConfigError
+from equipoise.models.parallel import parallelize
+from tests.test_models import CPU, make_lone_group
+
+SMALL = StepSpec(
+    cases=("prefill", "recorder", "stall", "graphs"),
+    prefill_tokens=64,
+    prompt_len=16,
+    decode_size=4,
+    num_steps=10,
+    num_stall_steps=50,
+    communicator="torch_gloo",
+)
+
+
+@pytest.mark.timeout(180)
+def test_every_case_is_measured_or_says_what_it_needs() -> None:
+    heard = []
+    outcome = compare_steps(SMALL, heard.append)
+    assert isinstance(heard[0], Setting)
+    assert [said.case for said in heard[1:]] == ["prefill", "recorder", "stall", "graphs"]
+    stall = next(said for said in heard if isinstance(said, Compared) and said.case == "stall")
+    assert stall.rebalances > 0
+    assert stall.moves > 0
+    assert len(stall.off.step_s) == len(stall.on.step_s) == 50
+
+    told = json.loads(outcome.to_json())
+    assert told["left_out"].keys() == {"recorder", "graphs"}
+    rows = {(row["case"], row["what"]): row for row in told["rows"]}
+    before, after = rows["prefill", "as it came"], rows["prefill", "balanced"]
+    assert before["num_steps"] == after["num_steps"] == 10
+    assert before["imbalance"] > after["imbalance"] >= 1
+    assert before["tokens_per_s"] > 0
+    gain = rows["prefill", "gain over the predicted one"]
+    assert gain["gained_s"] == pytest.approx(before["mean_s"] - after["mean_s"])
+    assert not any("goal" in row for row in told["rows"])
+    assert any(note.startswith("Goals are for GPUs") for note in outcome.notes)
+
+
+def test_a_prediction_is_the_slowest_ranks_of_each_layer() -> None:
+    """Two steps of one layer: ranks with 10 and 30 rows in 2 and 4 slots, and 20 and 20 in 3."""
+    rows = np.array([[[10, 30]], [[20, 20]]])
+    slots = np.array([[[2, 4]], [[3, 3]]])
+    timed = Timed(np.ones(2), 0, rows, slots)
+    assert ExpertTime(1.0, 0.1, 10.0, 0.0).predict(timed) == pytest.approx((44 + 33) / 2)
+
+
+def test_tokens_go_to_experts_as_often_as_their_shares_say() -> None:
+    model = build_model(BUNDLED, torch.float32, CPU, 0)
+    parallel = parallelize(model, make_lone_group(), EPLBConfig(use_async=False))
+    shares = draw_shares(BUNDLED, 3)
+    routes = Routes(parallel, shares, BUNDLED.top_k, 0)
+    for row, pool in enumerate(routes._pools):
+        assert pool.sort(dim=1).values.diff(dim=1).min() > 0
+        often = np.bincount(pool.flatten(), minlength=32) / len(pool)
+        want = shares[row] / shares[row].sum() * BUNDLED.top_k
+        assert np.abs(often - np.minimum(want, 1)).max() < 0.05
+    before = routes._pools[1].clone()
+    routes.rename_experts()
+    assert not torch.equal(before, routes._pools[1])
+
+
+def test_graphs_are_few() -> None:
+    assert [_round_up(rows, 48) for rows in (1, 2, 3, 16, 17, 33, 48)] == [1, 2, 4, 16, 32, 48, 48]
+    assert [_round_up(keys, 500, 128) for keys in (1, 128, 129, 400)] == [128, 128, 256, 500]
+
+
+def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
+    for changes, message in (
+        ({"num_ranks": 1}, "--ranks must be at least 2, got 1"),
+        ({"num_steps": 9}, "--steps must be at least 10, got 9"),
+        ({"prefill_tokens": 15}, "--prefill-tokens must be at least 16, got 15"),
+        ({"cases": ("prefill", "nap")}, "--case: there are prefill, .*, not 'nap'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            replace(SMALL, **changes)
+    result = CliRunner().invoke(app, ["bench", "step", "--case", "nap"])
+    assert isinstance(result.exception, ConfigError)
