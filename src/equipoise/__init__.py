@@ -28,7 +28,11 @@ if TYPE_CHECKING:
     from equipoise.config import EPLBConfig, make_config
     from equipoise.dispatch import create_dispatcher
     from equipoise.dispatch.maps import PlacementMaps
+    from equipoise.dispatch.nixl_ep.all_to_all import NixlEPAll2AllManager
+    from equipoise.dispatch.nixl_ep.dispatcher import NixlEPOptions
     from equipoise.dispatch.replicas import choose_slots
+    from equipoise.dispatch.rows import dequant_fp8, maybe_roundup_layer_hidden_size
+    from equipoise.dispatch.turns import NearestReplicas, SharedReplicas, SpreadReplicas
     from equipoise.errors import (
         CommunicatorUnavailable,
         ConfigError,
@@ -60,7 +64,11 @@ _NAMES = MappingProxyType(
         "equipoise.config": "EPLBConfig make_config",
         "equipoise.dispatch": "create_dispatcher",
         "equipoise.dispatch.maps": "PlacementMaps",
+        "equipoise.dispatch.nixl_ep.all_to_all": "NixlEPAll2AllManager",
+        "equipoise.dispatch.nixl_ep.dispatcher": "NixlEPOptions",
         "equipoise.dispatch.replicas": "choose_slots",
+        "equipoise.dispatch.rows": "dequant_fp8 maybe_roundup_layer_hidden_size",
+        "equipoise.dispatch.turns": "NearestReplicas SharedReplicas SpreadReplicas",
         "equipoise.errors": (
             "CommunicatorUnavailable ConfigError DependencyError EquipoiseError MembershipError "
             "ModelError PlacementError TraceError TransferError"
@@ -90,6 +98,9 @@ __all__ = [
     "MembershipError",
     "ModelError",
     "ModelStats",
+    "NearestReplicas",
+    "NixlEPAll2AllManager",
+    "NixlEPOptions",
     "ParallelModel",
     "Placement",
     "PlacementError",
@@ -97,6 +108,8 @@ __all__ = [
     "PlacementPolicy",
     "RankGroup",
     "RebalanceOutcome",
+    "SharedReplicas",
+    "SpreadReplicas",
     "Topology",
     "TraceError",
     "TransferError",
@@ -106,11 +119,13 @@ __all__ = [
     "create_dispatcher",
     "create_eplb_communicator",
     "create_rank_group",
+    "dequant_fp8",
     "get_policy",
     "has_nixl",
     "list_communicators",
     "list_policies",
     "make_config",
+    "maybe_roundup_layer_hidden_size",
     "parallelize",
     "place_in_order",
     "rearrange_expert_weights_inplace",
