@@ -8,6 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+PER_ROW = 4
+"""Figures side by side, so that 80 columns are enough."""
 _COLORS = {"serving": "green", "dead": "red", "leaving": "yellow"}
 
 
@@ -22,7 +24,13 @@ def render_service(
         before: the same, from an earlier look; None shows no rates.
         elapsed_s: seconds between the two.
     """
-    return Group(_render_heading(url, now), _render_figures(now, before, elapsed_s), _ranks(now))
+    details = [
+        Text(f"{rank['name']}: {rank['detail']}", "dim", no_wrap=True, overflow="ellipsis")
+        for rank in now["ranks"]
+        if rank["detail"]
+    ]
+    figures = _render_figures(now, before, elapsed_s)
+    return Group(_render_heading(url, now), figures, _render_ranks(now), *details)
 
 
 def _render_heading(url: str, now: dict[str, Any]) -> Text:
@@ -57,8 +65,8 @@ def _render_figures(
         ("balancedness", "-" if balancedness is None else f"{balancedness:.3f}"),
     )
     table = Table.grid(padding=(0, 2))
-    for first in range(0, len(lines), 6):
-        row = lines[first : first + 6]
+    for first in range(0, len(lines), PER_ROW):
+        row = lines[first : first + PER_ROW]
         table.add_row(*(Text(f"{name} {value}", no_wrap=True) for name, value in row))
     return table
 
@@ -69,26 +77,21 @@ def _rate(name: str, now: dict[str, Any], before: dict[str, Any] | None, elapsed
     return f"{(now['totals'][name] - before['totals'][name]) / elapsed_s:,.0f}"
 
 
-def _ranks(now: dict[str, Any]) -> Table:
+def _render_ranks(now: dict[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for heading in ("rank", "state", "host", "device"):
+    for heading in ("rank", "state", "where"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("number", "pid", "running", "room", "steps", "pause", "silence"):
+    for heading in ("pid", "running", "steps", "pause", "silence"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("")
     for rank in now["ranks"]:
         table.add_row(
             rank["name"],
             Text(rank["state"], _COLORS.get(rank["state"], "")),
-            rank["host"],
-            rank["device"],
-            "-" if rank["number"] is None else str(rank["number"]),
+            f"{rank['host']} {rank['device']}",
             "-" if rank["pid"] is None else str(rank["pid"]),
-            str(rank["running"]),
-            str(rank["room"]),
+            f"{rank['running']} of {rank['running'] + rank['room']}",
             f"{rank['steps']:,}",
             f"{rank['pause_s'] * 1e3:,.0f} ms",
             f"{rank['near_deadline']:.0%}",
-            rank["detail"],
         )
     return table
