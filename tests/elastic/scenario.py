@@ -21,6 +21,7 @@ from equipoise.elastic.membership import Deadlines, MembershipPlan, Serving
 from equipoise.elastic.placing import Redundancy
 from equipoise.elastic.planning import describe, plan_change
 from equipoise.elastic.verdict import Word, settle
+from equipoise.errors import EquipoiseError
 from equipoise.models.host_copies import HostBackup
 from equipoise.models.loading import load_model
 from equipoise.models.parallel import ParallelModel, keep_copies, parallelize
@@ -194,10 +195,15 @@ def take_part(cast: Cast, next_one: NextGeneration) -> str:
     if cast.parallel is None:
         state = next_one.wait(PATIENCE_S)
         verdict = Word.SWITCH if state == "decided" else Word.ABORT
-    while verdict is Word.OPEN:
-        verdict = cast.meet(next_one)
-        if verdict is Word.OPEN:
-            cast.forward()
+    try:
+        while verdict is Word.OPEN:
+            verdict = cast.meet(next_one)
+            if verdict is Word.OPEN:
+                cast.forward()
+    except EquipoiseError:
+        next_one.drop("a step has failed")
+        assert next_one.wait_closed(PATIENCE_S)
+        raise
     if verdict is Word.ABORT:
         next_one.drop("called off")
         assert next_one.wait_closed(PATIENCE_S)
