@@ -57,7 +57,7 @@ class DispatchSpec:
     """
 
     cases: tuple[DispatchCase, ...]
-    num_rounds: int = 15
+    num_rounds: int = 11
     num_ranks: int = 2
     seed: int = 0
     timeout_s: float = 60.0

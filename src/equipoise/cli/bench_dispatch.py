@@ -38,7 +38,7 @@ def bench_dispatch(
     tokens: Annotated[
         int | None, typer.Option(help="Tokens of each rank; one case of torch instead of all.")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="How often each side is timed.")] = 15,
+    rounds: Annotated[int, typer.Option(help="How often each side is timed.")] = 11,
     seed: Annotated[int, typer.Option(help="Of the tokens and their routes.")] = 0,
     timeout: Annotated[float, typer.Option(help="Longest wait for another rank, in s.")] = 60.0,
     json_path: JsonPath = None,
