@@ -278,4 +278,4 @@ def _read_facts(spec: ServiceSpec, parallel: ParallelModel) -> ModelFacts:
 def _read_placement(parallel: ParallelModel) -> dict[str, Any]:
     placements = [json.loads(one.maps.placement.to_json()) for one in parallel.spread.sets]
     first: dict[str, Any] = placements[0]
-    return first
+    return first if len(placements) == 1 else {"sets": placements}

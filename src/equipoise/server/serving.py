@@ -16,7 +16,7 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from equipoise.elastic.service import Service
+from equipoise.elastic.service import Service, ServiceClosed
 from equipoise.errors import ConfigError, EquipoiseError, MembershipError
 from equipoise.server.answers import Mailbox
 from equipoise.server.app import make_app
@@ -126,21 +126,29 @@ class HttpServer:
     ) -> bool:
         if not await _start(backend, making, stop):
             return True
-        log.write("ready", url=self.url, model=backend.model_name)
-        making.on_ready(backend.service)
-        failed = await self._wait_for_end(backend, stop)
+        try:
+            log.write("ready", url=self.url, model=backend.model_name)
+            making.on_ready(backend.service)
+            failed = await self._wait_for_end(backend, stop)
+        except BaseException:
+            await backend.end(0.0)
+            raise
         log.write("ending", failed=failed)
-        ending = asyncio.ensure_future(backend.end(self._settings.limits.drain_timeout_s))
-        hurrying = asyncio.ensure_future(hurry.wait())
-        await asyncio.wait({ending, hurrying}, return_when=asyncio.FIRST_COMPLETED)
-        if not ending.done():
-            await asyncio.to_thread(backend.service.close)
-        hurrying.cancel()
-        drained = await ending
+        drained = await self._drain(backend, hurry)
         log.write("ended", drained=drained)
         if failed is not None:
             raise MembershipError(failed)
         return drained
+
+    async def _drain(self, backend: Backend, hurry: asyncio.Event) -> bool:
+        """Let what is in flight end, unless there is a hurry."""
+        ending = asyncio.ensure_future(backend.end(self._settings.limits.drain_timeout_s))
+        hurrying = asyncio.ensure_future(hurry.wait())
+        await asyncio.wait({ending, hurrying}, return_when=asyncio.FIRST_COMPLETED)
+        hurrying.cancel()
+        if not ending.done():
+            await asyncio.to_thread(backend.service.close)
+        return await ending
 
     async def _wait_for_end(self, backend: Backend, stop: asyncio.Event) -> str | None:
         """Until it is told to end, or nothing is left that serves: then why."""
@@ -148,7 +156,10 @@ class HttpServer:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_S):
                     await stop.wait()
-            status = await backend.call(lambda service: service.status())
+            try:
+                status = await backend.call(lambda service: service.status())
+            except ServiceClosed:  # a service that does not answer may yet do so again
+                continue
             if status.phase == "failed" and all(rank.state == "dead" for rank in status.ranks):
                 return status.reason
         return None
