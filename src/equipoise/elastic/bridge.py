@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -82,6 +83,7 @@ class Bridge:
             name = "auto"
         self._given = given
         self._copies = copies
+        self._batch_bytes = _BATCH_BYTES.get(group.device.type, _BATCH_BYTES["cpu"])
         self._wires: list[EplbCommunicator] = []
         try:
             self._wires.extend(create_eplb_communicator(group, name, one) for one in given)
@@ -109,15 +111,12 @@ class Bridge:
         Raises: TransferError if a peer fails; whatever `restore` or `check` raise.
         """
         haul, rank = Haul(), self._group.rank
-        batch_bytes = _BATCH_BYTES.get(self._group.device.type, 1 << 30)
         for index, wire in enumerate(self._wires):
             of_set = [fetch for fetch in fetches if fetch.set == index]
-            for batch in split_batches([one for one in of_set if one.travels], batch_bytes):
-                check()
-                landed = self._exchange(wire, batch, target, keeps)
-                for fetch, tensors in landed:
-                    haul.received_bytes += fetch.num_bytes
-                    _settle(fetch, tensors, target, keeps, haul)
+            travelling = [fetch for fetch in of_set if fetch.travels]
+            for fetch, tensors in self._exchange(wire, travelling, target, keeps, check):
+                haul.received_bytes += fetch.num_bytes
+                _settle(fetch, tensors, target, keeps, haul)
             for fetch in of_set:
                 if fetch.member == rank and not fetch.travels:
                     check()
@@ -148,15 +147,14 @@ class Bridge:
         haul = Haul()
         for index, wire in enumerate(self._wires):
             of_set = [fetch for fetch in fetches if fetch.set == index]
-            batch_bytes = _BATCH_BYTES.get(self._group.device.type, 1 << 30)
-            for batch in split_batches([one for one in of_set if one.travels], batch_bytes):
-                check()
-                landed = self._exchange(wire, batch, target, keeps)
-                _keep(kept, landed)
+            travelling = [fetch for fetch in of_set if fetch.travels]
+            for fetch, tensors in self._exchange(wire, travelling, target, keeps, check):
+                _keep(kept, fetch, tensors)
             for fetch in of_set:
                 if fetch.member == self._group.rank and not fetch.travels:
                     self._bring_own(fetch, target, keeps, restore, haul)
-        _keep(kept, [(one.fetch, one.tensors) for one in haul.staged])
+        for one in haul.staged:
+            _keep(kept, one.fetch, one.tensors)
         return kept
 
     def share(
@@ -193,7 +191,7 @@ class Bridge:
                     wire.add_recv(one.tensor, giver)
                     received += one.num_bytes
                 batched += one.num_bytes
-            if batched >= _BATCH_BYTES["cpu"] or turn == len(jobs) - 1:
+            if batched >= self._batch_bytes or turn == len(jobs) - 1:
                 check()
                 wire.execute()
                 batched = 0
@@ -223,12 +221,33 @@ class Bridge:
     def _exchange(
         self,
         wire: EplbCommunicator,
+        fetches: Sequence[Fetch],
+        target: Weights,
+        keeps: Sequence[bool],
+        check: Callable[[], None],
+    ) -> Iterator[tuple[Fetch, list[Tensor]]]:
+        """Carry experts, batch by batch, some while others settle; gives those that have come."""
+        under_way: deque[list[tuple[Fetch, list[Tensor]]]] = deque()
+        for batch in split_batches(fetches, self._batch_bytes):
+            check()
+            under_way.append(self._queue(wire, batch, target, keeps))
+            wire.start()
+            if len(under_way) > wire.num_ahead:
+                wire.finish()
+                yield from under_way.popleft()
+        for landed in under_way:
+            wire.finish()
+            yield from landed
+
+    def _queue(
+        self,
+        wire: EplbCommunicator,
         batch: Sequence[Fetch],
         target: Weights,
         keeps: Sequence[bool],
     ) -> list[tuple[Fetch, list[Tensor]]]:
         rank = self._group.rank
-        landed = []
+        landing = []
         for fetch in batch:
             if fetch.source == rank:
                 for tensor in self._find_source(fetch):
@@ -237,9 +256,8 @@ class Bridge:
                 tensors = _find_landing(fetch, target, keeps)
                 for tensor in tensors:
                     wire.add_recv(tensor, fetch.source)
-                landed.append((fetch, tensors))
-        wire.execute()
-        return landed
+                landing.append((fetch, tensors))
+        return landing
 
     def _find_source(self, fetch: Fetch) -> list[Tensor]:
         """The tensors of an expert that this rank gives, on its device."""
@@ -262,10 +280,9 @@ class Bridge:
         _settle(fetch, tensors, target, keeps, haul)
 
 
-def _keep(kept: dict[CopyKey, list[Tensor]], landed: Sequence[tuple[Fetch, list[Tensor]]]) -> None:
-    for fetch, tensors in landed:
-        key = CopyKey(fetch.set, fetch.layer, fetch.expert)
-        kept[key] = [tensor.to("cpu") for tensor in tensors]
+def _keep(kept: dict[CopyKey, list[Tensor]], fetch: Fetch, tensors: list[Tensor]) -> None:
+    key = CopyKey(fetch.set, fetch.layer, fetch.expert)
+    kept[key] = [tensor.to("cpu") for tensor in tensors]
 
 
 def _find_landing(fetch: Fetch, target: Weights, keeps: Sequence[bool]) -> list[Tensor]:
