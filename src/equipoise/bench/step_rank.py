@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 BLOCK_STEPS = 50
 _WARM_STEPS = 5
-_DECODE_PROMPT, _DECODE_TOKENS = 1, 240
-"""Rows are replaced all at once: one step in 240 takes prompts."""
+_DECODE_PROMPT, _DECODE_TOKENS = 1, 120
+"""Rows are replaced all at once: one step in 120 takes prompts. All lengths are of one graph."""
 _NEVER = 1 << 40
 
 
@@ -149,15 +149,17 @@ class _Bench:
         return self._compare_placements("decode", engine, feed, spec.decode_size)
 
     def compare_recorder(self) -> Compared | LeftOut:
-        """The same steps with counting off and on, in blocks by turns."""
+        """The same steps with counting off and on, by turns."""
         if self._group.device.type != "cuda":
             return LeftOut("recorder", "a GPU: on a CPU it is lost among the steps' own noise")
         engine, feed = self._make_decoding()
         (one,) = self.parallel.spread.sets
         tallies = _Tally(), _Tally()
-        for block in range(2 * -(-self._spec.num_steps // BLOCK_STEPS)):
-            one.recorder.enabled = bool(block % 2)
-            self._run(engine, feed, BLOCK_STEPS, tallies[block % 2])
+        for step in range(2 * self._spec.num_steps):
+            # Off, on, on, off: what grows with the sequences is the same on both sides.
+            counts = step % 4 in (1, 2)
+            one.recorder.enabled = counts
+            self._run(engine, feed, 1, tallies[counts])
         one.recorder.enabled = True
         return Compared("recorder", self._merge(tallies[0]), self._merge(tallies[1]))
 
@@ -182,13 +184,13 @@ class _Bench:
         )
 
     def compare_graphs(self) -> Compared | LeftOut:
-        """Decode steps launched one kernel at a time, and as graphs, in blocks by turns."""
+        """Decode steps launched one kernel at a time, and as graphs, by turns."""
         if not all(dispatcher.captures for dispatcher in self.parallel.dispatchers):
             return LeftOut("graphs", "two GPUs and --dispatcher nixl_ep")
         sides = [(self._make_decoding(graphs=graphs), _Tally()) for graphs in (False, True)]
-        for _ in range(-(-self._spec.num_steps // BLOCK_STEPS)):
+        for _ in range(self._spec.num_steps):
             for (engine, feed), tally in sides:
-                self._run(engine, feed, BLOCK_STEPS, tally)
+                self._run(engine, feed, 1, tally)
         (_, eager), (_, captured) = sides
         return Compared("graphs", self._merge(eager), self._merge(captured))
 

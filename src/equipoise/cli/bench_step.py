@@ -83,7 +83,13 @@ def bench_step(
 
 
 def _say_done(said: StepSaid) -> None:
-    what = getattr(said, "case", "the model is there")
+    """Cases take a while, and a run that is cut short shall have told something."""
+    from equipoise.bench.step_case import Compared, Setting
+
+    what = "the model is there" if isinstance(said, Setting) else said.case
+    if isinstance(said, Compared):
+        off, on = (statistics.median(timed.step_s.tolist()) for timed in (said.off, said.on))
+        what += f": a step takes {off * 1e3:.3g} ms without, {on * 1e3:.3g} ms with"
     typer.echo(f"{time.strftime('%H:%M:%S')} {what}", err=True)
 
 
