@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
@@ -86,7 +87,7 @@ def _say_done(said: StepSaid) -> None:
     """Cases take a while, and a run that is cut short shall have told something."""
     from equipoise.bench.step_case import Compared, Setting
 
-    what = "the model is there" if isinstance(said, Setting) else said.case
+    what: str = "the model is there" if isinstance(said, Setting) else said.case
     if isinstance(said, Compared):
         off, on = (statistics.median(timed.step_s.tolist()) for timed in (said.off, said.on))
         what += f": a step takes {off * 1e3:.3g} ms without, {on * 1e3:.3g} ms with"
