@@ -126,6 +126,21 @@ def test_the_first_proposal_stands_for_everybody(rank: Rank) -> None:
 
 
 @processes(2)
+def test_the_store_forgets_what_was_decided_long_ago(rank: Rank) -> None:
+    group = rank.make_group()
+    for number in range(300):
+        assert group.decide("commit", None if number % 2 else f"number {number}") == "commit"
+    group.barrier()
+    there = [group.store.check([f"decision/{number}"]) for number in range(150)]
+    assert there.count(True) == 128
+    assert all(there[-128:])
+    assert not group.store.check(["question/number 0"])
+    assert group.store.check(["question/number 298"])
+    group.barrier()
+    group.close()
+
+
+@processes(2)
 def test_a_store_that_does_not_answer_is_given_up(rank: Rank) -> None:
     group = rank.make_group(timeout_s=1.0)
 

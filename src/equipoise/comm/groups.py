@@ -7,6 +7,7 @@ import os
 import secrets
 import threading
 import time
+from collections import deque
 from datetime import timedelta
 from typing import Literal, Self
 
@@ -26,6 +27,9 @@ ReduceOp = Literal["sum", "max", "min"]
 NUM_LANES = 4
 """Connections to each peer, with a thread each, where weights on GPUs leave the cores to them: one
 carries 2 GB/s at best."""
+
+_ANSWERS_KEPT = 256
+"""In the store. Ranks settle questions together, so that none is further behind."""
 
 _LEAST_NCCL_TIMEOUT = timedelta(seconds=60)
 _TAG_MESSAGE = 0
@@ -76,6 +80,8 @@ class RankGroup:
         self._device_group: dist.ProcessGroup | None = device_group
         self._owns_device_group = owns_device_group
         self._num_decisions = 0
+        # Asked by this rank, the oldest first; one thread at a time asks.
+        self._asked: deque[str] = deque()
 
     @classmethod
     def from_process_groups(
@@ -310,6 +316,7 @@ class RankGroup:
             # Whatever goes wrong here shows as an answer that does not come.
             with contextlib.suppress(RuntimeError):
                 answers.append(self.store.compare_set(key, "", proposal))
+                self._forget_old(key)
 
         # A store's client may block beyond its own timeout, hence a thread that can be given up.
         thread = threading.Thread(target=ask, name="equipoise-store", daemon=True)
@@ -322,6 +329,14 @@ class RankGroup:
                 rank=self.rank,
             )
         return answers[0].decode()
+
+    def _forget_old(self, key: str) -> None:
+        """Have the store keep so many answers and no more: nobody asks as late as that."""
+        self._asked.append(key)
+        if len(self._asked) > _ANSWERS_KEPT:
+            oldest = self._asked.popleft()
+            if self.rank == 0 and oldest not in self._asked:
+                self.store.delete_key(oldest)
 
     def close(self) -> None:
         """Let the groups go, those of the engine unharmed; twice is fine.
