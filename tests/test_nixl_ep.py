@@ -49,7 +49,7 @@ class Peer:
     store: HashStore
     group: RankGroup | None = None
 
-    def join(self, rank: int, size: int, generation: int) -> NixlEPDispatcher:
+    def join(self, rank: int, size: int, generation: int, fp8: Fp8 = "no") -> NixlEPDispatcher:
         self.group = create_rank_group(
             self.store,
             rank,
@@ -59,7 +59,7 @@ class Peer:
             timeout=timedelta(seconds=20),
             device_group="gloo",
         )
-        options = NixlEPOptions(self.manager, 16, HIDDEN)
+        options = NixlEPOptions(self.manager, 16, HIDDEN, fp8)
         dispatcher = create_dispatcher(options, self.group, Topology(size, SLOTS))
         assert isinstance(dispatcher, NixlEPDispatcher)
         return dispatcher
@@ -89,11 +89,12 @@ class Cluster:
             for _ in range(number)
         ]
 
-    def form(self, peers: list[Peer]) -> list[NixlEPDispatcher]:
+    def form(self, peers: list[Peer], fp8: Fp8 = "no") -> list[NixlEPDispatcher]:
         """A generation of these ranks, in order."""
         self.generation += 1
+        size, number = len(peers), self.generation
         return together(
-            [lambda p=p, r=r: p.join(r, len(peers), self.generation) for r, p in enumerate(peers)]
+            [lambda p=p, r=r: p.join(r, size, number, fp8) for r, p in enumerate(peers)]
         )
 
 
@@ -269,10 +270,9 @@ def test_top_1_weighs_the_input_and_others_may_not() -> None:
 @pytest.mark.parametrize("fp8", ["float32", "ue8m0"])
 def test_fp8_is_dequantised_for_experts_in_bfloat16(fp8: Fp8) -> None:
     cluster = Cluster()
-    dispatchers = cluster.form(cluster.make_peers(2))
+    dispatchers = cluster.form(cluster.make_peers(2), fp8)
 
     def run(rank: int) -> None:
-        dispatchers[rank]._fp8 = fp8
         hidden = torch.randn(16, HIDDEN, generator=torch.Generator().manual_seed(rank)).bfloat16()
         slots = torch.arange(16)[:, None] % (2 * SLOTS)
         dispatched = dispatchers[rank].dispatch(hidden, slots)

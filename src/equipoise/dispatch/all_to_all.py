@@ -6,6 +6,7 @@ each for one rank), N outputs (one per slot of a token), D hidden, B bytes of a 
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +19,10 @@ from equipoise.dispatch.packing import Packer, TorchPacker, lay_out_row
 from equipoise.dispatch.routes import sum_by_weight
 from equipoise.errors import TransferError
 from equipoise.topology import Topology
+
+_SPIN_S = 5e-4
+_POLL_S = 5e-5
+"""How the device is waited for: first without a pause, then asked again and again."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +58,23 @@ class AllToAllDispatcher(TokenDispatcher):
     def __init__(self, group: RankGroup, topology: Topology) -> None:
         self._group = group
         self._staged = group.device.type == "cuda" and group.device_group is group.cpu_group
+        self._is_nccl = group.device.type == "cuda" and not self._staged
         self._even = [1] * topology.num_ranks
+        self._counts = torch.empty(
+            2, topology.num_ranks, 2, dtype=torch.int64, pin_memory=group.device.type == "cuda"
+        )
         self._packer = _create_packer(group.device, topology)
 
     def dispatch(self, hidden_TD: Tensor, slot_TK: Tensor) -> Dispatched:
         """As the contract says; rows come ordered by source rank, then by token, then by k."""
-        hidden_TD, slot_TK = hidden_TD.contiguous(), slot_TK.contiguous()
+        hidden_TD, slot_TK = hidden_TD.contiguous(), slot_TK.long().contiguous()
         routed = self._packer.route(slot_TK)
         counts_2R2 = torch.stack((routed.count_R2, torch.empty_like(routed.count_R2)))
         self._exchange(counts_2R2[1], counts_2R2[0], self._even, self._even)
         # The one wait for the device: splits are numbers of the host.
-        going, coming = counts_2R2.tolist()
+        self._counts.copy_(counts_2R2, non_blocking=True)
+        self.check()
+        going, coming = self._counts.tolist()
         rows_sent, outputs_received = ([count[i] for count in going] for i in range(2))
         rows_received, outputs_sent = ([count[i] for count in coming] for i in range(2))
 
@@ -96,6 +107,24 @@ class AllToAllDispatcher(TokenDispatcher):
         self._exchange(into, sent, handle.received, handle.sent)
         return sum_by_weight(home_ND, handle.source_P, weight_TK)
 
+    def check(self) -> None:
+        """Wait for the device, which over NCCL alone knows whether a peer came.
+
+        Collective: none.
+        Raises: TransferError if it is not through within the deadline.
+        """
+        if self._group.device.type != "cuda":
+            return
+        reached = torch.Event(self._group.device)
+        reached.record()
+        started_s = time.monotonic()
+        while not reached.query():
+            waited_s = time.monotonic() - started_s
+            if waited_s > self._group.timeout.total_seconds():
+                raise self._explain("the device still waits")
+            if waited_s > _SPIN_S:
+                time.sleep(_POLL_S)
+
     def _exchange(self, into: Tensor, rows: Tensor, received: list[int], sent: list[int]) -> None:
         if self._staged:
             landed = torch.empty_like(into, device="cpu", pin_memory=True)
@@ -107,15 +136,22 @@ class AllToAllDispatcher(TokenDispatcher):
             self._all_to_all(into, rows, received, sent)
 
     def _all_to_all(self, into: Tensor, rows: Tensor, received: list[int], sent: list[int]) -> None:
-        timeout = self._group.timeout
         try:
-            self._group.device_group.alltoall_base(into, rows, received, sent).wait(timeout)
+            work = self._group.device_group.alltoall_base(into, rows, received, sent)
+            if self._is_nccl:
+                # In stream order alone: a wait with a deadline asks NCCL once a millisecond.
+                work.wait()
+            else:
+                work.wait(self._group.timeout)
         except RuntimeError as error:
-            raise TransferError(
-                f"rank {self._group.rank}: tokens were not exchanged; a rank died, or did not take "
-                f"part within {timeout.total_seconds():.1f} s: {error}",
-                rank=self._group.rank,
-            ) from error
+            raise self._explain(error) from error
+
+    def _explain(self, cause: object) -> TransferError:
+        return TransferError(
+            f"rank {self._group.rank}: tokens were not exchanged; a rank died, or did not take "
+            f"part within {self._group.timeout.total_seconds():.1f} s: {cause}",
+            rank=self._group.rank,
+        )
 
 
 def _create_packer(device: torch.device, topology: Topology) -> Packer:

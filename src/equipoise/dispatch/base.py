@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 
@@ -85,6 +86,11 @@ class TokenDispatcher(ABC):
     captures: ClassVar[bool] = False
     """Whether a forward pass over it may be captured as a CUDA graph, after one outside of any."""
 
+    @property
+    def slot_dtype(self) -> torch.dtype:
+        """Of slot ids that need no conversion; others are converted."""
+        return torch.int64
+
     @abstractmethod
     def dispatch(self, hidden_TD: Tensor, slot_TK: Tensor) -> Dispatched:
         """Send each token to the ranks that hold its slots.
@@ -92,7 +98,7 @@ class TokenDispatcher(ABC):
         Args:
             hidden_TD: [T, D], any float dtype that the backend carries; T may be 0 and differ
                 between ranks.
-            slot_TK: [T, K] int64, global slots (0..P-1); -1 goes nowhere. K is that of all ranks.
+            slot_TK: [T, K] integer, global slots (0..P-1); -1 goes nowhere. K is that of all ranks.
         Returns:
             The rows for this rank's slots, in an order of the dispatcher's.
         Collective: every rank of the group, in the same order of calls.

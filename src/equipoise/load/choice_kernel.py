@@ -65,6 +65,7 @@ def choose_and_count(
     valid_T: Tensor | None,  # noqa: N803
     count_P: Tensor,  # noqa: N803
     weight: Tensor,
+    dtype: torch.dtype = torch.int64,
 ) -> Tensor:
     """Launch the kernel on the current stream.
 
@@ -76,11 +77,12 @@ def choose_and_count(
         valid_T: [T] bool, False for padding; None if all are tokens.
         count_P: [P] int64, what is added to.
         weight: [1] int64, how much a token counts; 0 for not at all.
+        dtype: of the slots.
     Returns:
-        [T, K] int64, global slots; -1 for padding.
+        [T, K], global slots; -1 for padding.
     Collective: none; no host sync.
     """
-    slots = torch.empty_like(expert_TK, dtype=torch.int64)
+    slots = torch.empty_like(expert_TK, dtype=dtype)
     num_pairs = expert_TK.numel()
     if not num_pairs:
         return slots

@@ -63,6 +63,7 @@ class LoadRecorder:
         num_turns_E: Tensor,  # noqa: N803
         first_position: int | Tensor = 0,
         valid_T: Tensor | None = None,  # noqa: N803
+        dtype: torch.dtype = torch.int64,
     ) -> Tensor:
         """Turn experts into slots and count them, in one launch of a kernel on the GPU.
 
@@ -76,8 +77,9 @@ class LoadRecorder:
             num_turns_E: [E] int64, how many of them take turns, at least 1.
             first_position: global position of token 0, not negative; the others follow by one.
             valid_T: [T] bool, False for padding; None if all are tokens.
+            dtype: of the slots.
         Returns:
-            [T, K] int64, global slots; -1 for padding, which is not counted.
+            [T, K], global slots; -1 for padding, which is not counted.
         Collective: none; no host sync.
         Raises: ConfigError if the recorder is not on a GPU.
         """
@@ -96,6 +98,7 @@ class LoadRecorder:
             valid_T,
             self._buffer[layer, :-1],
             self._weight,
+            dtype,
         )
 
     def clear(self) -> None:

@@ -389,7 +389,7 @@ def _make_forward(
         else:
             turns, num_turns = maps.turns[row], maps.num_turns[row]
             slot_TK = recorder.choose_and_record(
-                row, expert_TK, turns, num_turns, position, valid_T
+                row, expert_TK, turns, num_turns, position, valid_T, dispatcher.slot_dtype
             )
         dispatched = dispatcher.dispatch(hidden_TD, slot_TK)
         if isinstance(dispatched, DispatchedBlocks) and computes_grouped(experts):

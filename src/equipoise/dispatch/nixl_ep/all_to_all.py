@@ -284,7 +284,7 @@ class NixlEPAll2AllManager:
             masked = is_masked.tolist()
             return [rank for rank, index in enumerate(self._members) if masked[index]]
 
-    def use(self, members: Sequence[int], work: Callable[[Buffer], _T]) -> _T:
+    def use(self, members: tuple[int, ...], work: Callable[[Buffer], _T]) -> _T:
         """Let work launch kernels, while nobody changes what they run on.
 
         Args:
@@ -293,14 +293,20 @@ class NixlEPAll2AllManager:
         Collective: as the work.
         Raises: MembershipError if another generation was committed meanwhile.
         """
-        with self._hold():
-            buffer = self._opened()
-            if tuple(members) != self._members:
+        # Called twice a layer: no more than it must do.
+        if not self._lock.acquire(blocking=False):
+            self._wait_for_lock()
+        try:
+            buffer = self._buffer
+            if buffer is None or members != self._members:
+                self._opened()
                 raise MembershipError(
-                    f"the NIXL-EP buffer serves the indices {self._members}, not {tuple(members)}: "
+                    f"the NIXL-EP buffer serves the indices {self._members}, not {members}: "
                     "this generation is over, or was not committed"
                 )
             return work(buffer)
+        finally:
+            self._lock.release()
 
     @contextlib.contextmanager
     def lend(self) -> Iterator[Buffer]:
@@ -330,15 +336,19 @@ class NixlEPAll2AllManager:
 
     @contextlib.contextmanager
     def _hold(self) -> Iterator[None]:
-        if not self._lock.acquire(timeout=self.timeout.total_seconds()):
-            raise TransferError(
-                f"the NIXL-EP buffer was not free within {self.timeout.total_seconds():.1f} s: "
-                "another thread connects or disconnects ranks"
-            )
+        self._wait_for_lock()
         try:
             yield
         finally:
             self._lock.release()
+
+    def _wait_for_lock(self) -> None:
+        seconds = self.timeout.total_seconds()
+        if not self._lock.acquire(timeout=seconds):
+            raise TransferError(
+                f"the NIXL-EP buffer was not free within {seconds:.1f} s: another thread connects "
+                "or disconnects ranks"
+            )
 
     def _take_index(self, index: int) -> None:
         if not 0 <= index < self.max_ranks:
@@ -413,8 +423,10 @@ class NixlEPAll2AllManager:
             torch.cuda.synchronize(self.device)
 
 
-def wire_slots(members: Sequence[int], slots_per_rank: int, device: torch.device) -> Tensor:
-    """What slot ids of a generation become in the buffer: [P + 1] int64, the last -1 for -1."""
+def wire_slots(
+    members: Sequence[int], slots_per_rank: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """What slot ids of a generation become in the buffer: [P + 1], the last -1 for -1."""
     index_R = torch.tensor(members, device=device)
     slot_RS = index_R[:, None] * slots_per_rank + torch.arange(slots_per_rank, device=device)
-    return torch.cat((slot_RS.flatten(), slot_RS.new_full((1,), -1)))
+    return torch.cat((slot_RS.flatten(), slot_RS.new_full((1,), -1))).to(dtype)

@@ -164,7 +164,6 @@ class NixlEPDispatcher(TokenDispatcher):
         self._topology = topology
         self._manager = options.manager
         self._hidden_size = options.hidden_size
-        self._fp8 = options.fp8
         self.members = self._manager.join(group)
         self.shape: BufferShape = self._manager.get_handle(
             max_num_tokens_per_dp_rank=options.max_tokens,
@@ -173,11 +172,26 @@ class NixlEPDispatcher(TokenDispatcher):
         )
         in_order = self.members == tuple(range(group.size))
         self._wire_slot_P1: Tensor | None = (
-            None if in_order else wire_slots(self.members, topology.slots_per_rank, group.device)
+            None
+            if in_order
+            else wire_slots(
+                self.members, topology.slots_per_rank, group.device, self._manager.index_dtype
+            )
         )
+        self._slot_dtype = self._manager.index_dtype
+        self._options = {
+            "use_fp8": options.fp8 != "no",
+            "round_scale": options.fp8 == "ue8m0",
+            "use_ue8m0": options.fp8 == "ue8m0",
+        }
         self._is_entered = False
         self._num_in_flight = 0
         self._is_on_its_way = False
+
+    @property
+    def slot_dtype(self) -> torch.dtype:
+        """As the kernels want them."""
+        return self._slot_dtype
 
     def enter(self) -> None:
         """Connect this generation's ranks and serve it; the first dispatch does it otherwise.
@@ -269,7 +283,8 @@ class NixlEPDispatcher(TokenDispatcher):
 
     def _send(self, hidden_TD: Tensor, slot_TK: Tensor, *, with_hook: bool) -> Sent:
         self._check_input(hidden_TD, slot_TK)
-        self.enter()
+        if not self._is_entered:
+            self.enter()
         self._expect_received()
         if self._num_in_flight == NUM_HANDLES:
             raise TransferError(
@@ -277,18 +292,17 @@ class NixlEPDispatcher(TokenDispatcher):
                 rank=self._group.rank,
             )
         hidden_TH = _widen(hidden_TD, self.shape.hidden_size).contiguous()
-        wire_slot_TK = slot_TK if self._wire_slot_P1 is None else self._wire_slot_P1[slot_TK]
-        wire_slot_TK = wire_slot_TK.to(self._manager.index_dtype).contiguous()
-        options = {
-            "use_fp8": self._fp8 != "no",
-            "round_scale": self._fp8 == "ue8m0",
-            "use_ue8m0": self._fp8 == "ue8m0",
-            "return_recv_hook": with_hook,
-        }
+        if self._wire_slot_P1 is not None:
+            slot_TK = self._wire_slot_P1[slot_TK]
+        wire_slot_TK = slot_TK.to(self._slot_dtype).contiguous()
         received, count_S, handle, _, hook = self._manager.use(
             self.members,
             lambda buffer: buffer.low_latency_dispatch(
-                hidden_TH, wire_slot_TK, self.shape.max_tokens, **options
+                hidden_TH,
+                wire_slot_TK,
+                self.shape.max_tokens,
+                return_recv_hook=with_hook,
+                **self._options,
             ),
         )
         self._num_in_flight += 1
