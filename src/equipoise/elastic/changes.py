@@ -24,12 +24,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from equipoise.elastic.change_plans import (
+    choose_device_group,
+    describe_change,
+    foretell,
+    make_plan,
+)
 from equipoise.elastic.channel import Message
-from equipoise.elastic.membership import Deadlines, MembershipPlan, Serving
-from equipoise.elastic.orders import Change, settle_names
-from equipoise.elastic.placing import Redundancy
-from equipoise.elastic.planning import plan_change, plan_recovery, rehearse
-from equipoise.elastic.roster import RankRecord, Roster, sort_names
+from equipoise.elastic.orders import STAGE_ENDS, Change, settle_names
+from equipoise.elastic.roster import RankRecord, Roster
 from equipoise.elastic.service import Busy, Phase, ScaleReport
 from equipoise.elastic.spec import ServiceSpec
 from equipoise.errors import ConfigError, EquipoiseError, MembershipError
@@ -129,7 +132,7 @@ class Changes:
 
     def preview(self, change: Change) -> ScaleReport:
         """What is known of a change that has only been asked for."""
-        return self._report(change, done=False)
+        return describe_change(change, self._roster, self.generation, done=False)
 
     def hear(self, record: RankRecord, message: Message) -> None:
         """A rank has said something that may be about a change."""
@@ -141,15 +144,14 @@ class Changes:
         elif said == "lost":
             record.is_lost = True
             record.told["holding"] = message
-            plan = None if self._current is None else self._current.plan
-            is_new = plan is not None and plan.generation == message["generation"]
-            self._register(f"{record.name} says: {message['reason']}", is_decided=is_new)
+            # It takes part in no change that is under way, whatever the others do.
+            self._register(f"{record.name} says: {message['reason']}", is_void=True)
         elif said == "holding":
             record.told["holding"] = message
         elif said == "retired":
             record.pause_s = float(message["pause_s"])
         change = self._current
-        if change is None or said not in _ENDS[change.stage]:
+        if change is None or said not in STAGE_ENDS[change.stage]:
             return
         if said == "aborted" and change.stage == "preparing":
             self._abort(change, f"{record.name}: {message['reason']}")
@@ -157,14 +159,22 @@ class Changes:
         change.awaited.discard(record.name)
         self._advance(change)
 
-    def lose(self, record: RankRecord) -> None:
-        """A rank has died; `record.detail` says how."""
+    def lose(self, record: RankRecord, *, is_expected: bool) -> None:
+        """A rank's process has ended; `record.detail` says how.
+
+        Args:
+            record: of the rank.
+            is_expected: it had been told to leave.
+        """
         change = self._current
         was_serving = record.number is not None
         record.number = None
         if change is not None:
             change.awaited.discard(record.name)
-        if change is not None and change.kind == "begin":
+        if is_expected:
+            if change is not None and change.stage == "retiring":
+                self._advance(change)
+        elif change is not None and change.kind == "begin":
             self._end(change, MembershipError(record.detail))
             self._hands.give_up(record.detail)
         elif was_serving:
@@ -229,7 +239,9 @@ class Changes:
             self._describe(change)
             return
         if not change.joining and not change.leaving:
-            change.answer.set_result(self._report(change, done=True))
+            change.answer.set_result(
+                describe_change(change, self._roster, self.generation, done=True)
+            )
             return
         self._current = change
         self.phase, self.reason = "preparing", str(change)
@@ -252,6 +264,8 @@ class Changes:
 
     def _advance(self, change: Change) -> None:
         """Go on, once nobody is waited for."""
+        if change.stage == "registering":
+            change.awaited = {one.name for one in self._roster.serving() if not one.is_lost}
         if change.awaited:
             return
         if change.stage == "launching":
@@ -284,7 +298,7 @@ class Changes:
                     "generation": self._last_generation,
                     "number": number,
                     "names": change.joining,
-                    "device_group": self._choose_device_group(change.joining),
+                    "device_group": choose_device_group(self._roster, change.joining),
                 },
             )
 
@@ -299,12 +313,12 @@ class Changes:
     def _prepare(self, change: Change) -> None:
         change.stage = "preparing"
         try:
-            plan = self._plan(change)
+            plan = make_plan(change, self._roster, self._spec, self._last_generation + 1)
         except EquipoiseError as error:
             self._abort(change, str(error))
             return
         if change.dry_run:
-            self._end(change, self._rehearse(change, plan))
+            self._end(change, foretell(change, plan, self.generation, self._spec.device))
             return
         self._last_generation += 1
         change.plan = plan
@@ -318,39 +332,8 @@ class Changes:
             {
                 "do": "prepare",
                 "plan": plan.to_json(),
-                "device_group": self._choose_device_group(members),
+                "device_group": choose_device_group(self._roster, members),
             },
-        )
-
-    def _plan(self, change: Change) -> MembershipPlan:
-        spec, serving = self._spec, self._roster.serving()
-        parts = [Serving.from_json(one.told["holding"]["serving"]) for one in serving]
-        deadlines = Deadlines(spec.change_s, spec.timeout_s, spec.timeout_s)
-        redundancy = Redundancy.of(spec.config, spec.slots_per_rank)
-        generation = self._last_generation + 1
-        if change.kind == "recover":
-            return plan_recovery(
-                Serving.join(parts), generation, redundancy, deadlines, backup=spec.host_backup
-            )
-        names = {record.name for record in serving} - set(change.leaving) | set(change.joining)
-        members = sort_names(names)
-        return plan_change(
-            Serving.join(parts), members, generation, redundancy, deadlines, spec.host_backup
-        )
-
-    def _rehearse(self, change: Change, plan: MembershipPlan) -> ScaleReport:
-        expected = rehearse(plan, self._spec.device)
-        return ScaleReport(
-            dry_run=True,
-            done=False,
-            generation=self.generation,
-            joining=tuple(change.joining),
-            leaving=tuple(change.leaving),
-            staying=tuple(one.name for one in plan.members if not one.is_newcomer),
-            bytes=expected.bytes,
-            peak_bytes_per_rank=dict(expected.peak_bytes_per_rank),
-            pause_s=expected.pause_s,
-            notes=expected.notes,
         )
 
     def _retire(self, change: Change) -> None:
@@ -380,7 +363,7 @@ class Changes:
         elif change.kind == "scale":
             self.num_scalings += 1
             self._wanted = len(self._roster.serving())
-        self._end(change, self._report(change, done=True))
+        self._end(change, describe_change(change, self._roster, self.generation, done=True))
         missing = self._wanted - len(self._roster.serving())
         if change.kind == "recover" and self._spec.respawn and missing > 0:
             self._queue.appendleft(Change("scale", to=self._wanted))
@@ -418,16 +401,22 @@ class Changes:
             return
         self._end(change, MembershipError(f"not done: {change.why}; the others serve on"))
 
-    def _register(self, why: str, *, is_decided: bool = False) -> None:
-        """Wait until all who live have noticed that the generation is no more."""
+    def _register(self, why: str, *, is_void: bool = False) -> None:
+        """Wait until all who live have noticed that the generation is no more.
+
+        Args:
+            why: it is.
+            is_void: also the next one, where it has been decided on.
+        """
         before = self._current
         if before is not None:
             if before.stage == "registering":
                 self._advance(before)
                 return
             is_told = before.plan is not None and before.stage in ("preparing", "aborting")
-            if is_told and not is_decided and not self._call_off(before, why):
+            if is_told and not self._call_off(before, why) and not is_void:
                 # The next generation stands: its members switch, and find out there.
+                self._advance(before)
                 return
             if before.kind == "scale":
                 for name in before.joining:
@@ -440,7 +429,6 @@ class Changes:
         self.phase, self.reason = "preparing", str(change)
         logger.warning("%s", self.reason)
         change.deadline = time.monotonic() + self._spec.timeout_s + self._spec.silence_s
-        change.awaited = {one.name for one in self._roster.serving() if not one.is_lost}
         self._advance(change)
 
     def _recover(self, change: Change) -> None:
@@ -502,42 +490,8 @@ class Changes:
             record.tell({"do": "stop"})
             record.handle.stop()
 
-    def _report(self, change: Change, *, done: bool) -> ScaleReport:
-        serving = self._roster.serving()
-        now = time.monotonic()
-        return ScaleReport(
-            dry_run=False,
-            done=done,
-            generation=self.generation,
-            joining=tuple(change.joining),
-            leaving=tuple(change.leaving),
-            staying=tuple(r.name for r in serving if r.name not in change.joining),
-            bytes=0 if change.plan is None else rehearse(change.plan).bytes,
-            pause_s=max((r.pause_s for r in serving if r.name not in change.joining), default=0.0),
-            prepare_s=(change.decided_at or now) - change.warm_at,
-            total_s=(change.full_at or now) - change.warm_at,
-        )
-
-    def _choose_device_group(self, names: Sequence[str]) -> str:
-        """What carries tokens: NCCL refuses two ranks on one GPU, gloo does not."""
-        records = [self._roster.find(name) for name in names]
-        devices = [record.seat.device for record in records if record is not None]
-        alone = len(set(devices)) == len(devices)
-        return "nccl" if devices[0].startswith("cuda") and alone else "gloo"
-
     def _tell(self, names: Sequence[str], message: Message) -> None:
         for name in names:
             record = self._roster.find(name)
             if record is not None:
                 record.tell(message)
-
-
-_ENDS: dict[str, tuple[str, ...]] = {
-    "launching": ("warm",),
-    "describing": ("holding",),
-    "preparing": ("serving", "switched", "left", "aborted"),
-    "aborting": ("aborted", "switched", "lost"),
-    "registering": ("lost",),
-    "retiring": ("retired",),
-}
-"""Which words end a rank's part in each stage."""

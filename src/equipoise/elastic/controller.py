@@ -307,7 +307,7 @@ class Controller:
             self._num_deaths += 1
             logger.warning("%s", how)
         self._release(record)
-        self._changes.lose(record)
+        self._changes.lose(record, is_expected=left_well)
         if left_well and code == 0:
             self._roster.forget(record)
 

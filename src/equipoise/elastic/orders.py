@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 from equipoise.elastic.membership import MembershipPlan
@@ -13,6 +14,18 @@ from equipoise.elastic.service import ScaleReport
 from equipoise.errors import ConfigError
 
 Stage = Literal["launching", "describing", "preparing", "aborting", "registering", "retiring"]
+
+STAGE_ENDS: Mapping[Stage, tuple[str, ...]] = MappingProxyType(
+    {
+        "launching": ("warm",),
+        "describing": ("holding",),
+        "preparing": ("serving", "switched", "left", "aborted"),
+        "aborting": ("aborted", "switched", "lost"),
+        "registering": ("lost",),
+        "retiring": ("retired",),
+    }
+)
+"""Which words end a rank's part in each stage."""
 
 
 @dataclass

@@ -1,0 +1,109 @@
+"""Services over real ranks for tests, and streams of requests into them."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from equipoise.bench.elastic import make_encoder
+from equipoise.bench.request_stream import RequestStream
+from equipoise.bundled import model_directory
+from equipoise.config import EPLBConfig
+from equipoise.elastic.controller import Controller
+from equipoise.elastic.launcher import Launcher, RankHandle, RankSeat
+from equipoise.elastic.service import RankStatus
+from equipoise.elastic.spec import ServiceSpec
+from equipoise.launch.processes import LocalLauncher
+
+WAIT_S = 50.0
+
+
+def make_spec(num_ranks: int, **options: Any) -> ServiceSpec:
+    chosen: dict[str, Any] = {
+        "config": EPLBConfig(window_size=8, step_interval=24, communicator="torch_gloo"),
+        "max_batch_size": 4,
+        "max_len": 64,
+        "timeout_s": 20.0,
+        "silence_s": 20.0,
+    }
+    return ServiceSpec(model_directory(), num_ranks, **{**chosen, **options})
+
+
+@contextmanager
+def serving(
+    num_ranks: int, launcher: Launcher | None = None, **options: Any
+) -> Iterator[Controller]:
+    """A service of as many ranks of the bundled model; nothing of it is left behind."""
+    before = set(threading.enumerate())
+    controller = Controller(
+        make_spec(num_ranks, **options), launcher or LocalLauncher("cpu", model_directory())
+    )
+    controller.start()
+    pids = find_pids(controller)
+    try:
+        yield controller
+        pids |= find_pids(controller)
+    finally:
+        controller.close()
+    left = [pid for pid in pids if is_alive(pid)]
+    assert not left, f"processes {left} outlive their service"
+    threads = {one for one in threading.enumerate() if "controller" in one.name} - before
+    assert not threads, f"{threads} outlive their service"
+
+
+@contextmanager
+def streaming(controller: Controller, num_in_flight: int = 10) -> Iterator[RequestStream]:
+    """Requests all the while; at the end none has failed, and every token is the plain model's."""
+    stream = RequestStream(controller, make_encoder(model_directory()), num_in_flight, 6)
+    stream.start()
+    stream.wait_for(num_in_flight, WAIT_S)
+    yield stream
+    stream.wait_for(num_in_flight, WAIT_S)
+    stream.end(WAIT_S)
+    result = stream.check(model_directory())
+    assert (result.num_failed, result.num_wrong) == (0, 0), result
+
+
+class DoomedLauncher(LocalLauncher):
+    """Kills ranks of some names as soon as they have been started."""
+
+    def __init__(self, *doomed: str) -> None:
+        super().__init__("cpu", model_directory())
+        self.doomed = set(doomed)
+
+    def start(self, seat: RankSeat) -> RankHandle:
+        handle = super().start(seat)
+        if seat.name in self.doomed:
+            handle.stop(kill=True)
+        return handle
+
+
+def find_rank(controller: Controller, name: str) -> RankStatus:
+    return next(rank for rank in controller.status().ranks if rank.name == name)
+
+
+def list_serving(controller: Controller) -> list[str]:
+    return [rank.name for rank in controller.status().ranks if rank.state == "serving"]
+
+
+def find_pids(controller: Controller) -> set[int]:
+    return {rank.pid for rank in controller.status().ranks if rank.pid is not None}
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not is_so():
+        assert time.monotonic() < deadline, "it did not come to be"
+        threading.Event().wait(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
