@@ -5,7 +5,7 @@ help: ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' Makefile
 
 run: ## serve the bundled model on 4 ranks and balance its experts; ARGS="--ranks 2 ..." for options
-	@scripts/venv hf,nixl
+	@scripts/venv hf,nixl,server
 	@.venv/bin/equipoise run $(ARGS)
 
 test: ## run the tests

@@ -24,7 +24,7 @@ from equipoise.server.serving import HttpServer
 from equipoise.server.settings import Keys, ServerSettings
 
 KEYS = Keys(api="api-key-0123456789", admin="admin-key-0123456789")
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 
 
 class Running:
