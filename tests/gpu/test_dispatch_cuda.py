@@ -115,6 +115,33 @@ def test_torch_brings_home_what_one_process_computes(
     group.close()
 
 
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("where", ["dispatch", "combine"])
+@processes(2, dies=(1,))
+def test_over_nccl_a_rank_that_stays_away_raises_within_the_deadline(
+    rank: Rank, where: str
+) -> None:
+    group = rank.make_group(device="cuda", device_group="nccl", timeout_s=3.0)
+    dispatcher = create_dispatcher("torch", group, Topology(2, 2))
+    hidden, slots = torch.ones(4, 64, device="cuda"), torch.arange(4, device="cuda")[:, None]
+    weights = torch.ones(4, 1, device="cuda")
+    dispatched = dispatcher.dispatch(hidden, slots)
+    dispatcher.combine(dispatched.hidden_ND, weights, dispatched)
+    dispatcher.check()
+    if rank.rank == 0:
+        if where == "combine":
+            dispatched = dispatcher.dispatch(hidden, slots)
+            dispatcher.combine(dispatched.hidden_ND, weights, dispatched)
+        with pytest.raises(TransferError, match=r"did not take part within 3\.0 s"):
+            dispatcher.check() if where == "combine" else dispatcher.dispatch(hidden, slots)
+        rank.store.set("raised", "yes")
+        return
+    if where == "combine":
+        dispatcher.dispatch(hidden, slots)
+    rank.store.wait(["raised"], timedelta(seconds=40))
+    signal.raise_signal(signal.SIGKILL)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_ranks", [1, 3, 8])

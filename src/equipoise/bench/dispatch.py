@@ -28,7 +28,8 @@ _NOTES = (
     "between them are the identity, on both sides. ratio: over peer_seconds, measured in turns by "
     "the same processes; what came home was compared with the tokens on both sides.",
     "transformers' all_to_all: its own expert parallelism (AllToAllEP) on the same tokens and "
-    "routes. bare kernels: the same calls of NIXL-EP without Equipoise around them.",
+    "routes. bare kernels: the same calls of NIXL-EP without Equipoise around them. Hidden states "
+    "are bfloat16; FP8 is how they travel to the experts.",
 )
 _CPU_NOTE = (
     "Not measured here, as they need two GPUs: torch over NCCL, and nixl_ep (on a machine with "

@@ -22,6 +22,7 @@ class DispatchCase:
         top_k: K.
         num_experts: E, one slot each.
         num_repeats: dispatches and combines in a row that are timed together.
+        captured: whether both sides are replayed as CUDA graphs.
     """
 
     backend: Backend
@@ -30,6 +31,7 @@ class DispatchCase:
     top_k: int
     num_experts: int
     num_repeats: int
+    captured: bool = False
 
     @property
     def peer(self) -> Peer:
@@ -39,9 +41,9 @@ class DispatchCase:
     @property
     def name(self) -> str:
         """As it is shown."""
-        return (
-            f"{self.num_tokens} x {self.hidden_size}, top-{self.top_k} of {self.num_experts}, bf16"
-        )
+        tokens = f"{self.num_tokens} x {self.hidden_size}"
+        how = ", in a graph" if self.captured else ""
+        return f"{tokens}, top-{self.top_k} of {self.num_experts}{how}"
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,9 @@ class DispatchLeftOut:
 DispatchSaid = DispatchMeasured | DispatchLeftOut
 
 
+_NIXL_EP: tuple[Backend, ...] = ("nixl_ep", "nixl_ep, FP8")
+
+
 def make_cases(*, on_gpus: bool) -> tuple[DispatchCase, ...]:
     """The cases that have goals. Collective: none."""
     # The layer is that of Qwen3-30B-A3B.
@@ -125,6 +130,9 @@ def make_cases(*, on_gpus: bool) -> tuple[DispatchCase, ...]:
         return cases
     return (
         *cases,
-        DispatchCase("nixl_ep", 128, 7168, 8, 64, 20),
-        DispatchCase("nixl_ep, FP8", 128, 7168, 8, 64, 20),
+        *(
+            DispatchCase(backend, 128, 7168, 8, 64, 20, captured)
+            for backend in _NIXL_EP
+            for captured in (False, True)
+        ),
     )

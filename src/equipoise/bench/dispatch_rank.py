@@ -136,6 +136,23 @@ def _finish(group: RankGroup) -> None:
         torch.cuda.synchronize(group.device)
 
 
+def _capture(side: Side, group: RankGroup) -> Side:
+    """The same as a graph, replayed."""
+    for _ in range(_NUM_WARM_UPS):
+        side()
+    torch.cuda.synchronize()
+    group.barrier()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        combined = side()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return combined
+
+    return replay
+
+
 @contextmanager
 def _open_torch(case: DispatchCase, group: RankGroup, tokens: _Tokens) -> Iterator[_Sides]:
     try:
@@ -201,17 +218,18 @@ def _open_nixl_ep(case: DispatchCase, group: RankGroup, tokens: _Tokens) -> Iter
         )
         dispatcher.enter()
         weights = tokens.weights.float()
-        index = tokens.experts.to(manager.index_dtype)
+        # As the recorder's kernel makes them.
+        index = tokens.experts.to(dispatcher.slot_dtype)
         max_tokens = dispatcher.shape.max_tokens
         # Kernels lay rows in any order, so outputs go with their own dispatch. Dequantising is the
         # experts', and not what is timed: there, outputs are of the right shape alone.
-        sent = dispatcher.send(tokens.hidden, tokens.experts)
+        sent = dispatcher.send(tokens.hidden, index)
         sent.receive()
         timed = torch.zeros_like(sent.blocks.hidden_SCH)
         dispatcher.send_home(timed, weights, sent.blocks).receive()
 
         def ours(exact: bool) -> Tensor:
-            sent = dispatcher.send(tokens.hidden, tokens.experts)
+            sent = dispatcher.send(tokens.hidden, index)
             sent.receive()
             outputs = sent.blocks.hidden_SCH if exact or not fp8 else timed
             home = dispatcher.send_home(outputs, weights, sent.blocks)
@@ -235,12 +253,11 @@ def _open_nixl_ep(case: DispatchCase, group: RankGroup, tokens: _Tokens) -> Iter
                 hook()
                 return combined
 
-        yield _Sides(
-            partial(ours, False),
-            partial(theirs, False),
-            "NIXL-EP",
-            {"ours": partial(ours, True), "theirs": partial(theirs, True)},
-        )
+        sides: list[Side] = [partial(ours, False), partial(theirs, False)]
+        exact = {"ours": partial(ours, True), "theirs": partial(theirs, True)}
+        if case.captured:
+            sides = [_capture(side, group) for side in sides]
+        yield _Sides(sides[0], sides[1], "NIXL-EP", exact)
         group.barrier()
     finally:
         manager.close()
