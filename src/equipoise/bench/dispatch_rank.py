@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -52,7 +52,7 @@ class _Sides:
     ours: Side
     theirs: Side
     wire: str
-    exact: dict[str, Side]
+    exact: Mapping[str, Side]
 
 
 def measure_dispatch(
