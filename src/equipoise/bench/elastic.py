@@ -98,7 +98,7 @@ def measure_elastic(bench: ElasticBench, say: Callable[[str], None]) -> BenchOut
     finally:
         controller.close()
     say("comparing every token with the plain model's")
-    return _sum_up(bench, changes, stream.check(model), status)
+    return _sum_up(bench, changes, stream.check(model, bench.device), status)
 
 
 def _change_all(

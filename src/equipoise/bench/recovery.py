@@ -119,7 +119,7 @@ def measure_recovery(bench: RecoveryBench, say: Callable[[str], None]) -> BenchO
     finally:
         controller.close()
     say("comparing every token with the plain model's")
-    return _sum_up(bench, kills, stream.check(model), totals.rerun)
+    return _sum_up(bench, kills, stream.check(model, bench.device), totals.rerun)
 
 
 def _kill_all(

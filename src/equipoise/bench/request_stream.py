@@ -17,6 +17,8 @@ from equipoise.engine.requests import Delta, SamplingParams
 SHORTEST, LONGEST = 8, 32
 """Tokens of a prompt."""
 NUM_EXCERPTS = 64
+BATCH = 64
+"""Answers that are compared at once."""
 
 
 @dataclass(frozen=True)
@@ -110,24 +112,33 @@ class RequestStream:
             self._is_ending = True
             self._changed.wait_for(lambda: self._num_ended == len(self._prompts), timeout_s)
 
-    def check(self, model: Path) -> StreamResult:
+    def check(self, model: Path, device: str = "cpu") -> StreamResult:
         """Compare every token with the plain model's. Behind `end`.
 
         Args:
             model: directory of its checkpoint.
+            device: kind of device to compare on.
         Collective: none.
         """
         import torch
 
         from equipoise.models.loading import load_model
 
-        plain = load_model(model, torch.float32, torch.device("cpu"))
+        plain = load_model(model, torch.float32, torch.device(device))
+        alike: dict[tuple[int, int], list[str]] = {}
+        for key, answer in self._answers.items():
+            if answer:
+                alike.setdefault((len(self._prompts[key]), len(answer)), []).append(key)
+        num_wrong = 0
         with torch.inference_mode():
-            num_wrong = sum(
-                not _is_greedy(plain, self._prompts[key], answer)
-                for key, answer in self._answers.items()
-                if answer
-            )
+            for keys in alike.values():
+                for first in range(0, len(keys), BATCH):
+                    batch = keys[first : first + BATCH]
+                    num_wrong += _count_wrong(
+                        plain,
+                        [self._prompts[key] for key in batch],
+                        [self._answers[key] for key in batch],
+                    )
         unended = len(self._prompts) - self._num_ended
         return StreamResult(
             num_requests=len(self._prompts),
@@ -171,11 +182,14 @@ class RequestStream:
             self._send()
 
 
-def _is_greedy(plain: Any, prompt: Sequence[int], answer: Sequence[int]) -> bool:
-    """Whether the plain model's greedy decoding of a prompt gives this answer."""
+def _count_wrong(
+    plain: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> int:
+    """How many answers are not the plain model's greedy ones; prompts and answers are as long."""
     import torch
 
-    sequence = torch.tensor([[*prompt, *answer[:-1]]])
-    logits = plain(input_ids=sequence, use_cache=False, logits_to_keep=len(answer)).logits[0]
-    best: list[int] = logits.argmax(dim=-1).tolist()
-    return best == list(answer)
+    rows = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
+    sequences = torch.tensor(rows, device=plain.device)
+    output = plain(input_ids=sequences, use_cache=False, logits_to_keep=len(answers[0]))
+    best = output.logits.argmax(dim=-1).cpu()
+    return int((best != torch.tensor([list(answer) for answer in answers])).any(dim=1).sum())
