@@ -14,7 +14,7 @@ from torch import Tensor
 from equipoise.dispatch.packing import Routed, RowLayout, lay_out_row
 from equipoise.topology import Topology
 
-_TOKENS = 256
+_TOKENS = 1024
 _ELEMENTS = 2048
 
 
@@ -168,6 +168,7 @@ class KernelPacker:
             TOP_K=top_k,
             CHOICES=triton.next_power_of_2(top_k),
             TOKENS=_TOKENS,
+            num_warps=8,
         )
         return Routed(count_R2, at_2RT)
 
