@@ -12,6 +12,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from equipoise import EPLBConfig
+from equipoise.elastic import bridge
 from equipoise.elastic.generation import PARTS
 from equipoise.elastic.membership import Deadlines
 from equipoise.elastic.placing import Redundancy
@@ -113,7 +114,7 @@ def test_a_newcomer_that_hangs_is_given_up_and_notices_when_it_wakes(rank: Rank)
     end(cast)
 
 
-@pytest.mark.parametrize("part", ["pull", "ready"])
+@pytest.mark.parametrize("part", ["ready"])
 @processes(4, dies=[3], timeout_s=50.0)
 def test_a_store_that_goes_leaves_the_old_generation_serving(rank: Rank, part: str) -> None:
     cast = join_cast(rank, CONFIG, Redundancy(), timeout_s=20.0)
@@ -163,4 +164,24 @@ def test_what_fails_at_the_decision_ends_alike_everywhere(rank: Rank) -> None:
         cast.check_placements()
         cast.meet(None)
         cast.forward()
+    end(cast)
+
+
+@processes(3, timeout_s=50.0)
+def test_an_expert_that_arrives_damaged_ends_the_change(rank: Rank) -> None:
+    config = CONFIG.model_copy(update={"verify": "all"})
+    cast = join_cast(rank, config, Redundancy(), timeout_s=20.0)
+    begin(cast, (0, 1))
+    whole = bridge._sum
+
+    def damage(begins: str) -> None:
+        if begins == "verify":
+            bridge._sum = lambda tensors: whole(tensors) + 1
+
+    became = change(cast, 2, (0, 1, 2), watch=damage if rank.rank == 2 else None)
+    assert "rank-2: layer 0, expert" in became
+    assert "arrived damaged" in became
+    bridge._sum = whole
+    assert change(cast, 3, (0, 1, 2)) == "switched"
+    cast.check_placements()
     end(cast)

@@ -12,11 +12,15 @@ from torch import Tensor
 
 from equipoise.comm import create_eplb_communicator
 from equipoise.comm.base import EplbCommunicator
+from equipoise.comm.byte_views import view_bytes
 from equipoise.comm.groups import RankGroup
 from equipoise.config import EPLBConfig
 from equipoise.elastic.shared_weights import SharedTensor
 from equipoise.elastic.traffic import IN_HOST, RESTORE, Fetch, split_batches
+from equipoise.errors import TransferError
 from equipoise.models.host_copies import CopyKey, HostCopies
+from equipoise.transfer.checksum import sum_experts
+from equipoise.transfer.mover import SAMPLE_EVERY, Verify
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +126,39 @@ class Bridge:
                     check()
                     self._bring_own(fetch, target, keeps, restore, haul)
         return haul
+
+    def verify(self, fetches: Sequence[Fetch], target: Weights, haul: Haul, how: Verify) -> None:
+        """Compare checksums of experts that have come with those of their sources.
+
+        Args:
+            fetches: as for `haul`, which has returned on every participant.
+            target: as for `haul`.
+            haul: what it returned.
+            how: which of them.
+        Collective: every participant.
+        Raises: TransferError that names the expert which arrived damaged; MembershipError if a
+            participant does not come.
+        """
+        every = {"off": 0, "sample": SAMPLE_EVERY, "all": 1}[how]
+        chosen = [fetch for fetch in fetches if fetch.travels][::every] if every else []
+        staged = {one.fetch: one.tensors for one in haul.staged}
+        rank = self._group.rank
+        sums = torch.zeros(len(chosen), dtype=torch.int64)
+        for place, fetch in enumerate(chosen):
+            if fetch.source == rank:
+                sums[place] = _sum(self._find_source(fetch))
+        self._group.all_reduce(sums)
+        for place, fetch in enumerate(chosen):
+            if fetch.member == rank:
+                slots = target[fetch.set][fetch.layer]
+                landed = staged.get(fetch) or [tensor[fetch.slots[0]] for tensor in slots]
+                if _sum(landed) != int(sums[place]):
+                    raise TransferError(
+                        f"layer {fetch.layer}, expert {fetch.expert} arrived damaged",
+                        rank=rank,
+                        peer=fetch.source,
+                        layer=fetch.layer,
+                    )
 
     def back_up(
         self,
@@ -278,6 +315,10 @@ class Bridge:
         for into, tensor in zip(tensors, source, strict=True):
             into.copy_(tensor)
         _settle(fetch, tensors, target, keeps, haul)
+
+
+def _sum(tensors: Sequence[Tensor]) -> int:
+    return int(sum_experts(view_bytes(tensor.contiguous())[None] for tensor in tensors))
 
 
 def _keep(kept: dict[CopyKey, list[Tensor]], fetch: Fetch, tensors: list[Tensor]) -> None:

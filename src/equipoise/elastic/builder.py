@@ -268,17 +268,26 @@ class Builder:
         givers = [plan.participants.index(name) for name in plan.serving.held]
         received = self._bridge.share(shared, givers, newcomers, store.check)
         with _Restorer(spread, checkpoint, home.name) as restore:
-            self.haul = self._bridge.haul(list_fetches(plan), target, keeps, restore, store.check)
+            fetches = list_fetches(plan)
+            self.haul = self._bridge.haul(fetches, target, keeps, restore, store.check)
             if home.device.type == "cuda":
                 torch.cuda.current_stream(home.device).synchronize()
             self.haul.seconds = time.perf_counter() - started
+            self._notify("verify")
+            if home.config.verify != "off":
+                self._bridge.meet(self._find_left())
+                self._bridge.verify(fetches, target, self.haul, home.config.verify)
             if plan.backup != "none":
                 new = list_copy_fetches(plan)
                 kept = self._bridge.back_up(new, target, restore, store.check)
                 stays = find_kept(plan, home.name) - set(kept)
                 self._copies = HostCopies({**kept, **{key: had[key] for key in stays}})
         self.haul.received_bytes += received
-        self._bridge.meet(max(0.0, self._deadline - time.monotonic()))
+        self._bridge.meet(self._find_left())
+
+    def _find_left(self) -> float:
+        """Seconds that others may still take to prepare."""
+        return max(0.0, self._deadline - time.monotonic())
 
     def _exchange_shared(
         self, spread: ExpertParallelModel | None, checkpoint: Checkpoint | None

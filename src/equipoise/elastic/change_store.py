@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterable
 from datetime import timedelta
+from functools import cached_property
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
@@ -26,10 +27,10 @@ class StoreLost(MembershipError):  # noqa: N818 - says what happened
 
 
 class ChangeStore:
-    """One change's keys, by a client of its own. Owner: the thread that builds.
+    """One change's keys, by a client of its own. Owner: one thread, which makes all calls.
 
-    A call of the client may block for longer than it should where the store's process is gone or
-    stopped: whoever waits for this thread has a deadline of its own.
+    The client is made by the first of them. A call may block for longer than it should where the
+    store's process is gone or stopped: whoever waits for this thread has a deadline of its own.
 
     Args:
         store: the controller's.
@@ -37,9 +38,16 @@ class ChangeStore:
     """
 
     def __init__(self, store: Store, generation: int) -> None:
-        self._store = _prefix(store.clone(), generation)  # type: ignore[attr-defined]
+        self._origin, self._generation = store, generation
         self._is_called_off = threading.Event()
         self._why = ""
+
+    @cached_property
+    def _store(self) -> Store:
+        try:
+            return _prefix(self._origin.clone(), self._generation)  # type: ignore[attr-defined]
+        except RuntimeError as error:
+            raise StoreLost(f"the store does not answer: {error}") from error
 
     def call_off(self, why: str) -> None:
         """Any thread: end waits, now and later."""

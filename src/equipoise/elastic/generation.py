@@ -31,7 +31,7 @@ Watch = Callable[[str], None]
 """Called on the building thread at the begin of each of its parts, by name; what it raises fails
 the change. For tests and logs."""
 
-PARTS = ("build", "pull", "assemble", "ready", "decide")
+PARTS = ("build", "pull", "verify", "assemble", "ready", "decide")
 """What a watch hears, in order; a leaver assembles nothing."""
 
 
