@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import queue
 import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +28,8 @@ from tests.elastic.services import (
     streaming,
     wait_until,
 )
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def kill(controller: Controller, name: str) -> None:
@@ -161,3 +166,31 @@ def test_callers_of_a_closed_service_do_not_wait() -> None:
         controller.rebalance()
     controller.cancel("whatever")
     assert not controller.status().ready
+
+
+ABANDONED = """
+import os, signal, sys, threading
+from tests.elastic.services import find_pids, serving, streaming
+
+if __name__ == "__main__":
+    with serving(2, orphan_s=2.0) as controller, streaming(controller):
+        print(*find_pids(controller), flush=True)
+        threading.Event().wait(50)
+"""
+
+
+def test_ranks_do_not_outlive_a_controller_that_was_killed(tmp_path: Path) -> None:
+    script = tmp_path / "abandoned.py"
+    script.write_text(ABANDONED)
+    controller = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True,
+    )
+    with controller:
+        assert controller.stdout is not None
+        pids = [int(pid) for pid in controller.stdout.readline().split()]
+        assert len(pids) == 2
+        controller.kill()
+        wait_until(lambda: not any(map(is_alive, pids)))

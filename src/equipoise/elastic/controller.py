@@ -257,6 +257,7 @@ class Controller:
         if is_back:
             # What was under way between the two may be lost: it begins anew from what is known.
             record.tell({"do": "evict"})
+            record.tell({"do": "pause", "paused": not self._changes.is_idle})
             self._release(record)
         else:
             store = [self._spec.interface, self._store.port]

@@ -102,7 +102,7 @@ class ControllerLink:
                 self._has_channel.clear()
                 if self._is_closed.is_set():
                     return
-                logger.warning("%s: %s; calling for another", self._seat.name, error)
+                logger.warning("%s: %s; serving on without it", self._seat.name, error)
                 self._inbox.put({"do": "orphaned"})
                 if not self._call_again():
                     self._inbox.put({"do": "abandoned"})

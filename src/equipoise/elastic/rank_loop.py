@@ -123,6 +123,7 @@ class RankLoop:
         self._lost_by: float | None = None
         self._is_busy = self._has_worked = self._is_paused = self._is_asked = self._stops = False
         self._exit_code: int | None = None
+        self._code = 0
         self._num_rebalances = self._num_rebalances_done = 0
         self._faults = {fault.step: fault.how for fault in spec.faults if fault.rank == name}
         self._orders: dict[str, Callable[[Message], None]] = {
@@ -137,7 +138,7 @@ class RankLoop:
             "abort": self._abort,
             "stop": self._stop,
             "wake": self._ignore,
-            "orphaned": self._ignore,
+            "orphaned": self._go_on_alone,
             "abandoned": self._stop,
         }
 
@@ -166,7 +167,7 @@ class RankLoop:
         self._obey(wait_s=0.0 if self._is_busy else self._spec.idle_tick_s)
         meeting = self._meet(duty, engine)
         if meeting.stops:
-            self._exit_code = self._exit_code or 0
+            self._exit_code = self._code
             return
         if meeting.word is Word.SWITCH:
             self._switch()
@@ -185,7 +186,7 @@ class RankLoop:
         """Without a generation to serve in: a newcomer, or a rank whose generation is no more."""
         self._obey(wait_s=LISTEN_S if self._next is None else 0.0)
         if self._stops:
-            self._exit_code = self._exit_code or 0
+            self._exit_code = self._code
         elif self._next is not None:
             state = self._next.wait(LISTEN_S)
             if state == "decided":
@@ -412,8 +413,12 @@ class RankLoop:
 
     def _stop(self, message: Message) -> None:
         self._stops = True
-        if message["do"] == "abandoned":
-            self._exit_code = 1
+        self._code = 0 if message["do"] == "stop" else 1
+
+    def _go_on_alone(self, message: Message) -> None:
+        """The controller has gone: what this rank has is served, and no rebalance begins."""
+        del message
+        self._is_paused = True
 
     def _ignore(self, message: Message) -> None:
         """A word that only wakes, or that there is nothing to do about."""

@@ -50,7 +50,8 @@ class ServiceSpec:
         beat_s: between two signs of life of a rank.
         silence_s: after so long without one a rank that serves is given up; a slow one gives them.
         idle_tick_s: between two ticks of ranks that have nothing to do.
-        orphan_s: how long ranks whose controller has died serve on and wait for another.
+        orphan_s: how long ranks that have lost their controller serve on what they have and call
+            for it; then they end.
         respawn: whether a rank that died is replaced.
         host_backup: experts that ranks keep in host memory, for when their rank dies.
         interface: address that the channel and the store listen on; whoever reaches it and knows
@@ -74,7 +75,7 @@ class ServiceSpec:
     beat_s: float = 0.2
     silence_s: float = 10.0
     idle_tick_s: float = 0.05
-    orphan_s: float = 30.0
+    orphan_s: float = 10.0
     respawn: bool = False
     host_backup: HostBackup = "none"
     interface: str = "127.0.0.1"
