@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,6 @@ WARM_UP = 5
 
 def count() -> dict[str, int]:
     """What this process holds now."""
-    gc.collect()
     targets = []
     for one in Path("/proc/self/fd").iterdir():
         try:
@@ -50,10 +50,15 @@ def test_changes_leave_nothing_behind(rank: Rank, communicator: str) -> None:
     cast = join_cast(rank, config, Redundancy())
     begin(cast, SEATS[0])
     held = {}
+    before: list[weakref.ref[object]] = []
     for number in range(2, NUM_CHANGES + WARM_UP + 2):
         members = SEATS[(number - 1) % len(SEATS)]
+        if cast.parallel is not None:
+            before += [weakref.ref(cast.parallel.state), weakref.ref(cast.parallel.spread.sets[0])]
         assert change(cast, number, members) in ("switched", "away")
         settle_down(cast)
+        gc.collect()
+        assert not any(one() for one in before), "something still knows a generation that is over"
         # The same seats again, so that as much should be held.
         if rank.rank in members and len(members) == 3:
             held[number] = count()

@@ -97,7 +97,6 @@ class Builder:
         self._deadline = time.monotonic() + plan.deadlines.prepare_s
         self._bridge: Bridge | None = None
         self._group: RankGroup | None = None
-        self._checkpoint = None if serving is None else serving.checkpoint
         self._copies = HostCopies()
         self._dispatchers: list[TokenDispatcher] = []
 
@@ -141,6 +140,10 @@ class Builder:
         bridge = self._bridge
         if bridge is not None:
             bridge.interrupt()
+
+    def forget(self) -> None:
+        """It was taken: what was built is others' now, and what served before is kept no longer."""
+        self.parallel, self.haul, self._group, self._serving = None, Haul(), None, None
 
     def close(self) -> None:
         """Undo what was built; what serves is untouched. Collective: none."""

@@ -18,7 +18,7 @@ from equipoise.elastic.change_store import CalledOff, ChangeStore, StoreLost, sa
 from equipoise.elastic.membership import MembershipPlan
 from equipoise.elastic.retirement import Retirement
 from equipoise.elastic.verdict import SWITCH, Word
-from equipoise.errors import MembershipError
+from equipoise.errors import EquipoiseError, MembershipError
 from equipoise.models.parallel import ParallelModel
 
 logger = logging.getLogger(__name__)
@@ -194,7 +194,8 @@ class NextGeneration:
         Returns:
             The next generation's model, whose steps count from 0; None of a leaver.
         Collective: every participant.
-        Raises: MembershipError if this rank is not ready, so that it cannot serve any more.
+        Raises: MembershipError if this rank is not ready, so that it cannot serve any more; what
+            dispatch raises if others do not come, and then slots hold what they held before.
         """
         started = time.perf_counter()
         with self._changed:
@@ -207,12 +208,11 @@ class NextGeneration:
             self._changed.notify_all()
         parallel, haul = self._builder.parallel, self._builder.haul
         if parallel is not None:
+            self._enter(parallel)
             _fill(parallel, haul.staged)
             parallel.spread.bind()
             _tell_commits(parallel, haul.staged)
-            for dispatcher in parallel.dispatchers:
-                dispatcher.enter()
-        haul.staged.clear()
+        self._builder.forget()
         if self._serving is not None:
             # Here and not in the background: what they let go of, the device may be using.
             for dispatcher in self._serving.dispatchers:
@@ -224,6 +224,15 @@ class NextGeneration:
             seconds = time.perf_counter() - started
             self._figures = replace(self._figures, switch_s=seconds)
         return parallel
+
+    def _enter(self, parallel: ParallelModel) -> None:
+        """First of all, as it may fail: then slots still hold what the generation before says."""
+        try:
+            for dispatcher in parallel.dispatchers:
+                dispatcher.enter()
+        except EquipoiseError as error:
+            self.drop(str(error))
+            raise
 
     def _run(self) -> None:
         if self._home.device.type == "cuda":

@@ -53,6 +53,10 @@ class Retirement:
             self._meet()
         group = parallel.state.group
         try:
+            # A worker that waits for the dead does so up to a deadline of its own.
+            until = time.monotonic() + 4 * group.timeout.total_seconds()
+            while not parallel.state.close(wait_s=1.0) and time.monotonic() < until:
+                pass
             parallel.close()
         except Exception:
             # Nobody waits for it: what is left goes with the process.
