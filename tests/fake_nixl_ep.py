@@ -178,7 +178,7 @@ class FakeBuffer:
         values = torch.full((self.num_slots, bound * most, hidden_size), float("nan"))
         values = values.bfloat16()
         counts = torch.zeros(self.num_slots, dtype=torch.int32)
-        where: dict[int, list[tuple[int, int, list[int]]]] = {}
+        where: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         received: Any = values
         if use_fp8:
             shape = (self.num_slots, bound * most, hidden_size // BLOCK)
@@ -193,19 +193,17 @@ class FakeBuffer:
                 message = self._take("dispatch", source)
                 if message is None:
                     continue
-                places = where.setdefault(source, [])
-                for row, slot, pair in zip(
-                    message[0], message[1].tolist(), message[2], strict=True
-                ):
-                    place = int(counts[slot])
-                    counts[slot] += 1
-                    values[slot, place] = row
-                    places.append((slot, place, pair.tolist()))
-                    if use_fp8:
-                        quantized[slot, place], scale = quantize(row, round_scale)
-                        scales[slot, place] = scale
-                        exponents = (scale.view(torch.int32) >> 23).to(torch.uint8)
-                        packed[slot, place] = exponents.view(torch.int32)
+                rows, slots, pairs = message
+                is_slot = slots[:, None] == torch.arange(self.num_slots)
+                place = counts[slots] + (is_slot.cumsum(0) * is_slot).sum(1) - 1
+                counts.add_(is_slot.sum(0))
+                values[slots, place] = rows
+                where[source] = (slots, place, pairs)
+                if use_fp8:
+                    quantized[slots, place], scale = quantize(rows, round_scale)
+                    scales[slots, place] = scale
+                    exponents = (scale.view(torch.int32) >> 23).to(torch.uint8)
+                    packed[slots, place] = exponents.view(torch.int32)
 
         handle = (where, bound, most, hidden_size)
         if return_recv_hook:
@@ -228,8 +226,8 @@ class FakeBuffer:
         expect(topk_weights.dtype == torch.float32, "topk_weights.scalar_type() == kFloat32")
         expect(topk_weights.shape == topk_idx.shape, "topk_idx.size(1) == topk_weights.size(1)")
         for source in sorted(set(range(self.num_ranks)) - self.masked):
-            rows = [(pair, x[slot, place].clone()) for slot, place, pair in where.get(source, [])]
-            self._put("combine", source, rows)
+            slots, place, pairs = where[source]
+            self._put("combine", source, (pairs, x[slots, place].clone()))
         number = self._begin()
         combined = torch.full((topk_idx.shape[0], hidden_size), float("nan")).bfloat16()
 
@@ -237,8 +235,10 @@ class FakeBuffer:
             self._end(number)
             total = torch.zeros(*topk_idx.shape, hidden_size)
             for source in sorted(set(range(self.num_ranks)) - self.masked):
-                for (token, choice), row in self._take("combine", source) or []:
-                    total[token, choice] = row.float() * topk_weights[token, choice]
+                message = self._take("combine", source)
+                if message is not None:
+                    (token, choice), rows = message[0].T, message[1]
+                    total[token, choice] = rows.float() * topk_weights[token, choice][:, None]
             combined.copy_(total.sum(1))
 
         if return_recv_hook:
@@ -270,10 +270,10 @@ class FakeBuffer:
         return message
 
 
-def quantize(row: Tensor, round_scale: bool) -> tuple[Tensor, Tensor]:
-    """A row of bfloat16 -> float8_e4m3fn and a scale for each block."""
-    blocks = row.float().view(-1, BLOCK)
-    scale = blocks.abs().amax(1).clamp(min=1e-4) / LARGEST_FP8
+def quantize(rows: Tensor, round_scale: bool) -> tuple[Tensor, Tensor]:
+    """[..., D] bfloat16 -> float8_e4m3fn, and a scale for each block."""
+    blocks = rows.float().unflatten(-1, (-1, BLOCK))
+    scale = blocks.abs().amax(-1).clamp(min=1e-4) / LARGEST_FP8
     if round_scale:
         scale = torch.exp2(torch.ceil(torch.log2(scale)))
-    return (blocks / scale[:, None]).to(torch.float8_e4m3fn).flatten(), scale
+    return (blocks / scale[..., None]).to(torch.float8_e4m3fn).flatten(-2), scale

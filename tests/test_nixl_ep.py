@@ -195,7 +195,7 @@ def test_a_full_buffer_is_refused_by_name() -> None:
 
 
 def test_a_rank_that_does_not_answer_is_named_after_the_step() -> None:
-    cluster = Cluster(seconds=1.0)
+    cluster = Cluster(seconds=3.0)
     peers = cluster.make_peers(3)
     dispatchers = cluster.form(peers)
     exchange(dispatchers)
@@ -204,7 +204,7 @@ def test_a_rank_that_does_not_answer_is_named_after_the_step() -> None:
         hidden, slots = torch.ones(2, HIDDEN).bfloat16(), torch.tensor([[0], [4]])
         dispatched = dispatchers[rank].dispatch(hidden, slots)
         dispatchers[rank].combine(dispatched.hidden_ND, torch.ones(2, 1), dispatched)
-        with pytest.raises(TransferError, match=r"rank 1 did not answer within 1\.0 s") as error:
+        with pytest.raises(TransferError, match=r"rank 1 did not answer within 3\.0 s") as error:
             dispatchers[rank].check()
         assert (error.value.rank, error.value.peer) == (rank, 1)
 
@@ -214,12 +214,12 @@ def test_a_rank_that_does_not_answer_is_named_after_the_step() -> None:
 
 
 def test_a_newcomer_that_does_not_come_is_named_and_the_others_go_on() -> None:
-    cluster = Cluster(seconds=0.5)
+    cluster = Cluster(seconds=3.0)
     peers = cluster.make_peers(2)
     exchange(cluster.form(peers))
     manager, group = peers[0].manager, peers[0].group
     assert group is not None
-    with pytest.raises(MembershipError, match=r"waited 0\.5 s for a peer .*NIXL_EP/3"):
+    with pytest.raises(MembershipError, match=r"waited 3\.0 s for a peer .*NIXL_EP/3"):
         manager.stage(group, (0, 1, 3))
     assert manager.connected == {1}
     exchange(cluster.form(peers), 1)
@@ -353,7 +353,7 @@ def make_manager(fabric: FakeFabric, **options: int) -> NixlEPAll2AllManager:
     return NixlEPAll2AllManager(
         options.get("max_ranks", 4),
         CPU,
-        timedelta(seconds=2),
+        timedelta(seconds=0.5),
         index=options.get("index", 0),
         kernels=FakeKernels(fabric),
     )
@@ -424,7 +424,7 @@ def test_the_lock_is_waited_for_no_longer_than_the_deadline() -> None:
     thread = threading.Thread(target=lambda: manager.use((0,), hold))  # type: ignore[arg-type]
     thread.start()
     held.wait(30)
-    with pytest.raises(TransferError, match=r"was not free within 2\.0 s"):
+    with pytest.raises(TransferError, match=r"was not free within 0\.5 s"):
         manager.find_lost()
     let_go.set()
     thread.join(30)
