@@ -24,7 +24,7 @@ from equipoise.server.gate import Access
 from equipoise.server.settings import ServerLimits
 from tests.server.serving import KEYS, Running, make_spec, serve
 
-NUM_REQUESTS = int(os.environ.get("SERVER_REQUESTS", "150"))
+NUM_REQUESTS = int(os.environ.get("SERVER_REQUESTS", "120"))
 CHECKS: list[Any] = [
     not_a_server_error,
     content_type_conformance,
