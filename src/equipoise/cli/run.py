@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from equipoise.cli.config import list_options
+from equipoise.cli.faults import AskedFault, read_faults, run_through_faults
 from equipoise.config_sources import add_flag, parse_flags, resolve_config
 from equipoise.errors import ConfigError
 from equipoise.job.spec import Dispatch, DType, JobSpec, check_dispatch
@@ -84,11 +85,18 @@ def run(
     json: Annotated[Path | None, typer.Option(help="Write figures here; - for stdout.")] = None,
     report: Annotated[Path, typer.Option(help="Write one HTML file here.")] = DEFAULT_REPORT,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing while it runs.")] = False,
+    kill: Annotated[
+        list[str] | None, typer.Option(help="RANK@STEP: kill a rank; may repeat.")
+    ] = None,
+    hang: Annotated[
+        list[str] | None, typer.Option(help="RANK@STEP: stop a rank, unheard; may repeat.")
+    ] = None,
 ) -> None:
     """Serve a Mixture-of-Experts model on several ranks, and balance its experts meanwhile.
 
     The prompts are served twice, with balancing off and on, and every token is compared with the
-    plain model's. Under torchrun each process is one rank.
+    plain model's. Under torchrun each process is one rank. With --kill or --hang they are served
+    once, while ranks fail, without a report.
     """
     with _ended_by_signals():
         _run(
@@ -123,6 +131,7 @@ def run(
                 json=json,
                 report=report,
                 quiet=quiet,
+                faults=read_faults(kill or (), hang or ()),
             )
         )
 
@@ -147,13 +156,18 @@ class _Asked:
     json: Path | None
     report: Path
     quiet: bool
+    faults: tuple[AskedFault, ...]
 
 
 def _run(asked: _Asked) -> None:
     from equipoise.launch.torchrun import read_torchrun
 
     place = read_torchrun(os.environ)
-    if place is None:
+    if asked.faults:
+        if place is not None:
+            raise ConfigError("--kill and --hang are for ranks of this machine, not of torchrun")
+        run_through_faults(_settle(asked, None), asked.faults, asked.json, quiet=asked.quiet)
+    elif place is None:
         _run_here(asked, _settle(asked, None))
     else:
         _run_as_rank(asked, place)
