@@ -120,36 +120,17 @@ class Attention:
 
         Collective: none. Raises: ModelError if its attention cannot be provided from outside.
         """
-        model = parallel.model
         zero = torch.zeros(1, 1, dtype=torch.int64, device=parallel.state.group.device)
-        with torch.inference_mode(), _without_experts(parallel), self.serve(None, None) as named:
+        without = parallel.spread.without_experts()
+        with torch.inference_mode(), without as model, self.serve(None, None) as named:
             model.base_model(input_ids=zero, position_ids=zero, **named)
         seen: dict[int, LayerShape] = named[_HANDED].seen
         num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", len(seen))
         if len(seen) != num_layers:
             raise ModelError(
-                f"{type(model).__name__} cannot be served: {len(seen)} of {num_layers} "
-                "layers attend by transformers' AttentionInterface"
+                f"{len(seen)} of its {num_layers} layers attend by transformers' AttentionInterface"
             )
         return seen
-
-
-@contextmanager
-def _without_experts(parallel: ParallelModel) -> Iterator[None]:
-    layers = [layer for one in parallel.spread.sets for layer in one.layers]
-    modules = [module for layer in layers for module in (layer.module, *layer.copies)]
-    kept = [module.forward for module in modules]
-
-    def skip(*given: Tensor, **named: Tensor) -> Tensor:
-        return given[0] if given else next(iter(named.values()))
-
-    try:
-        for module in modules:
-            module.forward = skip
-        yield
-    finally:
-        for module, forward in zip(modules, kept, strict=True):
-            module.forward = forward
 
 
 def _attend(
@@ -157,18 +138,16 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    _mask: None,
+    attention_mask: None,  # noqa: ARG001 - it is known from the layout
     **named: Any,
 ) -> tuple[Tensor, None]:
     """As transformers calls attention: query [1, H, N, D] and so on -> [1, N, H, D]."""
     this: _Pass | None = named.pop(_HANDED, None)
     if this is None:
-        kind = type(module).__name__
-        raise ModelError(f"{kind} is not handed what its model is called with: it is not served")
+        raise ModelError(f"its {type(module).__name__} is not handed what the model is called with")
     inner, layer = _find_inner(this.inner, module), cast(int, module.layer_idx)
-    this.seen[layer] = LayerShape(
-        (key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]), key.dtype
-    )
+    sizes = (key.shape[1], key.shape[3]), (value.shape[1], value.shape[3])
+    this.seen[layer] = LayerShape(*sizes, key.dtype, "sliding_window" in named)
     if this.cache is None or this.layout is None:
         return inner(module, query, key, value, None, **named)[0], None
     layout, window = this.layout, cast("int | None", named.get("sliding_window"))

@@ -22,11 +22,12 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What one token leaves in one layer: a key and a value (H, D), of this dtype."""
+    """What one token leaves in a layer, key and value (H, D); and if attention is told a window."""
 
     key: tuple[int, int]
     value: tuple[int, int]
     dtype: torch.dtype
+    knows_window: bool
 
     @property
     def num_bytes(self) -> int:
@@ -76,10 +77,6 @@ class KVCache:
     """A row of fixed length for each sequence, in every layer.
 
     Rows in use are the first ones, so that a step reads them as a view. Memory is taken once.
-
-    Args:
-        shapes: by number of the layer.
-        memory: how much it is.
     """
 
     def __init__(self, shapes: Mapping[int, LayerShape], memory: CacheMemory) -> None:

@@ -5,45 +5,74 @@ Axis letters: N tokens of a step, V vocabulary.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
-from equipoise.engine.attention import Attention, Layout
+from equipoise.engine.attention import Attention, Chunk, Layout
 from equipoise.engine.cache import CacheMemory, KVCache, find_free_bytes
 from equipoise.engine.graphs import DecodeGraphs
 from equipoise.engine.schedule import Sequence, Work
+from equipoise.errors import ConfigError, ModelError
 from equipoise.models.grouped import computes_grouped
 from equipoise.models.parallel import ParallelModel
+
+_CHECKED, _TOLERANCE = 10, 0.1
+"""Tokens of a text that is tried when a model is taken; and what rounding may make of it."""
 
 
 class Forward:
     """Calls the model with a step's tokens. Owner: the forward thread.
 
-    Args:
-        parallel: the model of the generation that serves.
-        num_rows: sequences of a step.
-        max_len: tokens of the longest.
-        graphs: whether decode steps are captured where that can be.
-    Raises: ConfigError, before any of it is taken, if the cache has no room; ModelError if the
-        model cannot be served.
+    Arguments and errors are those of `Engine`.
     """
 
     def __init__(
         self, parallel: ParallelModel, num_rows: int, max_len: int, *, graphs: bool
     ) -> None:
-        self._attention = Attention(parallel.model)
-        self._device = parallel.state.group.device
-        shapes = self._attention.find_shapes(parallel)
-        token_bytes = sum(shape.num_bytes for shape in shapes.values())
-        free_bytes = find_free_bytes(self._device)
-        memory = CacheMemory(num_rows, max_len, token_bytes, free_bytes, self._device)
-        memory.check()
-        self.cache = KVCache(shapes, memory)
+        self._parallel, self._device = parallel, parallel.state.group.device
+        try:
+            self._attention = Attention(parallel.model)
+            self.cache = self._make_cache(num_rows, max_len)
+            self._check(min(max_len, _CHECKED))
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever a family's code makes of it
+            kind = type(parallel.model).__name__
+            raise ModelError(f"{kind} cannot be served: {error}") from error
         self._wants_graphs = graphs
         self._graphs = DecodeGraphs(self._decode, num_rows, max_len)
         # Ranks start elsewhere, so that replicas take turns over ranks as well as over tokens.
         self._position = parallel.state.group.rank
         self.adopt(parallel)
+
+    def _make_cache(self, num_rows: int, max_len: int) -> KVCache:
+        shapes = self._attention.find_shapes(self._parallel)
+        window = getattr(self._parallel.model.config.get_text_config(), "sliding_window", None)
+        if (window or max_len) < max_len and not any(s.knows_window for s in shapes.values()):
+            raise ModelError(f"it attends to {window} tokens only, and does not tell its attention")
+        token_bytes = sum(shape.num_bytes for shape in shapes.values())
+        free_bytes = find_free_bytes(self._device)
+        memory = CacheMemory(num_rows, max_len, token_bytes, free_bytes, self._device)
+        memory.check()
+        return KVCache(shapes, memory)
+
+    @torch.inference_mode()
+    def _check(self, length: int) -> None:
+        """Whether, experts left out, a text says the same in parts as whole: no other states."""
+        tokens, parts = torch.arange(length, device=self._device), []
+        with self._parallel.spread.without_experts() as model:
+            whole = model.base_model(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
+            for start, end in pairwise((*range(0, length, 3), length)):
+                place, chunk = tokens[start:end], Chunk(0, start, end - start)
+                layout = Layout(torch.zeros_like(place), place, 0, 0, (chunk,))
+                parts.append(self._call(place, place, layout, None, 0))
+            if model.get_output_embeddings() is None:
+                raise ModelError("it has no head that gives tokens")
+        difference = float((torch.cat(parts) - whole).norm() / whole.norm())
+        if not difference < _TOLERANCE:
+            raise ModelError(f"a text in parts is off by {difference:.2g} of the text as a whole")
 
     def adopt(self, parallel: ParallelModel) -> None:
         """Call the model of another generation from now on. Collective: none."""

@@ -30,11 +30,6 @@ class DecodeGraphs:
 
     Each is captured once its forward pass has run outside of one: that took part in what the ranks
     did together, and a capture takes part in nothing. Owner: the forward thread.
-
-    Args:
-        decode: the forward pass; it must not wait for the device.
-        max_rows: most rows of a step.
-        max_len: most positions.
     """
 
     def __init__(self, decode: Decode, max_rows: int, max_len: int) -> None:

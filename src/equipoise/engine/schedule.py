@@ -62,12 +62,7 @@ class Schedule:
 
     A sequence is begun where the step's budget still has tokens for it, so that no more than one,
     the last, is ever part of the way through its prompt. Rows in use are the first ones, decoding
-    sequences before the one that is not.
-
-    Args:
-        num_rows: of the cache.
-        prefill_chunk: tokens of prompts in one step.
-        move: copies the first tokens of one row of the cache to another.
+    sequences before the one that is not; `move` copies the first tokens of one to another.
     """
 
     def __init__(

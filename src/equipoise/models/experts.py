@@ -179,6 +179,29 @@ class ExpertParallelModel:
         finally:
             routing.valid, routing.first_position = before
 
+    @contextmanager
+    def without_experts(self) -> Iterator[Any]:
+        """Have experts give back what they are given, for calls that no other rank takes part in.
+
+        Returns:
+            The model, to be called inside: to try what the rest of it does.
+        Collective: none.
+        """
+        layers = [layer for one in self.sets for layer in one.layers]
+        modules = [module for layer in layers for module in (layer.module, *layer.copies)]
+        kept = [module.forward for module in modules]
+
+        def skip(*given: Tensor, **named: Tensor) -> Tensor:
+            return given[0] if given else next(iter(named.values()))
+
+        try:
+            for module in modules:
+                module.forward = skip
+            yield self.model
+        finally:
+            for module, forward in zip(modules, kept, strict=True):
+                module.forward = forward
+
     def _only_set(self) -> ExpertSet:
         if len(self.sets) > 1:
             counts = " or ".join(str(one.maps.placement.num_experts) for one in self.sets)
