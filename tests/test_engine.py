@@ -13,11 +13,12 @@ from equipoise.config import EPLBConfig
 from equipoise.engine.engine import Engine, EngineLimits
 from equipoise.engine.figures import StepResult
 from equipoise.engine.requests import Delta, Request, SamplingParams
-from equipoise.errors import ConfigError
+from equipoise.errors import ConfigError, ModelError
 from equipoise.job.ledger import merge_steps
 from equipoise.models.parallel import ParallelModel, parallelize
 from equipoise.placement import place_in_order
 from equipoise.topology import Topology
+from tests.models.tiny import list_families, make_tiny
 from tests.ranks import Rank, processes
 from tests.test_models import (
     EXPERTS,
@@ -298,3 +299,24 @@ def test_memory_is_known_before_it_is_taken(caplog: pytest.LogCaptureFixture) ->
     assert "keys and values of 3 sequences of 50 tokens take 0.00 GiB" in caplog.text
     with pytest.raises(ConfigError, match=r"take [0-9.]+ GiB, and cpu has [0-9.]+ GiB free: ask"):
         Engine(parallel, EngineLimits(1 << 20, 1 << 20))
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("qwen3_next", "0 of its 3 layers attend by transformers' AttentionInterface"),
+        ("phimoe", "attends to 8 tokens only, and does not tell its attention"),
+        ("zaya", "a text in parts is off by 0.1. of the text as a whole"),
+    ],
+)
+def test_models_that_it_would_serve_wrongly_are_refused(folder: str, message: str) -> None:
+    family = next((one for one in list_families() if one.folder == folder), None)
+    if family is None:
+        pytest.skip(f"this transformers has no {folder}")
+    config = EPLBConfig(communicator="torch_gloo", use_async=False)
+    parallel = parallelize(make_tiny(family), make_lone_group(), config)
+    with pytest.raises(ModelError, match=f"cannot be served: .*{message}"):
+        Engine(parallel, EngineLimits(2, 40))
+    parallel.model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ModelError, match="attends by 'flash_attention_2', which cannot be asked"):
+        Engine(parallel, EngineLimits(2, 40))
