@@ -20,6 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from equipoise.comm.base import ExpertWeights, GroupCoordinator
 from equipoise.comm.byte_views import view_bytes
 from equipoise.comm.exchange import Exchange, deadline_in, explain, name_ranks
+from equipoise.comm.gloo_device import open_gloo_device
 from equipoise.errors import ConfigError, MembershipError
 
 ReduceOp = Literal["sum", "max", "min"]
@@ -473,7 +474,7 @@ def _create_gloo(
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timeout
     num_lanes = NUM_LANES if device.type == "cuda" else 1
-    options._devices = [dist.ProcessGroupGloo.create_default_device() for _ in range(num_lanes)]
+    options._devices = [open_gloo_device() for _ in range(num_lanes)]
     options._threads = 2 * num_lanes
     backend = dist.ProcessGroupGloo(PrefixStore("gloo/", store), rank, size, options)
     group = dist.ProcessGroup(store, rank, size)

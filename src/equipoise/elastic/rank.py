@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import traceback
 from datetime import timedelta
@@ -12,7 +13,7 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from equipoise.elastic.builder import Home
-from equipoise.elastic.channel import ChannelClosed, Message
+from equipoise.elastic.channel import LOOPBACK, ChannelClosed, Message
 from equipoise.elastic.launcher import RankSeat
 from equipoise.elastic.link import ControllerLink
 from equipoise.elastic.rank_loop import RankLoop
@@ -82,6 +83,10 @@ def _serve(seat: RankSeat, link: ControllerLink, pulse: Pulse) -> int:
         return 1
     spec = ServiceSpec.from_json(welcome["spec"])
     link.set_times(spec.beat_s, spec.orphan_s)
+    if spec.interface == LOOPBACK:
+        # Ranks of one machine need not be reached from others. What the user has set wins.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     torch.set_num_threads(seat.num_threads)
     device = torch.device(seat.device)
     if device.type == "cuda":
