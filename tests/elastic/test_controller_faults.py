@@ -179,6 +179,9 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.skipif(
+    not os.environ.get("EQUIPOISE_FAULTS"), reason="loads all anew: set EQUIPOISE_FAULTS=1"
+)
 def test_ranks_do_not_outlive_a_controller_that_was_killed(tmp_path: Path) -> None:
     script = tmp_path / "abandoned.py"
     script.write_text(ABANDONED)
