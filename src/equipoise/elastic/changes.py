@@ -487,8 +487,8 @@ class Changes:
         record = self._roster.find(name)
         if record is not None and record.state != "dead" and record.number is None:
             record.state, record.detail = "leaving", why
-            record.tell({"do": "stop"})
-            record.handle.stop()
+            # It may hang, and has nothing that anybody needs.
+            record.handle.stop(kill=True)
 
     def _tell(self, names: Sequence[str], message: Message) -> None:
         for name in names:
