@@ -42,9 +42,9 @@ def settle_down(cast: Cast) -> None:
     cast.retired.clear()
 
 
-@pytest.mark.timeout(60 + 2 * NUM_CHANGES)
+@pytest.mark.timeout(60 + 6 * NUM_CHANGES)
 @pytest.mark.parametrize("communicator", WIRES)
-@processes(3, timeout_s=45.0 + 2.0 * NUM_CHANGES)
+@processes(3, timeout_s=50.0 + 6.0 * NUM_CHANGES)
 def test_changes_leave_nothing_behind(rank: Rank, communicator: str) -> None:
     config = EPLBConfig(window_size=4, communicator=communicator, policy="deepseek")
     cast = join_cast(rank, config, Redundancy())
