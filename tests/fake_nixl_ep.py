@@ -76,6 +76,7 @@ class FakeBuffer:
         self.active: set[int] = set()
         self.masked: set[int] = set()
         self.store: Any = None
+        self.prefix = ""
         self.is_destroyed = False
         self.calls: list[str] = []
         # Kernels that send clear the other half of the buffer: what was not received is lost.
@@ -98,6 +99,7 @@ class FakeBuffer:
 
     def set_tcp_store_group(self, tcp_store_group: Any) -> None:
         self.store = tcp_store_group
+        self.prefix = getattr(tcp_store_group, "_prefix", self.prefix)
 
     def connect_ranks(self, remote_ranks: list[int], activate: bool = True) -> None:
         self.calls.append(f"connect {remote_ranks} {'active' if activate else 'masked'}")

@@ -177,6 +177,30 @@ def test_several_generations_leave_nothing_behind() -> None:
     assert not cluster.fabric.messages
 
 
+def test_buffers_one_after_the_other_in_one_generation_do_not_meet() -> None:
+    """Keys that a closed buffer left in the store are nobody's metadata."""
+    cluster = Cluster()
+    peers = cluster.make_peers(2)
+    cluster.form(peers)
+
+    def run(rank: int) -> None:
+        group = peers[rank].group
+        assert group is not None
+        keys = []
+        for _ in range(3):
+            kernels = FakeKernels(FakeFabric())
+            manager = NixlEPAll2AllManager(2, CPU, timedelta(seconds=20), kernels=kernels)
+            manager.join(group)
+            manager.get_handle(**SHAPE)
+            manager.stage(group, (0, 1))
+            keys.append(kernels.fabric.buffers[0].prefix)
+            group.barrier()
+            manager.close()
+        assert len(set(keys)) == 3
+
+    together([lambda: run(0), lambda: run(1)])
+
+
 def test_a_generation_that_is_over_is_refused() -> None:
     cluster = Cluster()
     peers = cluster.make_peers(2)
@@ -217,11 +241,14 @@ def test_a_newcomer_that_does_not_come_is_named_and_the_others_go_on() -> None:
     cluster = Cluster(seconds=3.0)
     peers = cluster.make_peers(2)
     exchange(cluster.form(peers))
-    manager, group = peers[0].manager, peers[0].group
-    assert group is not None
-    with pytest.raises(MembershipError, match=r"waited 3\.0 s for a peer .*NIXL_EP/3"):
-        manager.stage(group, (0, 1, 3))
-    assert manager.connected == {1}
+
+    def wait_for_a_third(peer: Peer) -> None:
+        assert peer.group is not None
+        with pytest.raises(MembershipError, match=r"waited 3\.0 s for a peer .*NIXL_EP/3"):
+            peer.manager.stage(peer.group, (0, 1, 3))
+
+    together([partial(wait_for_a_third, peer) for peer in peers])
+    assert [peer.manager.connected for peer in peers] == [{1}, {0}]
     exchange(cluster.form(peers), 1)
 
 

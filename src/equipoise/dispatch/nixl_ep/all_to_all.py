@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -95,7 +96,6 @@ class NixlEPAll2AllManager:
         self._handles: dict[BufferShape, BufferShape] = {}
         self._connected: set[int] = set()
         self._members: tuple[int, ...] = ()
-        self._num_rounds: dict[int, int] = {}
         self._is_closed = False
         if index is not None:
             self._take_index(index)
@@ -214,13 +214,13 @@ class NixlEPAll2AllManager:
         with self._hold():
             buffer = self._opened()
             self._check_members(members)
+            # Rank 0's word sets this round's keys apart: another buffer may have left its own here.
+            said = group.all_gather(torch.tensor([secrets.randbits(62)]))
             fresh = sorted(set(members) - self._connected - {self.index})
-            number = self._num_rounds.get(group.generation, 0)
-            self._num_rounds[group.generation] = number + 1
             if not fresh:
                 return
             metadata = GenerationMetadata(
-                group.store, f"nixl_ep/{number}", self.index, self.timeout
+                group.store, f"nixl_ep/{int(said[0]):x}", self.index, self.timeout
             )
             self._synchronize()
             buffer.set_tcp_store_group(metadata)
