@@ -19,7 +19,7 @@ _BLOCK = 1024
 _NUM_LANES = 32
 # Of all spans together, where a wire reads and writes the same memory: copies that take all of its
 # bandwidth slow the wire down by more than they gain.
-_GENTLE_PROGRAMS = 256
+_GENTLE_PROGRAMS = 64
 
 
 @triton.jit(do_not_specialize=["num_spans", "first_span"])

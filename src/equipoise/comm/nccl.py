@@ -27,6 +27,8 @@ _TAG_DONE = 8
 _POOL_BYTES = 1 << 30
 _ALIGNMENT = 256
 _PAUSE_S = 20e-6
+_LEAST_SET_UP_S = 30.0
+"""NCCL takes seconds where many processes begin at once, however soon a peer shall be given up."""
 
 
 @dataclass(frozen=True)
@@ -126,15 +128,19 @@ class NcclStagedCommunicator(QueuedCommunicator[_Flight]):
 
         try:
             # Here NCCL waits for the other ranks without a deadline.
-            call_in_time(greet, self.timeout_s)
+            call_in_time(greet, self._set_up_s)
             ended = self._wire.record_event()
         except Exception as error:
             self.close()
             raise self._explain_set_up(error) from error
-        failures = self._await(ended, peers, self.timeout_s)
+        failures = self._await(ended, peers, self._set_up_s)
         if failures:
             self.close()
             self._raise({}, failures, self.timeout_s)
+
+    @property
+    def _set_up_s(self) -> float:
+        return max(self.timeout_s, _LEAST_SET_UP_S)
 
     def _explain_set_up(self, cause: Exception) -> TransferError:
         return TransferError(

@@ -46,7 +46,9 @@ class WeightTable:
             slots: [n] int64, its local slot; below 0 for none.
         """
         expert, tensor = _count_up(self._num_tensors[layers])
-        run = np.cumsum((np.diff(ranks, prepend=-1) != 0) | (np.diff(layers, prepend=-1) != 0))
+        run = np.ones(len(ranks), dtype=np.int64)
+        run[1:] = (ranks[1:] != ranks[:-1]) | (layers[1:] != layers[:-1])
+        run = np.cumsum(run)
         most = self._row_bytes.shape[1]
         order = np.argsort((run[expert] * most + tensor) * len(layers) + expert)
         expert, tensor = expert[order], tensor[order]
@@ -101,8 +103,7 @@ class RowList:
 
     def split(self) -> Iterator[tuple[int, RowList]]:
         """By rank."""
-        edges = np.flatnonzero(np.diff(self.rank, prepend=-1, append=-1)).tolist()
-        for start, stop in itertools.pairwise(edges):
+        for start, stop in find_runs(self.rank):
             part = slice(start, stop)
             spans = Spans(self.spans.address[part], self.spans.num_bytes[part])
             yield int(self.rank[start]), RowList(self.rank[part], self.in_slot[part], spans)
@@ -117,6 +118,14 @@ class RowList:
         filled = np.where(self.in_slot, 0, num_bytes)
         buffered = address + np.cumsum(filled) - filled
         return drop_empty(Spans(np.where(self.in_slot, self.spans.address, buffered), num_bytes))
+
+
+def find_runs(numbers: IntArray) -> list[tuple[int, int]]:
+    """Where equal numbers stand together: start and stop of each run."""
+    if not len(numbers):
+        return []
+    edges = np.flatnonzero(numbers[1:] != numbers[:-1]) + 1
+    return list(itertools.pairwise([0, *edges.tolist(), len(numbers)]))
 
 
 def drop_empty(spans: Spans) -> Spans:
@@ -230,8 +239,7 @@ class ExpertRows:
 
     def split(self) -> Iterator[SlotRows]:
         """In parts that each come from one tensor."""
-        edges = np.flatnonzero(np.diff(self.layers, prepend=-1, append=-1))
-        for start, stop in itertools.pairwise(edges.tolist()):
+        for start, stop in find_runs(self.layers):
             for rows in self.table.rows[int(self.layers[start])]:
                 yield SlotRows(rows, self.slots[start:stop])
 

@@ -90,7 +90,7 @@ class PyNcclEplbCommunicator(NcclStagedCommunicator):
 
         try:
             # NCCL waits for the other ranks without a deadline.
-            return call_in_time(make, self.timeout_s)
+            return call_in_time(make, self._set_up_s)
         except Exception as error:
             raise self._explain_set_up(error) from error
 

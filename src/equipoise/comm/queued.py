@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
 from abc import abstractmethod
 from collections import deque
@@ -26,6 +25,7 @@ from equipoise.comm.parcels import (
     Outgoing,
     WeightTable,
     WholeTensor,
+    find_runs,
     join_sizes,
 )
 from equipoise.comm.span_copies import warm_up
@@ -266,7 +266,8 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
             outside = layers[(layers < 0) | (layers >= len(self._rows))]
             if outside.size:
                 raise ValueError(f"there are {len(self._rows)} layers, no layer {outside[0]}")
-            if (np.diff(ranks * len(self._rows) + layers) < 0).any():
+            order = ranks * len(self._rows) + layers
+            if (order[1:] < order[:-1]).any():
                 raise ValueError("moves must be in order of ranks, and of layers within a rank")
         num_slots = np.array([layer[0].shape[0] for layer in self._rows])
         last = num_slots[moves.send_layer] - 1
@@ -290,6 +291,5 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
 
 def _split(ranks: IntArray) -> Iterator[tuple[int, slice]]:
     """Runs of equal rank: rank, where."""
-    edges = np.flatnonzero(np.diff(ranks, prepend=-1, append=-1))
-    for start, stop in itertools.pairwise(edges.tolist()):
+    for start, stop in find_runs(ranks):
         yield int(ranks[start]), slice(start, stop)

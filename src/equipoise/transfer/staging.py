@@ -288,7 +288,7 @@ def _find_writes(plan: TransferPlan, staged: IntArray) -> tuple[IntArray, IntArr
 
 def _lay_out(rows: IntArray, source: IntArray, layer: IntArray, sizes: IntArray) -> StagedRows:
     is_first = np.ones(len(rows), dtype=bool)
-    is_first[1:] = (np.diff(source) != 0) | (np.diff(layer) != 0)
+    is_first[1:] = (source[1:] != source[:-1]) | (layer[1:] != layer[:-1])
     first = np.flatnonzero(is_first)
     block = np.cumsum(is_first) - 1
     counts = np.bincount(block, minlength=len(first))
