@@ -348,7 +348,8 @@ def test_a_small_run_shows_and_writes_all(small_run: tuple[Done, Path]) -> None:
     for loss in result["losses"].values():
         assert abs(loss["on"] - loss["plain"]) < 1e-4
         assert abs(loss["off"] - loss["plain"]) < 1e-4
-    lines = done.out.splitlines()
+    # On a slow machine it says how far reading is.
+    lines = [line for line in done.out.splitlines() if not line.startswith("reading weights: ")]
     assert lines[0].startswith("bundled model: 2.6 M parameters in float32, 4 MoE layers of 32 ")
     assert SERVING in lines
     assert lines[-1] == "Report: equipoise-report.html"

@@ -163,9 +163,12 @@ def fail_in_the_second_chunk(rank: Rank, fault: str, stage: str) -> None:
         rearrange_expert_weights_inplace(OLD, NEW, weights, communicator, group, on_commit=note)
 
     started = time.monotonic()
-    with pytest.raises(TransferError, match=f"^rank {rank.rank}\\b.* rank 2 ") as caught:
+    with pytest.raises(TransferError, match=f"^rank {rank.rank}\\b") as caught:
         run()
-    assert (caught.value.rank, caught.value.peer) == (rank.rank, VICTIM)
+    assert caught.value.rank == rank.rank
+    # Where a rank hangs, who notices first closes its connections, and may be noticed before.
+    gave_up = fault == "hangs" and "gave up first" in str(caught.value)
+    assert caught.value.peer == VICTIM or gave_up, caught.value
     # A rank that only waits for the outcome allows for an exchange's two deadlines before its own.
     assert time.monotonic() - started < (3 * timeout_s + 3 if fault == "hangs" else 6)
     assert committed == [0]

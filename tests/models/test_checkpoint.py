@@ -242,7 +242,7 @@ def measure_peak(directory: Path) -> None:
 def load(directory: Path, group: RankGroup) -> Checkpoint:
     """What one rank of several does to load, without the others."""
     checkpoint = Checkpoint(directory)
-    plans = _plan_sets([checkpoint.layers], group, CONFIG, None)
+    plans = _plan_sets([checkpoint.layers], group, CONFIG, None, None)
     take_over(checkpoint.model, plans, group.rank, checkpoint)
     checkpoint.load_shared()
     return checkpoint
@@ -419,7 +419,7 @@ def test_a_rank_that_cannot_load_ends_all(
 
     def load(group: RankGroup) -> str:
         checkpoint = Checkpoint(tmp_path)
-        plans = _plan_sets([checkpoint.layers], group, CONFIG, None)
+        plans = _plan_sets([checkpoint.layers], group, CONFIG, None, None)
         group.barrier()
         if group.rank == 1:
             # It goes away after its header was read.
