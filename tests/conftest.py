@@ -1,6 +1,8 @@
-"""Skips what needs devices that this machine does not have, and says so."""
+"""Skips what needs devices that this machine does not have, or more time, and says so."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ import torch
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     num_devices = torch.cuda.device_count()
     for item in items:
+        if item.get_closest_marker("more_faults") and not os.environ.get("EQUIPOISE_FAULTS"):
+            item.add_marker(pytest.mark.skip(reason="takes long: set EQUIPOISE_FAULTS=1"))
         for marker, wanted in (("gpu", 1), ("multi_gpu", 2)):
             if item.get_closest_marker(marker) and num_devices < wanted:
                 reason = f"needs {wanted} CUDA device{'s' * (wanted > 1)}, there are {num_devices}"

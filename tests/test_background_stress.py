@@ -31,7 +31,7 @@ from tests.ranks import Rank, processes
 
 NUM_LAYERS, NUM_EXPERTS, SLOTS_PER_RANK = 2, 8, 3
 CPU = torch.device("cpu")
-NUM_REBALANCES = int(os.environ.get("EQUIPOISE_STRESS", "200"))
+NUM_REBALANCES = int(os.environ.get("EQUIPOISE_STRESS", "120"))
 # Rebalances after which a process is warm: what it holds from then on may not grow.
 WARM = 50
 MOST_BYTES_PER_REBALANCE = 2048

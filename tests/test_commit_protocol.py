@@ -27,12 +27,12 @@ QUICK: list[tuple[int, Model]] = [
     (153691, Model(num_ranks=2, chunks=(2,), last_step=1, faults=1)),
     (40690, Model(num_ranks=2, chunks=(1, 1), triggers=EVERY, last_step=2, faults=1)),
     (48235, Model(num_ranks=2, chunks=(1, 1), triggers=EVERY, last_step=1, faults=1, raises=True)),
-    (163982, Model(num_ranks=2, chunks=(2,), last_step=1, faults=1, one_per_step=True)),
     (56194, Model(num_ranks=2, chunks=(1, 1), orders=FIRST, triggers=EVERY, last_step=1, faults=1)),
     (38199, Model(num_ranks=2, chunks=(1,), last_step=1, faults=2)),
     (60970, Model(num_ranks=2, chunks=(1,), last_step=1, faults=2, raises=True)),
 ]
 LARGE: list[tuple[int, Model]] = [
+    (163982, Model(num_ranks=2, chunks=(2,), last_step=1, faults=1, one_per_step=True)),
     (811952, Model(num_ranks=2, chunks=(2,), last_step=3, faults=1, raises=True)),
     (994709, Model(num_ranks=2, chunks=(2, 2), triggers=EVERY, last_step=1, faults=1)),
     (173520, Model(num_ranks=3, chunks=(1,), last_step=0, faults=1)),

@@ -38,6 +38,7 @@ def kill(controller: Controller, name: str) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.more_faults
 def test_ranks_die_and_are_replaced_and_nobodys_answer_is_lost() -> None:
     with serving(3, respawn=True) as controller, streaming(controller):
         kill(controller, "rank-0")
@@ -137,6 +138,7 @@ def test_ranks_that_do_not_come_end_the_start() -> None:
             pytest.fail("it serves")
 
 
+@pytest.mark.more_faults
 def test_a_link_that_drops_is_taken_up_again_by_nobody_else() -> None:
     with serving(2) as controller, streaming(controller) as stream:
         record = controller._roster.find("rank-1")

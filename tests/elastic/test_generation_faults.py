@@ -34,7 +34,9 @@ def fail_in(part: str) -> Callable[[str], None]:
     return watch
 
 
-@pytest.mark.parametrize("communicator", ["torch_gloo", "nixl"])
+@pytest.mark.parametrize(
+    "communicator", [pytest.param("torch_gloo", marks=pytest.mark.more_faults), "nixl"]
+)
 @processes(4, timeout_s=50.0)
 def test_what_fails_before_the_decision_leaves_the_old_generation_serving(
     rank: Rank, communicator: str
@@ -114,6 +116,7 @@ def test_a_newcomer_that_hangs_is_given_up_and_notices_when_it_wakes(rank: Rank)
     end(cast)
 
 
+@pytest.mark.more_faults
 @pytest.mark.parametrize("part", ["ready"])
 @processes(4, dies=[3], timeout_s=50.0)
 def test_a_store_that_goes_leaves_the_old_generation_serving(rank: Rank, part: str) -> None:

@@ -135,6 +135,7 @@ def test_too_few_slots_are_said_to_be_so(rank: Rank) -> None:
     end_alone(cast)
 
 
+@pytest.mark.more_faults
 @processes(4, dies=[1, 2], timeout_s=50.0)
 def test_a_second_death_during_a_recovery_leads_to_another(rank: Rank) -> None:
     # Nothing moves, so that experts 4 to 7 are with the two that die.
@@ -169,6 +170,7 @@ def end_alone(cast: Cast) -> None:
     cast.parallel.state.group.close()
 
 
+@pytest.mark.more_faults
 @processes(4, dies=[0], timeout_s=50.0)
 def test_a_rank_that_would_stay_dies_in_the_midst_of_a_change(rank: Rank) -> None:
     change_with_a_death(rank, 0, "pull")

@@ -113,6 +113,7 @@ def _end(process: subprocess.Popen[str], url: str) -> None:
     wait_until_alone(process.pid, time.monotonic() + 30)
 
 
+@pytest.mark.more_faults
 def test_a_server_without_ranks_ends_and_says_why(tmp_path: Path) -> None:
     with serve(tmp_path, "--ranks=1") as (process, url):
         (rank,) = ServerClient(url, {}).status()["ranks"]
