@@ -73,9 +73,8 @@ class Forward:
         off, norm = float((torch.cat(parts) - whole).norm()), float(whole.norm())
         # Nothing at all is what a lone padding token may say; what is not a number is never right.
         if not off <= _TOLERANCE * norm:
-            raise ModelError(
-                f"a text in parts is off by {off:.2g}, and as a whole it is {norm:.2g}"
-            )
+            share = off / norm if norm else off
+            raise ModelError(f"a text in parts is off by {share:.2g} of the text as a whole")
 
     def adopt(self, parallel: ParallelModel) -> None:
         """Call the model of another generation from now on. Collective: none."""
