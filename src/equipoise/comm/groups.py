@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import threading
 import time
@@ -20,19 +19,14 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from equipoise.comm.base import ExpertWeights, GroupCoordinator
 from equipoise.comm.byte_views import view_bytes
 from equipoise.comm.exchange import Exchange, deadline_in, explain, name_ranks
-from equipoise.comm.gloo_device import open_gloo_device
+from equipoise.comm.process_groups import create_gloo, create_nccl
 from equipoise.errors import ConfigError, MembershipError
 
 ReduceOp = Literal["sum", "max", "min"]
 
-NUM_LANES = 4
-"""Connections to each peer, with a thread each, where weights on GPUs leave the cores to them: one
-carries 2 GB/s at best."""
-
 _ANSWERS_KEPT = 256
 """In the store. Ranks settle questions together, so that none is further behind."""
 
-_LEAST_NCCL_TIMEOUT = timedelta(seconds=60)
 _TAG_MESSAGE = 0
 _TAG_CONTROL = 1
 
@@ -171,7 +165,7 @@ class RankGroup:
         number = store.add(f"equipoise/mesh/{rank}", 1)
         prefixed = PrefixStore(f"equipoise/mesh{number}/", store)
         _meet(prefixed, rank, size, timeout)
-        cpu_group = _create_gloo(prefixed, rank, size, device, timeout)
+        cpu_group = create_gloo(prefixed, rank, size, device, timeout)
         return cls(
             prefixed,
             rank,
@@ -278,7 +272,7 @@ class RankGroup:
         """
         store = PrefixStore(f"{name}/", self.store.clone())  # type: ignore[attr-defined]
         _meet(store, self.rank, self.size, self.timeout)
-        cpu_group = _create_gloo(store, self.rank, self.size, self.device, self.timeout)
+        cpu_group = create_gloo(store, self.rank, self.size, self.device, self.timeout)
         return RankGroup(
             store,
             self.rank,
@@ -409,9 +403,9 @@ def create_rank_group(
     prefixed = PrefixStore(f"gen{generation}/", store)
     _meet(prefixed, rank, size, timeout)
     try:
-        cpu_group = _create_gloo(prefixed, rank, size, device, timeout)
+        cpu_group = create_gloo(prefixed, rank, size, device, timeout)
         device_side = (
-            _create_nccl(prefixed, rank, size, device, timeout)
+            create_nccl(prefixed, rank, size, device, timeout)
             if device_group == "nccl"
             else cpu_group
         )
@@ -466,37 +460,6 @@ def _check_gloo(group: dist.ProcessGroup) -> None:
             f"cpu_group needs the backend gloo for CPU tensors, and has {name}: make one by "
             'torch.distributed.new_group(ranks, backend="gloo")'
         )
-
-
-def _create_gloo(
-    store: Store, rank: int, size: int, device: torch.device, timeout: timedelta
-) -> dist.ProcessGroup:
-    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    options._timeout = timeout
-    num_lanes = NUM_LANES if device.type == "cuda" else 1
-    options._devices = [open_gloo_device() for _ in range(num_lanes)]
-    options._threads = 2 * num_lanes
-    backend = dist.ProcessGroupGloo(PrefixStore("gloo/", store), rank, size, options)
-    group = dist.ProcessGroup(store, rank, size)
-    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
-    group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
-    return group
-
-
-def _create_nccl(
-    store: Store, rank: int, size: int, device: torch.device, timeout: timedelta
-) -> dist.ProcessGroup:
-    # Its watchdog would end the process where a deadline passes, instead of leaving it to us.
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-    options = dist.ProcessGroupNCCL.Options()
-    # To abort a group may take as long; a process that takes longer is ended.
-    options._timeout = max(timeout, _LEAST_NCCL_TIMEOUT)
-    backend = dist.ProcessGroupNCCL(PrefixStore("nccl/", store), rank, size, options)
-    group = dist.ProcessGroup(store, rank, size)
-    group.bound_device_id = device
-    group._register_backend(device, dist.ProcessGroup.BackendType.NCCL, backend)
-    group._set_default_backend(dist.ProcessGroup.BackendType.NCCL)
-    return group
 
 
 def _drop(groups: list[dist.ProcessGroup], owns_nccl: bool) -> None:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from equipoise.comm.base import ExpertWeights, GroupCoordinator
 from equipoise.comm.exchange import Exchange
-from equipoise.comm.groups import NUM_LANES
 from equipoise.comm.headers import swap_headers
 from equipoise.comm.parcels import Inbox, Landing, Outbox, Outgoing, Part, find_sources, join_sizes
+from equipoise.comm.process_groups import NUM_LANES
 from equipoise.comm.queued import SLOWEST_BYTES_PER_S, Queued, QueuedCommunicator
 from equipoise.comm.span_copies import SpanCopies, shift
 from equipoise.topology import IntArray

@@ -1,0 +1,57 @@
+"""Process groups out of a store, beside others and without torch's default group."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from equipoise.comm.gloo_device import open_gloo_device
+
+NUM_LANES = 4
+"""Connections to each peer, with a thread each, where weights on GPUs leave the cores to them: one
+carries 2 GB/s at best."""
+
+_LEAST_NCCL_TIMEOUT = timedelta(seconds=60)
+
+
+def create_gloo(
+    store: Store, rank: int, size: int, device: torch.device, timeout: timedelta
+) -> dist.ProcessGroup:
+    """A group over gloo that torch's registry does not know; all its ranks have met at the store.
+
+    Collective: every rank of the group.
+    """
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._timeout = timeout
+    num_lanes = NUM_LANES if device.type == "cuda" else 1
+    options._devices = [open_gloo_device() for _ in range(num_lanes)]
+    options._threads = 2 * num_lanes
+    backend = dist.ProcessGroupGloo(PrefixStore("gloo/", store), rank, size, options)
+    group = dist.ProcessGroup(store, rank, size)
+    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
+    group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+    return group
+
+
+def create_nccl(
+    store: Store, rank: int, size: int, device: torch.device, timeout: timedelta
+) -> dist.ProcessGroup:
+    """A group over NCCL that torch's registry does not know.
+
+    Collective: every rank of the group.
+    """
+    # Its watchdog would end the process where a deadline passes, instead of leaving it to us.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    options = dist.ProcessGroupNCCL.Options()
+    # To abort a group may take as long; a process that takes longer is ended.
+    options._timeout = max(timeout, _LEAST_NCCL_TIMEOUT)
+    backend = dist.ProcessGroupNCCL(PrefixStore("nccl/", store), rank, size, options)
+    group = dist.ProcessGroup(store, rank, size)
+    group.bound_device_id = device
+    group._register_backend(device, dist.ProcessGroup.BackendType.NCCL, backend)
+    group._set_default_backend(dist.ProcessGroup.BackendType.NCCL)
+    return group
