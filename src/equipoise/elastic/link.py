@@ -127,7 +127,8 @@ class ControllerLink:
     def _write(self) -> None:
         next_beat = time.monotonic()
         while not self._is_closed.is_set():
-            self._has_channel.wait()
+            if not self._has_channel.wait(RETRY_S):
+                continue
             try:
                 left = max(0.0, next_beat - time.monotonic())
                 message = self._outbox.get(timeout=left) if left else self._outbox.get_nowait()

@@ -24,6 +24,8 @@ from equipoise.server.settings import ServerSettings
 
 GOAL = 0.10
 PROMPT = tuple(b + 3 for b in b"The clocks agreed, and nobody")
+END_S = 10.0
+"""How long the client has to end."""
 READY_S = 300.0
 
 
@@ -137,7 +139,7 @@ def _serving(make_service: Callable[[], Service]) -> Iterator[tuple[HttpServer, 
         finally:
             ready.set()
 
-    thread = threading.Thread(target=run, name="http")
+    thread = threading.Thread(target=run, name="http", daemon=True)
     thread.start()
     try:
         if not ready.wait(READY_S):
@@ -146,7 +148,7 @@ def _serving(make_service: Callable[[], Service]) -> Iterator[tuple[HttpServer, 
             yield server, found[0]
     finally:
         server.stop()
-        thread.join()
+        thread.join(READY_S)
         if errors:
             raise errors[0]
 
@@ -170,7 +172,7 @@ def _client(server: HttpServer) -> Iterator[Callable[[int, dict[str, Any]], floa
         process.stdin.flush()
         answer = process.stdout.readline()
         if not answer:
-            raise EquipoiseError(f"the client ended with {process.wait()}")
+            raise EquipoiseError(f"the client ended with {process.wait(END_S)}")
         told = json.loads(answer)
         if told["tokens"] != num_streams * body["max_tokens"]:
             raise EquipoiseError(f"streams were not served whole: {told['tokens']} tokens")
@@ -180,5 +182,8 @@ def _client(server: HttpServer) -> Iterator[Callable[[int, dict[str, Any]], floa
         yield ask
     finally:
         process.stdin.close()
-        process.wait()
+        try:
+            process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
         process.stdout.close()
