@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import pytest
 import torch
 
 from equipoise import EPLBConfig
-from equipoise.comm.groups import create_rank_group
+from equipoise.comm.groups import RankGroup, create_rank_group
+from equipoise.dispatch import create_dispatcher
+from equipoise.dispatch.base import TokenDispatcher
 from equipoise.elastic.builder import Home
 from equipoise.elastic.generation import NextGeneration
 from equipoise.elastic.membership import Deadlines, Serving
@@ -22,12 +25,39 @@ from equipoise.elastic.placing import Redundancy
 from equipoise.elastic.planning import describe, plan_change, rehearse
 from equipoise.elastic.verdict import Word, settle
 from equipoise.models.parallel import ParallelModel, parallelize
+from equipoise.topology import Topology
 from tests.ranks import Rank, processes
 
 HIDDEN, INTERMEDIATE, EXPERTS, VOCABULARY = 2048, 768, 128, 1024
 NUM_LAYERS = int(os.environ.get("EQUIPOISE_GPU_LAYERS", "2"))
 """An MoE layer has 1.2 GB of experts; 16 make 19 GB."""
 PATIENCE_S = 200.0
+
+
+@dataclass(frozen=True)
+class Wires:
+    """What a generation travels by.
+
+    Attributes:
+        tokens: the dispatcher.
+        experts: the communicator.
+        redundancy: slots per rank; NIXL-EP's buffer is made for one number of them.
+    """
+
+    tokens: str
+    experts: str
+    redundancy: Redundancy
+
+    @property
+    def name(self) -> str:
+        return f"{self.tokens}-{self.experts}"
+
+
+WIRES = (
+    Wires("torch", "nixl", Redundancy(num_redundant=0)),
+    Wires("nixl_ep", "nixl", Redundancy(slots_per_rank=EXPERTS)),
+    Wires("torch", "torch_gloo", Redundancy(num_redundant=0)),
+)
 
 
 def write_hollow_checkpoint(directory: Path) -> None:
@@ -111,9 +141,15 @@ def compute(parallel: ParallelModel, device: torch.device) -> torch.Tensor:
 class Player:
     """One process that may serve."""
 
-    def __init__(self, rank: Rank, device: torch.device, device_group: Any, wire: str) -> None:
-        self.rank, self.device = rank, device
-        config = EPLBConfig(communicator=wire, policy="deepseek", num_redundant_experts=0)
+    def __init__(self, rank: Rank, device: torch.device, device_group: Any, wires: Wires) -> None:
+        self.rank, self.device, self.redundancy = rank, device, wires.redundancy
+        config = EPLBConfig(communicator=wires.experts, policy="deepseek", num_redundant_experts=0)
+        self.manager: Any = None
+        if wires.tokens == "nixl_ep":
+            from equipoise.dispatch.nixl_ep.all_to_all import NixlEPAll2AllManager
+
+            # Of the process: it outlives generations.
+            self.manager = NixlEPAll2AllManager(rank.size, device, timedelta(seconds=60))
         self.home = Home(
             f"rank-{rank.rank}",
             rank.store,
@@ -123,10 +159,16 @@ class Player:
             rank.path / "model",
             dtype=torch.bfloat16,
             device_group=device_group,
+            dispatcher=None if self.manager is None else self.send_by_nixl_ep,
         )
         self.parallel: ParallelModel | None = None
         self.names: tuple[str, ...] = ()
         self.step_s: list[float] = []
+
+    def send_by_nixl_ep(self, group: RankGroup, topology: Topology) -> TokenDispatcher:
+        from equipoise.dispatch.nixl_ep.dispatcher import NixlEPOptions
+
+        return create_dispatcher(NixlEPOptions(self.manager, 64, HIDDEN), group, topology)
 
     def serve(self) -> None:
         assert self.parallel is not None
@@ -145,9 +187,8 @@ class Player:
             store.set(f"facts/{number}", json.dumps(facts))
         store.wait([f"facts/{number}"], timedelta(seconds=PATIENCE_S))
         serving = Serving.from_json(json.loads(store.get(f"facts/{number}")))
-        redundancy = Redundancy.of(self.home.config)
         deadlines = Deadlines(150.0, 60.0, 60.0)
-        plan = plan_change(serving, names, number, redundancy, deadlines)
+        plan = plan_change(serving, names, number, self.redundancy, deadlines)
         if self.rank.rank == 0:
             print(f"{plan.participants} -> {names}: {rehearse(plan, self.device.type)}", flush=True)
         next_one = NextGeneration(plan, self.home, self.parallel)
@@ -182,12 +223,12 @@ class Player:
             assert next_one.retirement.wait(60.0)
 
 
-def grow_and_shrink(rank: Rank, device: torch.device, device_group: Any, wire: str) -> None:
+def grow_and_shrink(rank: Rank, device: torch.device, device_group: Any, wires: Wires) -> None:
     if rank.rank == 0:
         write_hollow_checkpoint(rank.path / "model")
         rank.store.set("model", "there")
     rank.store.wait(["model"], timedelta(seconds=PATIENCE_S))
-    player = Player(rank, device, device_group, wire)
+    player = Player(rank, device, device_group, wires)
     if rank.rank == 0:
         group = create_rank_group(
             rank.store.clone(),
@@ -199,7 +240,9 @@ def grow_and_shrink(rank: Rank, device: torch.device, device_group: Any, wire: s
             device_group=device_group,
         )
         player.names = ("rank-0",)
-        player.parallel = parallelize(player.home.model, group, player.home.config)
+        player.parallel = parallelize(
+            player.home.model, group, player.home.config, dispatcher=player.home.dispatcher
+        )
         stir(player.parallel)
         torch.save(sum_experts(player.parallel), rank.path / "sums")
         torch.save(compute(player.parallel, device).cpu(), rank.path / "logits")
@@ -224,13 +267,15 @@ def grow_and_shrink(rank: Rank, device: torch.device, device_group: Any, wire: s
     if player.parallel is not None:
         player.parallel.close()
         player.parallel.state.group.close()
+    if player.manager is not None:
+        player.manager.close()
 
 
 @pytest.mark.multi_gpu
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("wire", ["nixl", "torch_gloo"])
+@pytest.mark.parametrize("wires", WIRES, ids=lambda wires: wires.name)
 @processes(2, timeout_s=390)
-def test_two_gpus_become_one_and_two_again(rank: Rank, wire: str) -> None:
+def test_two_gpus_become_one_and_two_again(rank: Rank, wires: Wires) -> None:
     device = torch.device("cuda", rank.rank)
     torch.cuda.set_device(device)
-    grow_and_shrink(rank, device, "nccl", wire)
+    grow_and_shrink(rank, device, "nccl", wires)
