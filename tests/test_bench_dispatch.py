@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 
+from equipoise.bench.dispatch import compare_dispatch
+from equipoise.bench.dispatch_case import DispatchCase, DispatchSpec
 from tests.command_line import run_command
 
 
@@ -25,6 +29,26 @@ def test_a_small_case_is_compared_with_transformers_in_one_run(tmp_path):
     assert row["ratio"] == row["seconds"] / row["peer_seconds"]
     assert row["met"] == (row["ratio"] <= 0.7)
     assert len(row["seconds_of_rounds"]) == len(row["peer_seconds_of_rounds"]) == 3
+
+
+def test_a_case_that_fails_costs_itself_alone():
+    good = DispatchCase("torch", 8, 64, 2, 8, 1)
+    bad = replace(good, top_k=9)
+    spec = DispatchSpec((good, bad, replace(good, num_tokens=4)), num_rounds=1)
+    outcome = compare_dispatch(spec, "cpu")
+    assert [row["tokens_per_rank"] for row in outcome.rows] == [8, 4]
+    (failed,) = outcome.figures["failed"]
+    assert (failed["backend"], failed["case"]) == ("torch", bad.name)
+    assert re.match(r"rank [01] failed: RuntimeError", failed["error"])
+    assert f"torch, {bad.name}: FAILED, {failed['error']}" in outcome.notes
+
+
+def test_a_failed_case_is_an_error_of_the_command(tmp_path):
+    path = tmp_path / "dispatch.json"
+    done = run_command("bench", "dispatch", "--device=cpu", f"--tokens={10**15}", f"--json={path}")
+    assert done.code == 1
+    assert "equipoise: 1 of 1 cases failed: torch, 1000000000000000 x 2048" in done.err
+    assert len(json.loads(path.read_text())["failed"]) == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

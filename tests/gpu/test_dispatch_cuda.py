@@ -21,10 +21,12 @@ from equipoise.dispatch.replicas import choose_slots
 from equipoise.dispatch.turns import NearestReplicas, ReplicaChoice, SharedReplicas, SpreadReplicas
 from equipoise.errors import TransferError
 from equipoise.load.recorder import LoadRecorder
+from equipoise.models.grouped import compute_blocks, compute_sorted
 from equipoise.topology import Topology
 from tests.contracts.test_dispatch import CASES, compute, make_inputs
 from tests.placements import make_random_placement
 from tests.ranks import Rank, processes
+from tests.test_grouped import FAMILIES, NUM_SLOTS, WIDTH, expect, make_experts
 from tests.test_nixl_ep import compare_models
 
 CHOICES = (SpreadReplicas(), NearestReplicas(3), SharedReplicas(tuple(range(8))))
@@ -169,6 +171,28 @@ def test_kernels_pack_as_pytorch_does(num_ranks: int, dtype: torch.dtype) -> Non
             results.append((routed.count_R2, sources, *came, *parts))
         for expected, got in zip(*results, strict=True):
             assert torch.equal(expected, got.cpu()), (num_tokens, top_k)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_grouped_experts_give_the_familys_own_outputs(family: str, dtype: torch.dtype) -> None:
+    experts = make_experts(family, dtype).cuda()
+    random = torch.Generator("cuda").manual_seed(1)
+    for counts in ([3, 0, 7, 1, 2], [0, 0, 0, 0, 4], [8, 8, 8, 8, 8]):
+        count = torch.tensor(counts, device="cuda")
+        slots = torch.arange(NUM_SLOTS, device="cuda").repeat_interleave(count)
+        hidden = torch.randn(len(slots), WIDTH, generator=random, device="cuda").to(dtype)
+        expected = expect(experts, hidden, slots)
+        got = compute_sorted(experts, hidden, slots, count.cumsum(0).int())
+        torch.testing.assert_close(got, expected)
+        blocks = torch.full((NUM_SLOTS, 8, WIDTH), float("nan"), device="cuda").to(dtype)
+        is_row = torch.arange(8, device="cuda") < count[:, None]
+        blocks[is_row] = hidden
+        for max_rows in (len(slots), len(slots) + 5, 1000):
+            got = compute_blocks(experts, blocks, count.int(), max_rows)
+            torch.testing.assert_close(got[is_row], expected)
 
 
 @pytest.mark.multi_gpu

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 from typing import Literal
 
 from equipoise.bench.dispatch_case import (
+    DispatchCase,
     DispatchLeftOut,
     DispatchMeasured,
     DispatchSaid,
@@ -15,6 +17,7 @@ from equipoise.bench.dispatch_case import (
     Peer,
 )
 from equipoise.bench.outcome import BenchOutcome, Row, with_goal
+from equipoise.launch.failure import JobFailed
 from equipoise.launch.local import run_local
 from equipoise.launch.seats import assign_local_seats
 
@@ -49,16 +52,13 @@ def compare_dispatch(
         spec: what to send.
         device: where tokens are.
         on_said: called with each case's figures as they are found.
+    Returns:
+        A row for each case that was measured. A case that failed costs itself alone: it stands in
+        `figures["failed"]` with its error, and the cases behind it are measured by other ranks.
     Collective: none; starts the ranks, and leaves none.
-    Raises: ConfigError if there is no such device; JobFailed, naming the rank, if one fails.
+    Raises: ConfigError if there is no such device.
     """
-    heard: list[DispatchSaid] = []
-
-    def hear(said: DispatchSaid) -> None:
-        heard.append(said)
-        on_said(said)
-
-    run_local(spec, assign_local_seats(spec.num_ranks, device), hear, job=_JOB)
+    heard, failed = _measure_all(spec, device, on_said)
     left_out = [said for said in heard if isinstance(said, DispatchLeftOut)]
     return BenchOutcome(
         name="dispatch",
@@ -71,11 +71,39 @@ def compare_dispatch(
         rows=tuple(_make_row(said) for said in heard if isinstance(said, DispatchMeasured)),
         notes=(
             *(f"{said.case.backend}, {said.case.name}: {said.reason}" for said in left_out),
+            *(f"{case.backend}, {case.name}: FAILED, {error}" for case, error in failed),
             *_NOTES,
             _CPU_NOTE if device == "cpu" else _GPU_NOTE,
         ),
         versions={name: _find_version(name) for name in _PACKAGES},
+        figures={
+            "failed": [
+                {"backend": case.backend, "case": case.name, "error": error}
+                for case, error in failed
+            ]
+        },
     )
+
+
+def _measure_all(
+    spec: DispatchSpec, device: Literal["cpu", "cuda"], on_said: Callable[[DispatchSaid], None]
+) -> tuple[list[DispatchSaid], list[tuple[DispatchCase, str]]]:
+    """What was said of the cases, and those that failed, each with its error."""
+    heard: list[DispatchSaid] = []
+    failed: list[tuple[DispatchCase, str]] = []
+
+    def hear(said: DispatchSaid) -> None:
+        heard.append(said)
+        on_said(said)
+
+    while left := spec.cases[len(heard) + len(failed) :]:
+        seats = assign_local_seats(spec.num_ranks, device)
+        try:
+            run_local(replace(spec, cases=left), seats, hear, job=_JOB)
+        except JobFailed as error:
+            # Cases are told of in order, once every rank is through with them.
+            failed.append((spec.cases[len(heard) + len(failed)], str(error)))
+    return heard, failed
 
 
 def _make_row(said: DispatchMeasured) -> Row:

@@ -78,6 +78,8 @@ def measure_dispatch(
                 said: DispatchSaid = _measure(case, spec, group, tokens, sides)
         except (CommunicatorUnavailable, DependencyError) as error:
             said = DispatchLeftOut(case, str(error))
+        # What rank 0 tells of is a case that no rank can fail any more.
+        group.barrier()
         if group.rank == 0:
             emit(said)
 

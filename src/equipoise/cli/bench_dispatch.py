@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from equipoise.cli.bench import JsonPath, check_json_path, show_outcome
+from equipoise.errors import EquipoiseError
 
 _COLUMNS = (
     ("backend", "backend"),
@@ -43,7 +44,10 @@ def bench_dispatch(
     timeout: Annotated[float, typer.Option(help="Longest wait for another rank, in s.")] = 60.0,
     json_path: JsonPath = None,
 ) -> None:
-    """Send tokens to their experts and home, beside transformers and bare kernels."""
+    """Send tokens to their experts and home, beside transformers and bare kernels.
+
+    A case that fails is told of at the end; the others' figures are kept.
+    """
     check_json_path(json_path)
     from equipoise.bench.dispatch import compare_dispatch
     from equipoise.bench.dispatch_case import DispatchCase, DispatchSpec, make_cases
@@ -56,7 +60,11 @@ def bench_dispatch(
         cases = (DispatchCase("torch", tokens, 2048, 8, 128, 1),)
     spec = DispatchSpec(cases, rounds, ranks, seed, timeout)
     where: Literal["cpu", "cuda"] = "cuda" if on_gpus else "cpu"
-    show_outcome(compare_dispatch(spec, where), _COLUMNS, json_path)
+    outcome = compare_dispatch(spec, where)
+    show_outcome(outcome, _COLUMNS, json_path)
+    if failed := outcome.figures["failed"]:
+        names = "; ".join(f"{each['backend']}, {each['case']}: {each['error']}" for each in failed)
+        raise EquipoiseError(f"{len(failed)} of {len(cases)} cases failed: {names}")
 
 
 def _count_gpus() -> int:
