@@ -46,7 +46,7 @@ def test_a_case_that_fails_costs_itself_alone():
 def test_a_failed_case_is_an_error_of_the_command(tmp_path):
     path = tmp_path / "dispatch.json"
     done = run_command("bench", "dispatch", "--device=cpu", f"--tokens={10**15}", f"--json={path}")
-    assert done.code == 1
+    assert done.code == 2
     assert "equipoise: 1 of 1 cases failed: torch, 1000000000000000 x 2048" in done.err
     assert len(json.loads(path.read_text())["failed"]) == 1
 
