@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from equipoise.bench.step import compare_steps
 from equipoise.bench.step_case import BUNDLED, Compared, ExpertTime, Setting, StepSpec, Timed
-from equipoise.bench.step_model import Routes, build_model, draw_shares
+from equipoise.bench.step_model import Routes, build_model, read_shares
 from equipoise.cli.app import app
 from equipoise.config import EPLBConfig
 from equipoise.engine.graphs import _round_up
@@ -51,7 +51,9 @@ def test_every_case_is_measured_or_says_what_it_needs() -> None:
     assert before["imbalance"] > after["imbalance"] >= 1
     assert before["tokens_per_s"] > 0
     gain = rows["prefill", "gain over the predicted one"]
-    assert gain["gained_s"] == pytest.approx(before["mean_s"] - after["mean_s"])
+    prefill = next(said for said in heard if isinstance(said, Compared) and said.case == "prefill")
+    assert gain["gained_s"] == np.median(prefill.off.step_s - prefill.on.step_s)
+    assert gain["moves"] > 0
     assert not any("goal" in row for row in told["rows"])
     assert any(note.startswith("Goals are for GPUs") for note in outcome.notes)
 
@@ -67,7 +69,7 @@ def test_a_prediction_is_the_slowest_ranks_of_each_layer() -> None:
 def test_tokens_go_to_experts_as_often_as_their_shares_say() -> None:
     model = build_model(BUNDLED, torch.float32, CPU, 0)
     parallel = parallelize(model, make_lone_group(), EPLBConfig(use_async=False))
-    shares = draw_shares(BUNDLED, 3)
+    shares = read_shares(BUNDLED, "gpqa_main")
     routes = Routes(parallel, shares, BUNDLED.top_k, 0)
     for row, pool in enumerate(routes._pools):
         assert pool.sort(dim=1).values.diff(dim=1).min() > 0

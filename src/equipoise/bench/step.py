@@ -30,11 +30,11 @@ _PREFILL_TOKENS, _STALL_STEPS = 4096, 2000
 
 _NOTES = (
     "A model of the bundled one's architecture with random weights; its tokens go to experts as "
-    "often as those of gpt-oss-20b went, and experts begin in order. Each step's time is the "
-    "slowest rank's.",
-    "gain: seconds that a step is shorter on the balanced placement, over what a plane through "
-    "measured times of the experts by rows and occupied slots predicts from the measured loads, "
-    "the slowest rank of each layer counting.",
+    "often as those of gpt-oss-20b went in text of one kind, whose experts each stand for as many "
+    "neighbours as are needed, and experts begin in order. Each step's time is the slowest rank's.",
+    "gain: seconds that a step is shorter on the balanced placement, median over pairs of steps by "
+    "turns, over what a plane through measured times of the experts by rows and occupied slots "
+    "predicts from the measured loads, the slowest rank of each layer counting.",
     "stall: decode steps with rebalances in the background back to back, experts' loads changing "
     "names between them, and without, in blocks by turns.",
 )
@@ -88,6 +88,7 @@ def compare_steps(
             "sequences": spec.decode_size,
             "steps": spec.num_steps,
             "stall_steps": spec.num_stall_steps,
+            "kind": spec.kind,
             "dispatcher": spec.dispatcher,
             "communicator": setting.communicator,
             "seed": spec.seed,
@@ -135,7 +136,7 @@ def _judge(said: Compared, off: Row, on: Row, spec: StepSpec) -> Row:
     row: Row = {"case": said.case, "moves": said.moves, "rebalances": said.rebalances}
     match said.case:
         case "prefill" | "decode":
-            return _judge_gain(said, off, on, spec, row)
+            return _judge_gain(said, spec, row)
         case "recorder":
             row |= {"what": "cost of counting, share of a step"}
             row["value"] = on["p50_s"] / off["p50_s"] - 1
@@ -150,17 +151,21 @@ def _judge(said: Compared, off: Row, on: Row, spec: StepSpec) -> Row:
             return with_goal(row, "value", 1.5)
 
 
-def _judge_gain(said: Compared, off: Row, on: Row, spec: StepSpec, row: Row) -> Row:
+def _judge_gain(said: Compared, spec: StepSpec, row: Row) -> Row:
     expert_time = said.expert_time
     assert expert_time is not None
     predicted = expert_time.predict(said.off) - expert_time.predict(said.on)
-    gained = off["mean_s"] - on["mean_s"]
+    pairs = said.off.step_s - said.on.step_s
+    gained = float(np.median(pairs))
+    spread = float(np.subtract(*np.percentile(pairs, (75, 25))))
     # On a CPU ranks wait for cores, not for each other; in decoding the weights are what is read.
     has_value = said.case == "prefill" and spec.device == "cuda" and predicted > 0
     row |= {
         "what": "gain over the predicted one",
         "value": gained / predicted if has_value else None,
         "gained_s": gained,
+        # What a median's error is, were the pairs normal.
+        "gained_error_s": 0.93 * spread / len(pairs) ** 0.5,
         "predicted_s": predicted,
         "expert_time": {
             "fixed_s": expert_time.fixed_s,
@@ -178,7 +183,8 @@ def _judge_gain(said: Compared, off: Row, on: Row, spec: StepSpec, row: Row) -> 
 def _say_gain(row: Row) -> str:
     plane = row["expert_time"]
     return (
-        f"{row['case']}: balanced steps are {row['gained_s'] * 1e3:.3g} ms shorter, predicted "
+        f"{row['case']}: balanced steps are {row['gained_s'] * 1e3:.3g} "
+        f"+- {row['gained_error_s'] * 1e3:.2g} ms shorter, predicted "
         f"{row['predicted_s'] * 1e3:.3g} ms: a layer's experts take "
         f"{plane['fixed_s'] * 1e6:.3g} us and {plane['token_s'] * 1e9:.3g} ns a row and "
         f"{plane['slot_s'] * 1e6:.3g} us an occupied slot, measured times up to "

@@ -51,6 +51,7 @@ class StepSpec:
 
     Attributes:
         size: of the model.
+        kind: of text, whose loads the model has.
         device: kind of device.
         num_ranks: R, processes.
         cases: which.
@@ -67,6 +68,7 @@ class StepSpec:
     """
 
     size: ModelSize = BUNDLED
+    kind: str = "gpqa_main"
     device: Literal["cpu", "cuda"] = "cpu"
     num_ranks: int = 2
     cases: tuple[CaseName, ...] = CASES

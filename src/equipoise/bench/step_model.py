@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from equipoise.bench.plan_loads import Shape, resample_trace
 from equipoise.bench.step_case import ExpertTime, ModelSize
 from equipoise.bundled.traces import gptoss_routes
+from equipoise.errors import ConfigError
 from equipoise.load.trace_files import read_trace
 from equipoise.models.parallel import ParallelModel
-from equipoise.topology import IntArray, Topology
+from equipoise.topology import IntArray
 
 _POOL = 4096
 """Tokens whose routes are drawn; they come round and round, from another one on in each call."""
-_ROUNDS = 12
+_ROUNDS, _NUM_POINTS = 20, 7
 
 
 def build_model(size: ModelSize, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
@@ -58,11 +58,29 @@ def build_model(size: ModelSize, dtype: torch.dtype, device: torch.device, seed:
     return model.eval().requires_grad_(False)
 
 
-def draw_shares(size: ModelSize, seed: int) -> IntArray:
-    """[L, E] int64: loads with the skew of the trace that comes along. Collective: none."""
-    shape = Shape("step", size.num_layers, size.num_experts, Topology(1, size.num_experts))
-    windows = resample_trace(read_trace(gptoss_routes()), shape, 1, seed)
-    return np.asarray(windows[0])
+def read_shares(size: ModelSize, kind: str) -> IntArray:
+    """Loads of the trace that comes along, while it served one kind of text.
+
+    Args:
+        size: each of the trace's experts stands for as many neighbours as are needed, and its
+            layers come round and round, so that skew and place are the trace's.
+        kind: of text, as the trace names it.
+    Returns:
+        [L, E] int64.
+    Collective: none.
+    Raises: ConfigError if the trace has no such text, or its experts cannot stand for as many.
+    """
+    trace = read_trace(gptoss_routes())
+    kinds = sorted(set(trace.phases))
+    if kind not in kinds:
+        raise ConfigError(f"--kind: the trace has {', '.join(kinds)}, not {kind!r}")
+    if size.num_experts % trace.num_experts:
+        raise ConfigError(
+            f"{size.num_experts} experts are no multiple of the trace's {trace.num_experts}"
+        )
+    counts = trace.counts[np.array(trace.phases) == kind].sum(axis=0)
+    each = size.num_experts // trace.num_experts
+    return np.repeat(counts[np.arange(size.num_layers) % trace.num_layers], each, axis=1)
 
 
 class Routes:
@@ -125,31 +143,35 @@ class Routes:
         return forward
 
 
-def measure_experts(parallel: ParallelModel, most_tokens: int) -> ExpertTime:
+def measure_experts(
+    parallel: ParallelModel, num_rows: tuple[int, int], occupied: tuple[int, int]
+) -> ExpertTime:
     """Seconds of a layer's experts by how many rows come, to how many slots.
 
+    Args:
+        parallel: the model, of one set of layers.
+        num_rows: the least and the most that came.
+        occupied: the least and the most slots that any came to.
     Collective: none; other ranks should be at the same thing, or at rest.
     """
     (one,) = parallel.spread.sets
     module: Any = one.layers[0].module
     computation = type(module).forward
-    num_slots = one.maps.placement.topology.slots_per_rank
     device = parallel.state.group.device
     dtype = next(module.parameters()).dtype
-    hidden = torch.randn(most_tokens, parallel.model.config.hidden_size, dtype=dtype, device=device)
-    weight = hidden.new_ones(most_tokens, 1)
+    most = max(num_rows)
+    hidden = torch.randn(most, parallel.model.config.hidden_size, dtype=dtype, device=device)
+    weight = hidden.new_ones(most, 1)
     points, seconds = [], []
-    for occupied in sorted({max(1, num_slots // 4), max(1, num_slots // 2), num_slots}):
-        for eighths in (2, 3, 4, 6, 8):
-            tokens = most_tokens * eighths // 8
-            if tokens < occupied:
-                continue
-            slot = (torch.arange(tokens, device=device) * occupied // tokens)[:, None]
+    # Fewer slots than were met too, or nothing would tell what a slot costs.
+    for slots in sorted({max(1, occupied[0] * 3 // 4), *occupied}):
+        for rows in np.linspace(*num_rows, _NUM_POINTS).round().astype(int).tolist():
+            slot = (torch.arange(rows, device=device) * slots // max(1, rows))[:, None]
 
-            def compute(tokens: int = tokens, slot: Tensor = slot) -> object:
-                return computation(module, hidden[:tokens], slot, weight[:tokens])
+            def compute(rows: int = rows, slot: Tensor = slot) -> object:
+                return computation(module, hidden[:rows], slot, weight[:rows])
 
-            points.append([1.0, float(tokens), float(occupied)])
+            points.append([1.0, float(rows), float(slots)])
             seconds.append(_time(compute, device))
     design = torch.tensor(points, dtype=torch.float64)
     measured = torch.tensor(seconds, dtype=torch.float64)

@@ -5,14 +5,15 @@ Axis letters: L layers, R ranks, S slots per rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from equipoise.balancer import RebalanceOutcome
 from equipoise.bench.step_case import (
     CaseName,
     Compared,
@@ -22,7 +23,7 @@ from equipoise.bench.step_case import (
     StepSpec,
     Timed,
 )
-from equipoise.bench.step_model import Routes, build_model, draw_shares, measure_experts
+from equipoise.bench.step_model import Routes, build_model, measure_experts, read_shares
 from equipoise.comm.groups import RankGroup
 from equipoise.config import EPLBConfig
 from equipoise.dispatch import create_dispatcher
@@ -37,10 +38,13 @@ if TYPE_CHECKING:
     from equipoise.dispatch.nixl_ep.all_to_all import NixlEPAll2AllManager
 
 BLOCK_STEPS = 50
-_WARM_STEPS = 5
+_WARM_STEPS, _FILL_STEPS = 5, 10
 _DECODE_PROMPT, _DECODE_TOKENS = 1, 120
 """Rows are replaced all at once: one step in 120 takes prompts. All lengths are of one graph."""
 _NEVER = 1 << 40
+
+Fed = tuple[Engine, Callable[[], None]]
+"""An engine, and what gives it the requests of its next step."""
 
 
 def measure_steps(spec: StepSpec, group: RankGroup, emit: Callable[[StepSaid], None]) -> None:
@@ -98,8 +102,12 @@ class _Tally:
         self.step_s.append(figures.step_s)
         self.num_tokens += figures.num_tokens
         self.counts += [load.slot_count for load in figures.loads]
-        self.rebalances += len(result.outcomes)
-        self.moves += sum(outcome.moves for outcome in result.outcomes)
+        self.note(result.outcomes)
+
+    def note(self, outcomes: Sequence[RebalanceOutcome]) -> None:
+        """Rebalances have ended."""
+        self.rebalances += len(outcomes)
+        self.moves += sum(outcome.moves for outcome in outcomes)
 
 
 class _Bench:
@@ -109,21 +117,28 @@ class _Bench:
         self._spec, self._group = spec, group
         self._dtype = torch.float32 if spec.device == "cpu" else torch.bfloat16
         self._manager: NixlEPAll2AllManager | None = None
-        config = EPLBConfig(
-            window_size=spec.num_steps,
-            step_interval=_NEVER,
-            communicator=spec.communicator,
-            # It plans from nothing, so that every rebalance moves much.
-            policy="deepseek",
-        )
-        model = build_model(spec.size, self._dtype, group.device, spec.seed)
-        self.parallel: ParallelModel = parallelize(
-            model, group, config, dispatcher=self._make_dispatcher
-        )
-        shares = draw_shares(spec.size, spec.seed)
-        self._routes = Routes(self.parallel, shares, spec.size.top_k, spec.seed)
         self._random = np.random.default_rng(spec.seed + group.rank)
         self._num_requests = 0
+        # The policy plans from nothing, so that every rebalance moves much.
+        self.parallel, self._routes = self._spread(EPLBConfig(policy="deepseek", **self._given))
+
+    @property
+    def _given(self) -> dict[str, Any]:
+        """Options of balancing that all cases have."""
+        spec = self._spec
+        return {
+            "window_size": spec.num_steps,
+            "step_interval": _NEVER,
+            "communicator": spec.communicator,
+        }
+
+    def _spread(self, config: EPLBConfig) -> tuple[ParallelModel, Routes]:
+        """A model of its own, experts in order; all have the same weights and routes."""
+        spec = self._spec
+        model = build_model(spec.size, self._dtype, self._group.device, spec.seed)
+        parallel = parallelize(model, self._group, config, dispatcher=self._make_dispatcher)
+        shares = read_shares(spec.size, spec.kind)
+        return parallel, Routes(parallel, shares, spec.size.top_k, spec.seed)
 
     def close(self) -> None:
         """Release what was taken. Collective: every rank of the group."""
@@ -132,27 +147,30 @@ class _Bench:
             self._manager.close()
 
     def compare_prefill(self) -> Compared:
-        """Prompts alone, on the initial placement and on a balanced one."""
-        spec = self._spec
-        engine = self._make_engine(spec.num_prompts, spec.prompt_len + 1, spec.prefill_tokens)
+        """Prompts alone, experts in order and balanced."""
 
-        def feed() -> None:
-            for _ in range(spec.num_prompts):
-                engine.submit(self._make_request(spec.prompt_len, 1))
+        def make(parallel: ParallelModel) -> Fed:
+            spec = self._spec
+            limits = self._limit(spec.num_prompts, spec.prompt_len + 1, spec.prefill_tokens)
+            engine = Engine(parallel, limits)
 
-        return self._compare_placements("prefill", engine, feed, spec.prefill_tokens)
+            def feed() -> None:
+                for _ in range(spec.num_prompts):
+                    engine.submit(self._make_request(spec.prompt_len, 1))
+
+            return engine, feed
+
+        return self._compare_placements("prefill", make)
 
     def compare_decode(self) -> Compared:
         """As many sequences as there are rows, each a token further in a step."""
-        spec = self._spec
-        engine, feed = self._make_decoding()
-        return self._compare_placements("decode", engine, feed, spec.decode_size)
+        return self._compare_placements("decode", self._make_decoding)
 
     def compare_recorder(self) -> Compared | LeftOut:
         """The same steps with counting off and on, by turns."""
         if self._group.device.type != "cuda":
             return LeftOut("recorder", "a GPU: on a CPU it is lost among the steps' own noise")
-        engine, feed = self._make_decoding()
+        engine, feed = self._make_decoding(self.parallel)
         (one,) = self.parallel.spread.sets
         tallies = _Tally(), _Tally()
         for step in range(2 * self._spec.num_steps):
@@ -167,7 +185,7 @@ class _Bench:
         """Decode steps with rebalances back to back and without, in blocks by turns."""
         spec = self._spec
         num_blocks = 2 * -(-spec.num_stall_steps // BLOCK_STEPS)
-        engine, feed = self._make_decoding()
+        engine, feed = self._make_decoding(self.parallel)
         off, on, between = _Tally(), _Tally(), _Tally()
         for block in range(num_blocks):
             # What the block before has begun ends outside of what is measured.
@@ -187,7 +205,10 @@ class _Bench:
         """Decode steps launched one kernel at a time, and as graphs, by turns."""
         if not all(dispatcher.captures for dispatcher in self.parallel.dispatchers):
             return LeftOut("graphs", "two GPUs and --dispatcher nixl_ep")
-        sides = [(self._make_decoding(graphs=graphs), _Tally()) for graphs in (False, True)]
+        sides = [
+            (self._make_decoding(self.parallel, graphs=graphs), _Tally())
+            for graphs in (False, True)
+        ]
         for _ in range(self._spec.num_steps):
             for (engine, feed), tally in sides:
                 self._run(engine, feed, 1, tally)
@@ -204,26 +225,29 @@ class _Bench:
             communicator=f"{wire.name} ({wire.reason})",
         )
 
-    def _compare_placements(
-        self, case: CaseName, engine: Engine, feed: Callable[[], None], tokens: int
-    ) -> Compared:
-        off, on, between = _Tally(), _Tally(), _Tally()
-        self._run(engine, feed, _WARM_STEPS, _Tally())
-        self._routes.rename_experts()
-        self._run(engine, feed, self._spec.num_steps, off)
-        self.parallel.state.rearrange()
-        self._settle(engine, feed, between)
-        self._run(engine, feed, self._spec.num_steps, on)
-        # Rows that a rank may get: of all ranks' tokens.
-        most = 2 * tokens * self._spec.size.top_k
-        return Compared(
-            case,
-            self._merge(off),
-            self._merge(on),
-            measure_experts(self.parallel, most),
-            between.moves,
-            between.rebalances,
-        )
+    def _compare_placements(self, case: CaseName, make: Callable[[ParallelModel], Fed]) -> Compared:
+        """Steps with experts in order and steps of a balanced model, by turns."""
+        balanced, _ = self._spread(EPLBConfig(use_async=False, **self._given))
+        try:
+            sides = make(self.parallel), make(balanced)
+            tallies, between = (_Tally(), _Tally()), _Tally()
+            for side in sides:
+                self._run(*side, _FILL_STEPS, _Tally())
+            between.note(balanced.state.rearrange())
+            for side in sides:
+                self._run(*side, _WARM_STEPS, _Tally())
+            for step in range(2 * self._spec.num_steps):
+                is_balanced = step % 4 in (1, 2)
+                self._run(*sides[is_balanced], 1, tallies[is_balanced])
+            off, on = (self._merge(tally) for tally in tallies)
+            rows, occupied = (
+                (int(min(a.min(), b.min())), int(max(a.max(), b.max())))
+                for a, b in ((off.rank_tokens, on.rank_tokens), (off.occupied, on.occupied))
+            )
+            expert_time = measure_experts(balanced, rows, occupied)
+        finally:
+            balanced.close()
+        return Compared(case, off, on, expert_time, between.moves, between.rebalances)
 
     def _make_dispatcher(self, group: RankGroup, topology: Topology) -> TokenDispatcher:
         spec = self._spec
@@ -232,22 +256,20 @@ class _Bench:
         from equipoise.dispatch.nixl_ep.all_to_all import NixlEPAll2AllManager
         from equipoise.dispatch.nixl_ep.dispatcher import NixlEPOptions
 
-        self._manager = NixlEPAll2AllManager(group.size, group.device, group.timeout)
+        if self._manager is None:
+            self._manager = NixlEPAll2AllManager(group.size, group.device, group.timeout)
         most = max(spec.decode_size, spec.prefill_tokens if "prefill" in spec.cases else 1)
         options = NixlEPOptions(self._manager, most, spec.size.hidden_size)
         return create_dispatcher(options, group, topology)
 
-    def _make_engine(
-        self, num_rows: int, max_len: int, prefill: int, *, graphs: bool = True
-    ) -> Engine:
-        limits = EngineLimits(num_rows, max_len, prefill, end_tokens=frozenset(), keep_load=True)
-        return Engine(self.parallel, limits, graphs=graphs)
+    def _limit(self, num_rows: int, max_len: int, prefill: int) -> EngineLimits:
+        return EngineLimits(num_rows, max_len, prefill, end_tokens=frozenset(), keep_load=True)
 
-    def _make_decoding(self, *, graphs: bool = True) -> tuple[Engine, Callable[[], None]]:
+    def _make_decoding(self, parallel: ParallelModel, *, graphs: bool = True) -> Fed:
         """An engine in which every row decodes, but for a step at which all are replaced."""
         size = self._spec.decode_size
         length = _DECODE_PROMPT + _DECODE_TOKENS
-        engine = self._make_engine(size, length, size * _DECODE_PROMPT, graphs=graphs)
+        engine = Engine(parallel, self._limit(size, length, size * _DECODE_PROMPT), graphs=graphs)
 
         def feed() -> None:
             while engine.num_requests < size:

@@ -37,6 +37,9 @@ def bench_step(
         list[str] | None,
         typer.Option(help="prefill, decode, recorder, stall or graphs; may be repeated."),
     ] = None,
+    kind: Annotated[
+        str, typer.Option(help="Of text, of the bundled trace: gpqa_main, mmlu_test, ...")
+    ] = "gpqa_main",
     layers: Annotated[int | None, typer.Option(help="Layers; 4 on the CPU, 24 on GPUs.")] = None,
     prefill_tokens: Annotated[
         int | None, typer.Option(help="Of prompts, per rank and step; 512, on GPUs 4,096.")
@@ -67,6 +70,7 @@ def bench_step(
     size = SCALED if on_gpus else BUNDLED
     spec = StepSpec(
         size=replace(size, num_layers=size.num_layers if layers is None else layers),
+        kind=kind,
         device="cuda" if on_gpus else "cpu",
         num_ranks=ranks,
         cases=tuple(case or CASES),  # type: ignore[arg-type]
