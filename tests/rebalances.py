@@ -22,16 +22,23 @@ SHAPES = [
     [((48, 2048), torch.bfloat16)],
 ]
 NUM_EXPERTS = 20
+Shapes = list[list[tuple[tuple[int, ...], torch.dtype]]]
 # An allocator may keep something of what was in use for a moment.
 ROOM = {"resident memory": 16 << 20, "memory of the GPU": 16 << 20, "threads": 1, "files": 2}
 # Memory that NCCL and NIXL take shows only where nobody else uses the GPU.
 IS_ALONE = os.environ.get("GPU_ALONE") == "1"
 
 
-def make_slot(layer: int, expert: int) -> list[torch.Tensor]:
+def make_shapes(hidden_size: int) -> Shapes:
+    """Two layers of small gated experts."""
+    up, down = ((128, hidden_size), torch.bfloat16), ((hidden_size, 64), torch.bfloat16)
+    return [[up, down], [up, down]]
+
+
+def make_slot(layer: int, expert: int, shapes: Shapes = SHAPES) -> list[torch.Tensor]:
     """The bytes of one expert's tensors, as nobody else has them."""
     parts = []
-    for index, (shape, dtype) in enumerate(SHAPES[layer]):
+    for index, (shape, dtype) in enumerate(shapes[layer]):
         generator = np.random.default_rng([layer, expert, index])
         num_bytes = int(np.prod(shape)) * dtype.itemsize
         high = 2 if dtype is torch.bool else 256
@@ -43,10 +50,11 @@ def make_slot(layer: int, expert: int) -> list[torch.Tensor]:
 class Library:
     """Every expert's bytes on the device, to compare slots with."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, shapes: Shapes = SHAPES) -> None:
+        self.shapes = shapes
         self.layers: list[list[torch.Tensor]] = []
-        for layer, tensors in enumerate(SHAPES):
-            experts = [make_slot(layer, expert) for expert in range(NUM_EXPERTS)]
+        for layer, tensors in enumerate(shapes):
+            experts = [make_slot(layer, expert, shapes) for expert in range(NUM_EXPERTS)]
             self.layers.append(
                 [
                     torch.stack([e[index].reshape(-1).view(torch.uint8) for e in experts]).to(
@@ -64,7 +72,7 @@ class Library:
                 .view(dtype)
                 .reshape(-1, *shape)
                 .contiguous()
-                for rows, (shape, dtype) in zip(library, SHAPES[layer], strict=True)
+                for rows, (shape, dtype) in zip(library, self.shapes[layer], strict=True)
             ]
             for layer, library in enumerate(self.layers)
         ]
@@ -83,6 +91,19 @@ class Library:
             for tensor, rows in zip(tensors, library, strict=True):
                 got = tensor.view(len(experts), -1).view(torch.uint8)
                 assert torch.equal(got[held], rows[experts[held]]), (what, layer)
+
+    def find_wrong(
+        self, weights: list[list[torch.Tensor]], placement: Placement, rank: int
+    ) -> torch.Tensor:
+        """[] bool on the device, whether a byte of any slot is wrong; nobody waits for it."""
+        wrong = []
+        for layer, (tensors, library) in enumerate(zip(weights, self.layers, strict=True)):
+            experts = self.experts(placement, rank, layer)
+            held = experts >= 0
+            for tensor, rows in zip(tensors, library, strict=True):
+                got = tensor.view(len(experts), -1).view(torch.uint8)
+                wrong.append(((got != rows[experts.clamp(min=0)]).any(1) & held).any())
+        return torch.stack(wrong).any()
 
 
 def with_holes(rng: np.random.Generator, placement: Placement) -> Placement:
@@ -127,6 +148,49 @@ def move_about(group: RankGroup, wire: str, num_rebalances: int) -> None:
     for name, middle in held[0].items():
         assert held[-1][name] <= middle + ROOM.get(name, 0), (name, held)
     communicator.close()
+
+
+def soak(group: RankGroup, wire: str, hidden_size: int, num_rebalances: int) -> None:
+    """As `move_about`, thousands of times: on a GPU every byte is compared there, and only at the
+    end is it asked how that went. Now and then the communicator is replaced by another.
+
+    Collective: every rank of the group.
+    """
+    topology = Topology(group.size, 24 // group.size)
+    library = Library(group.device, make_shapes(hidden_size))
+    layer_bytes = sum(rows.shape[1] for rows in library.layers[0]) * topology.slots_per_rank
+    standing = place_in_order(len(library.shapes), NUM_EXPERTS, topology)
+    weights = library.fill(standing, group.rank)
+    communicator = create_eplb_communicator(group, wire, weights)
+    wrong = torch.zeros(num_rebalances, dtype=torch.bool, device=group.device)
+    period = max(1, num_rebalances // 4)
+    held: list[dict[str, int]] = []
+    for seed in range(num_rebalances):
+        rng = np.random.default_rng(seed)
+        target = make_random_placement(rng, len(library.shapes), NUM_EXPERTS, topology)
+        if seed % 2:
+            target = with_holes(rng, target)
+        rearrange_expert_weights_inplace(
+            standing,
+            target,
+            weights,
+            communicator,
+            group,
+            staging_bytes=[None, layer_bytes, 2 * layer_bytes][seed % 3],
+            verify="all" if seed % 50 == 0 else "off",
+        )
+        wrong[seed] = library.find_wrong(weights, target, group.rank)
+        standing = target
+        if seed % period == period - 1:
+            held.append(count_held(group.device, communicator))
+            communicator.close()
+            if seed + 1 < num_rebalances:
+                communicator = create_eplb_communicator(group, wire, weights)
+    communicator.close()
+    assert not wrong.any(), wrong.nonzero().flatten().tolist()[:20]
+    # What the first few took, once, stays.
+    for name, before in held[min(1, len(held) - 1)].items():
+        assert held[-1][name] <= before + ROOM.get(name, 0), (name, held)
 
 
 def count_held(device: torch.device, communicator: EplbCommunicator) -> dict[str, int]:

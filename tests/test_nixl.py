@@ -22,11 +22,12 @@ from equipoise.comm import has_nixl
 from equipoise.comm.announcement import Announcement, Sizes
 from equipoise.comm.base import ExpertMoves
 from equipoise.comm.nixl import NixlEplbCommunicator
-from equipoise.comm.nixl.agent import Read
+from equipoise.comm.nixl.agent import Agent, Read
 from equipoise.comm.nixl.messages import Done, Failed, Message, Offer, Ping, decode, encode
 from equipoise.comm.nixl.pool import SendPool, plan_offers
 from equipoise.comm.parcels import ExpertRows, WeightTable, WholeTensor
 from equipoise.comm.spans import Regions, Spans, align, span_of
+from equipoise.errors import TransferError
 from tests.ranks import Rank, processes
 
 CPU = torch.device("cpu")
@@ -178,6 +179,31 @@ def test_many_generations_leave_no_thread_and_no_file_open(rank: Rank) -> None:
     assert after_first is not None
     # A socket that the other rank closes last may still be on its way out.
     assert all(now <= then + 2 for now, then in zip(count(), after_first, strict=True))
+
+
+@processes(3)
+def test_a_communicator_may_be_closed_as_soon_as_it_is_made(rank: Rank) -> None:
+    group = rank.make_group(timeout_s=20)
+    for _ in range(20):
+        NixlEplbCommunicator(group, (), 20.0).close()
+    group.barrier()
+
+
+@processes(2)
+def test_an_agent_that_is_gone_already_is_named(rank: Rank) -> None:
+    if rank.rank == 1:
+        gone = Agent(CPU)
+        metadata = gone.describe()
+        gone.close()
+        describe = Agent.describe
+        Agent.describe = lambda self: metadata
+        with pytest.raises(TransferError):
+            make(rank)
+        Agent.describe = describe
+    else:
+        with pytest.raises(TransferError, match="rank 0 cannot connect to rank 1") as caught:
+            make(rank)
+        assert caught.value.peer == 1
 
 
 @processes(2)

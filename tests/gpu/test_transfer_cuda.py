@@ -23,7 +23,7 @@ from equipoise.topology import Topology
 from equipoise.transfer.executor import rearrange_expert_weights_inplace
 from tests.placements import make_random_placement
 from tests.ranks import Rank, processes
-from tests.rebalances import NUM_EXPERTS, SHAPES, Library, move_about
+from tests.rebalances import NUM_EXPERTS, SHAPES, Library, move_about, soak
 
 WIRES = ("torch_gloo", "nixl", "torch_nccl", "pynccl")
 NUM_REBALANCES = int(os.environ.get("REBALANCES", "60"))
@@ -51,6 +51,20 @@ def test_ranks_that_share_a_gpu(rank: Rank, wire: str, num_ranks: int) -> None:
 def test_every_slot_holds_what_the_map_says(rank: Rank, wire: str) -> None:
     num_rebalances = NUM_REBALANCES if wire != "torch_gloo" else min(NUM_REBALANCES, 200)
     move_about(make_group(rank, wire), wire, num_rebalances)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("hidden_size", [1024, 2048])
+@pytest.mark.parametrize("wire", ["nixl", "torch_nccl", "pynccl"])
+@processes(2, timeout_s=580)
+def test_thousands_of_rebalances_leave_nothing_behind(
+    rank: Rank, wire: str, hidden_size: int
+) -> None:
+    began = time.monotonic()
+    soak(make_group(rank, wire), wire, hidden_size, NUM_REBALANCES)
+    if rank.rank == 0:
+        print(f"{wire}, {hidden_size}: {NUM_REBALANCES} in {time.monotonic() - began:.1f} s")
 
 
 @pytest.mark.multi_gpu

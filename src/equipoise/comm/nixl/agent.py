@@ -154,10 +154,14 @@ class Agent:
 
         Returns:
             Its name.
+        Raises: WireError if there is no way to it.
         """
-        name: str = self._agent.loadRemoteMD(metadata).decode()
-        self._peers.add(name)
-        self._agent.makeConnection(name, [])
+        try:
+            name: str = self._agent.loadRemoteMD(metadata).decode()
+            self._peers.add(name)
+            self._agent.makeConnection(name, [])
+        except self._errors as error:
+            raise self._explain(error) from error
         return name
 
     def notify(self, name: str, message: bytes) -> None:

@@ -19,7 +19,7 @@ from equipoise.comm.base import ExpertWeights, GroupCoordinator
 from equipoise.comm.byte_views import view_bytes
 from equipoise.comm.exchange import Exchange, deadline_in
 from equipoise.comm.groups import find_device
-from equipoise.comm.nixl.agent import Agent, Registration
+from equipoise.comm.nixl.agent import Agent, Registration, WireError
 from equipoise.comm.nixl.exchange import Mailbox, NixlExchange, Pair, Remote
 from equipoise.comm.nixl.messages import TOKEN_BYTES, Failed
 from equipoise.comm.nixl.pool import SendPool, plan_offers
@@ -162,8 +162,17 @@ class NixlEplbCommunicator(QueuedCommunicator[_Flight]):
                         rank=self.rank,
                         peer=peer,
                     )
-            name = agent.connect(base64.b64decode(theirs["agent"]))
+            try:
+                name = agent.connect(base64.b64decode(theirs["agent"]))
+            except WireError as error:
+                raise TransferError(
+                    f"rank {self.rank} cannot connect to rank {peer}: {error}",
+                    rank=self.rank,
+                    peer=peer,
+                ) from error
             remotes[peer] = Remote(name, bytes.fromhex(theirs["token"]), theirs["device"])
+        # Nobody closes its agent again before all have connected to it.
+        self._swap(group, b"connected")
         return remotes
 
     def _swap(self, group: dist.ProcessGroup, mine: bytes) -> dict[int, bytes]:
