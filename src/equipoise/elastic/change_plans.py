@@ -24,14 +24,20 @@ def make_plan(change: Change, roster: Roster, spec: ServiceSpec, generation: int
     parts = [Serving.from_json(one.told["holding"]["serving"]) for one in serving]
     deadlines = Deadlines(spec.change_s, spec.timeout_s, spec.timeout_s)
     redundancy = Redundancy.of(spec.config, spec.slots_per_rank)
+    nodes = roster.find_nodes()
     if change.kind == "recover":
         return plan_recovery(
-            Serving.join(parts), generation, redundancy, deadlines, backup=spec.host_backup
+            Serving.join(parts),
+            generation,
+            redundancy,
+            deadlines,
+            backup=spec.host_backup,
+            nodes=nodes,
         )
     names = {record.name for record in serving} - set(change.leaving) | set(change.joining)
     members = sort_names(names)
     return plan_change(
-        Serving.join(parts), members, generation, redundancy, deadlines, spec.host_backup
+        Serving.join(parts), members, generation, redundancy, deadlines, spec.host_backup, nodes
     )
 
 
@@ -87,6 +93,6 @@ def describe_change(change: Change, roster: Roster, generation: int, *, done: bo
 def choose_device_group(roster: Roster, names: Sequence[str]) -> Literal["gloo", "nccl"]:
     """What carries tokens: NCCL refuses two ranks on one GPU, gloo does not."""
     records = [roster.find(name) for name in names]
-    devices = [record.seat.device for record in records if record is not None]
+    devices = [(one.node, one.seat.device) for one in records if one is not None]
     alone = len(set(devices)) == len(devices)
-    return "nccl" if devices[0].startswith("cuda") and alone else "gloo"
+    return "nccl" if devices[0][1].startswith("cuda") and alone else "gloo"

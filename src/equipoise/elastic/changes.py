@@ -32,6 +32,7 @@ from equipoise.elastic.change_plans import (
 )
 from equipoise.elastic.channel import Message
 from equipoise.elastic.orders import STAGE_ENDS, Change, settle_names
+from equipoise.elastic.placing import order_by_node
 from equipoise.elastic.roster import RankRecord, Roster
 from equipoise.elastic.service import Busy, Phase, ScaleReport
 from equipoise.elastic.spec import ServiceSpec
@@ -290,15 +291,17 @@ class Changes:
         change.deadline = time.monotonic() + self._spec.start_s
         change.awaited = set(change.joining)
         self._last_generation += 1
-        for number, name in enumerate(change.joining):
+        names, num_nodes = order_by_node(change.joining, self._roster.find_nodes())
+        for number, name in enumerate(names):
             self._tell(
                 [name],
                 {
                     "do": "begin",
                     "generation": self._last_generation,
                     "number": number,
-                    "names": change.joining,
-                    "device_group": choose_device_group(self._roster, change.joining),
+                    "names": names,
+                    "num_nodes": num_nodes,
+                    "device_group": choose_device_group(self._roster, names),
                 },
             )
 

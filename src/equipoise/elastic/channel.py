@@ -112,6 +112,11 @@ class Channel:
         self._socket.close()
 
     @property
+    def local_address(self) -> str:
+        """Of this side of a TCP connection."""
+        return str(self._socket.getsockname()[0])
+
+    @property
     def is_closed(self) -> bool:
         """Whether it was closed at this side."""
         return self._is_closed

@@ -251,6 +251,7 @@ class Controller:
         if record is None or record.state == "dead":
             return None
         channel.peer = record.name
+        record.settle(hello)
         is_back = record.has_called
         record.channel, record.has_called = channel, True
         record.hear()
@@ -412,7 +413,8 @@ class Controller:
         self._stop_by = time.monotonic() + LEAVE_S
         self._changes.close(ServiceClosed(self._closing or "it was closed"))
         for record in self._roster.living():
-            if record.channel is None:
+            # Who serves nothing yet may be loading, and hears nothing meanwhile.
+            if record.channel is None or record.number is None:
                 record.handle.stop()
             record.tell({"do": "stop"})
 

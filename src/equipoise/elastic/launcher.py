@@ -18,6 +18,7 @@ class RankSeat:
         token: that its first frame must carry; a secret.
         device: as torch names it, like "cpu" or "cuda:1".
         num_threads: for torch.
+        node: of its process: ranks of one node say the same; empty for the host's name.
     """
 
     name: str
@@ -27,18 +28,19 @@ class RankSeat:
     token: str = field(repr=False)
     device: str = "cpu"
     num_threads: int = 1
+    node: str = ""
 
 
 class RankHandle(Protocol):
     """A process that was started. Owner: the thread that started it."""
 
     @property
-    def pid(self) -> int:
-        """Of the process, on its host."""
+    def pid(self) -> int | None:
+        """Of the process, on its host; None until it is known."""
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs; negative for a signal. Does not wait."""
+        """None while it runs or is about to; negative for a signal. Does not wait."""
 
     def stop(self, *, kill: bool = False) -> None:
         """Ask it to end, or make it; does not wait."""
@@ -52,7 +54,7 @@ class Launcher(Protocol):
 
     @property
     def host(self) -> str:
-        """Where its ranks run, for people."""
+        """Where its ranks run, for people; a rank that calls says it better."""
 
     def open(self, timeout_s: float) -> None:
         """Wait until ranks can be started at once. Any thread, before the first is.

@@ -56,6 +56,12 @@ class ControllerLink:
         with self._lock:
             self._beat_s, self._orphan_s = beat_s, orphan_s
 
+    @property
+    def local_address(self) -> str:
+        """From which this rank reaches the controller."""
+        with self._lock:
+            return self._channel.local_address
+
     def say(self, message: Message) -> None:
         """Have a message sent, behind those before it; waits for nobody."""
         self._outbox.put(message)
@@ -90,6 +96,7 @@ class ControllerLink:
             "incarnation": seat.incarnation,
             "pid": os.getpid(),
             "host": socket.gethostname(),
+            "node": seat.node or socket.gethostname(),
             "device": seat.device,
         }
         return connect((seat.host, seat.port), hello, peer="the controller")

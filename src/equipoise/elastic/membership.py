@@ -213,6 +213,7 @@ class MembershipPlan:
         is_recovery: whether ranks have died: the serving generation steps no more, and experts
             that nobody holds are restored.
         backup: which experts members keep in host memory for each other.
+        nodes: where participants sit, by name; those that are not named share a node.
     """
 
     generation: int
@@ -223,6 +224,7 @@ class MembershipPlan:
     deadlines: Deadlines = Deadlines()
     is_recovery: bool = False
     backup: HostBackup = "none"
+    nodes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def participants(self) -> tuple[str, ...]:
@@ -264,6 +266,7 @@ class MembershipPlan:
             "deadlines": asdict(self.deadlines),
             "is_recovery": self.is_recovery,
             "backup": self.backup,
+            "nodes": dict(self.nodes),
         }
 
     @classmethod
@@ -282,6 +285,7 @@ class MembershipPlan:
                 Deadlines(**data["deadlines"]),
                 bool(data["is_recovery"]),
                 data["backup"],
+                {str(name): str(node) for name, node in data["nodes"].items()},
             )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,7 +57,9 @@ class Redundancy:
         return self.slots_per_rank
 
 
-def place_members(held: Sequence[IntArray], num_experts: int, slots_per_rank: int) -> Placement:
+def place_members(
+    held: Sequence[IntArray], num_experts: int, slots_per_rank: int, num_nodes: int = 1
+) -> Placement:
     """Place a set of layers on the members of a generation.
 
     A slot that fits keeps its expert. Experts that no member holds go where most slots are free,
@@ -68,8 +70,9 @@ def place_members(held: Sequence[IntArray], num_experts: int, slots_per_rank: in
         held: by number, what each member's slots hold, [L, any] int64; [L, 0] of a newcomer.
         num_experts: E.
         slots_per_rank: S; R * S is at least E.
+        num_nodes: N, which members are spread over evenly, node by node.
     Returns:
-        The placement of R ranks on one node.
+        The placement of R ranks.
     Collective: none; the same everywhere for the same input.
     """
     num_layers = held[0].shape[0]
@@ -77,7 +80,25 @@ def place_members(held: Sequence[IntArray], num_experts: int, slots_per_rank: in
     for row in range(num_layers):
         layer = _Layer([one[row].tolist() for one in held], num_experts, slots_per_rank, turn=row)
         table[row] = np.concatenate(layer.place())
-    return Placement(table, num_experts, Topology(len(held), slots_per_rank))
+    return Placement(table, num_experts, Topology(len(held), slots_per_rank, num_nodes))
+
+
+def order_by_node(names: Sequence[str], nodes: Mapping[str, str]) -> tuple[list[str], int]:
+    """Number ranks node by node, as a topology has them.
+
+    Args:
+        names: of ranks.
+        nodes: where they sit, by name; those that are not named share a node.
+    Returns:
+        The names, those of a node side by side, and N: 1 where some node has more ranks than
+        another, which a topology cannot say.
+    Collective: none; the same everywhere for the same input.
+    """
+    by_node: dict[str, list[str]] = {}
+    for name in names:
+        by_node.setdefault(nodes.get(name, ""), []).append(name)
+    is_even = len({len(ranks) for ranks in by_node.values()}) == 1
+    return [name for ranks in by_node.values() for name in ranks], len(by_node) if is_even else 1
 
 
 class _Layer:

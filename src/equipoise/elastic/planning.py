@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from equipoise.elastic.membership import (
     Deadlines,
@@ -13,7 +13,7 @@ from equipoise.elastic.membership import (
     Serving,
     SetShape,
 )
-from equipoise.elastic.placing import Redundancy, place_members
+from equipoise.elastic.placing import Redundancy, order_by_node, place_members
 from equipoise.elastic.shared_weights import list_shared
 from equipoise.elastic.traffic import RESTORE, keeps_tensors, list_fetches
 from equipoise.errors import MembershipError
@@ -89,6 +89,7 @@ def plan_change(
     redundancy: Redundancy,
     deadlines: Deadlines | None = None,
     backup: HostBackup = "none",
+    nodes: Mapping[str, str] | None = None,
 ) -> MembershipPlan:
     """Plan a change of the ranks that serve.
 
@@ -101,6 +102,7 @@ def plan_change(
         redundancy: slots per rank.
         deadlines: None for the defaults.
         backup: which experts members keep in host memory for each other.
+        nodes: where ranks sit, by name; members are numbered node by node.
     Collective: none.
     Raises: MembershipError, with the least size that can, if it cannot hold all experts; or if
         names repeat, there are none, or nobody stays who could give newcomers anything.
@@ -114,7 +116,7 @@ def plan_change(
         raise MembershipError(
             f"generation {generation} cannot follow generation {serving.generation}"
         )
-    return _plan(serving, members, generation, redundancy, deadlines, backup, is_recovery=False)
+    return _plan(serving, members, generation, redundancy, deadlines, backup, nodes or {})
 
 
 def plan_recovery(
@@ -124,6 +126,7 @@ def plan_recovery(
     deadlines: Deadlines | None = None,
     members: Sequence[str] | None = None,
     backup: HostBackup = "none",
+    nodes: Mapping[str, str] | None = None,
 ) -> MembershipPlan:
     """Plan how survivors go on: each keeps its slots, and what nobody holds is restored.
 
@@ -134,11 +137,13 @@ def plan_recovery(
         deadlines: None for the defaults.
         members: None for the survivors; names beyond them are newcomers'.
         backup: as for `plan_change`.
+        nodes: as for `plan_change`.
     Collective: none.
     Raises: as `plan_change`.
     """
     names = tuple(serving.held) if members is None else members
-    return _plan(serving, names, generation, redundancy, deadlines, backup, is_recovery=True)
+    plan = _plan(serving, names, generation, redundancy, deadlines, backup, nodes or {})
+    return replace(plan, is_recovery=True)
 
 
 def rehearse(plan: MembershipPlan, device: str = "cpu") -> Rehearsal:
@@ -184,15 +189,15 @@ def _plan(
     redundancy: Redundancy,
     deadlines: Deadlines | None,
     backup: HostBackup,
-    *,
-    is_recovery: bool,
+    nodes: Mapping[str, str],
 ) -> MembershipPlan:
+    names, num_nodes = order_by_node(names, nodes)
     placements = []
     for index, shape in enumerate(serving.shapes):
         num_slots = redundancy.choose_slots(shape.num_experts, len(names))
         nothing = Holding.nothing(serving.shapes)
         held = [serving.held.get(name, nothing).slots[index] for name in names]
-        placements.append(place_members(held, shape.num_experts, num_slots))
+        placements.append(place_members(held, shape.num_experts, num_slots, num_nodes))
     return MembershipPlan(
         generation,
         serving,
@@ -200,8 +205,8 @@ def _plan(
         tuple(name for name in serving.held if name not in names),
         tuple(placements),
         deadlines or Deadlines(),
-        is_recovery,
-        backup,
+        backup=backup,
+        nodes={name: nodes[name] for name in (*names, *serving.held) if name in nodes},
     )
 
 

@@ -13,7 +13,8 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from equipoise.elastic.builder import Home
-from equipoise.elastic.channel import LOOPBACK, ChannelClosed, Message
+from equipoise.elastic.channel import ChannelClosed, Message
+from equipoise.elastic.interface import find_name
 from equipoise.elastic.launcher import RankSeat
 from equipoise.elastic.link import ControllerLink
 from equipoise.elastic.rank_loop import RankLoop
@@ -83,10 +84,12 @@ def _serve(seat: RankSeat, link: ControllerLink, pulse: Pulse) -> int:
         return 1
     spec = ServiceSpec.from_json(welcome["spec"])
     link.set_times(spec.beat_s, spec.orphan_s)
-    if spec.interface == LOOPBACK:
-        # Ranks of one machine need not be reached from others. What the user has set wins.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    # Ranks meet where they reach the controller; the host's name may lead elsewhere. What the user
+    # has set wins.
+    interface = find_name(link.local_address)
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     torch.set_num_threads(seat.num_threads)
     device = torch.device(seat.device)
     if device.type == "cuda":

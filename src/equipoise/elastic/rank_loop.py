@@ -258,7 +258,7 @@ class RankLoop:
     def _begin(self, message: Message) -> None:
         """Join the first generation: everybody reads its own experts from the checkpoint."""
         spec, home, names = self._spec, self._home, tuple(message["names"])
-        generation = int(message["generation"])
+        generation, num_nodes = int(message["generation"]), int(message["num_nodes"])
         group = create_rank_group(
             home.store,
             names.index(self._name),
@@ -273,7 +273,8 @@ class RankLoop:
                 spec.model,
                 group,
                 spec.config,
-                placement=self._choose_placement(len(names)),
+                placement=self._choose_placement(len(names), num_nodes),
+                num_nodes=num_nodes,
                 dtype=home.dtype,
                 attention=home.attention,
             )
@@ -283,13 +284,13 @@ class RankLoop:
             raise
         self._serve(Duty(generation, names, parallel), "serving")
 
-    def _choose_placement(self, num_ranks: int) -> Placement | None:
+    def _choose_placement(self, num_ranks: int, num_nodes: int) -> Placement | None:
         """Of the first generation, where the slots of a rank are given."""
         if self._spec.slots_per_rank is None:
             return None
         shape = read_model_shape(self._spec.model)
         num_slots = Redundancy(self._spec.slots_per_rank).choose_slots(shape.num_experts, num_ranks)
-        topology = Topology(num_ranks, num_slots)
+        topology = Topology(num_ranks, num_slots, num_nodes)
         return place_in_order(shape.num_layers, shape.num_experts, topology)
 
     def _serve(self, duty: Duty, said: Literal["serving", "switched"]) -> None:

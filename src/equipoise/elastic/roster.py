@@ -6,7 +6,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from equipoise.elastic.channel import Channel, ChannelClosed, Message
@@ -34,6 +34,7 @@ class RankRecord:
         is_lost: whether its step has failed, so that it waits for a recovery.
         told: facts that it was asked for, by what it said.
         detail: why it is dead.
+        pid: of its process, as it says.
     """
 
     seat: RankSeat
@@ -52,11 +53,24 @@ class RankRecord:
     steps_seen: int = 0
     told: dict[str, Message] = field(default_factory=dict)
     detail: str = ""
+    pid: int | None = None
 
     @property
     def name(self) -> str:
         """That it keeps."""
         return self.seat.name
+
+    @property
+    def node(self) -> str:
+        """Where it sits, as it says."""
+        return self.seat.node
+
+    def settle(self, hello: Message) -> None:
+        """It has called, and says where it sits and on what."""
+        self.host = str(hello.get("host", self.host))
+        node, device = str(hello.get("node", "")), str(hello.get("device", self.seat.device))
+        self.seat = replace(self.seat, node=node, device=device)
+        self.pid = int(hello["pid"]) if "pid" in hello else self.pid
 
     def hear(self) -> None:
         """Something came from it."""
@@ -75,7 +89,7 @@ class RankRecord:
         return RankStatus(
             name=self.name,
             number=self.number,
-            pid=self.handle.pid,
+            pid=self.handle.pid or self.pid,
             host=self.host,
             device=self.seat.device,
             state=self.state,
@@ -86,6 +100,7 @@ class RankRecord:
             step_s=float(self.facts.get("step_s", 0.0)),
             pause_s=self.pause_s,
             detail=self.detail,
+            node=self.node,
         )
 
 
@@ -122,6 +137,10 @@ class Roster:
         """Members of the serving generation that live, by their numbers."""
         members = [record for record in self.living() if record.number is not None]
         return sorted(members, key=lambda record: record.number or 0)
+
+    def find_nodes(self) -> dict[str, str]:
+        """Where the living sit, by name."""
+        return {record.name: record.node for record in self.living()}
 
     def pick_names(self, count: int) -> list[str]:
         """Names for newcomers: the lowest numbers that no living rank has."""

@@ -105,6 +105,7 @@ class RankStatus:
         pause_s: seconds from the end of the last step before the last switch to the end of the
             first one after it.
         detail: why it is dead, or what it waits for; empty otherwise.
+        node: ranks that say the same share a machine; empty until it is known.
     """
 
     name: str
@@ -120,6 +121,7 @@ class RankStatus:
     step_s: float = 0.0
     pause_s: float = 0.0
     detail: str = ""
+    node: str = ""
 
 
 @dataclass(frozen=True)

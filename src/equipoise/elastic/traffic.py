@@ -49,12 +49,13 @@ def list_fetches(plan: MembershipPlan) -> list[Fetch]:
     """All that members bring into their slots, in an order that all participants share.
 
     A member that keeps its number of slots keeps its tensors, and brings what changes; others fill
-    new ones, from their own too. Of several holders the one that gives least so far gives.
+    new ones, from their own too. Of several holders one of the same node gives, of those the one
+    that gives least so far.
 
     Collective: none; the same on every participant.
     """
     names = plan.participants
-    given = [0] * len(names)
+    given = _Given(plan)
     fetches: list[Fetch] = []
     copies: dict[CopyKey, list[int]] = {}
     for name, keys in plan.serving.copies.items():
@@ -70,15 +71,15 @@ def list_fetches(plan: MembershipPlan) -> list[Fetch]:
             for member in range(len(plan.members)):
                 wanted = table[layer, member * num_slots : (member + 1) * num_slots].tolist()
                 for expert, slots in _find_changes(before[member], wanted):
-                    source = _choose(holders.get(expert, []), member, given)
+                    source = given.choose(holders.get(expert, []), member)
                     held_in = before[source].index(expert) if source != RESTORE else -1
                     if source == RESTORE:
                         kept = copies.get(CopyKey(index, layer, expert), [])
-                        source = _choose(kept, member, given)
+                        source = given.choose(kept, member)
                         held_in = IN_HOST if source != RESTORE else -1
                     fetch = Fetch(index, layer, expert, member, slots, source, held_in, num_bytes)
                     if fetch.travels:
-                        given[source] += num_bytes
+                        given.add(source, num_bytes)
                     fetches.append(fetch)
     return fetches
 
@@ -91,7 +92,7 @@ def list_copy_fetches(plan: MembershipPlan) -> list[Fetch]:
     names = plan.participants
     had = [plan.serving.copies.get(member.name, ()) for member in plan.members]
     kept = assign_copies(plan.placements, plan.backup, had)
-    given = [0] * len(names)
+    given = _Given(plan)
     fetches = []
     for index, shape in enumerate(plan.serving.shapes):
         held = [plan.find_holding(name).slots[index] for name in names]
@@ -101,11 +102,11 @@ def list_copy_fetches(plan: MembershipPlan) -> list[Fetch]:
             for member, keys in enumerate(kept):
                 new = {key for key in keys if (key.set, key.layer) == (index, layer)}
                 for key in sorted(new - set(had[member])):
-                    source = _choose(holders.get(key.expert, []), member, given)
+                    source = given.choose(holders.get(key.expert, []), member)
                     held_in = before[source].index(key.expert) if source != RESTORE else -1
                     fetch = Fetch(index, layer, key.expert, member, (), source, held_in, num_bytes)
                     if fetch.travels:
-                        given[source] += num_bytes
+                        given.add(source, num_bytes)
                     fetches.append(fetch)
     return fetches
 
@@ -155,7 +156,22 @@ def _find_changes(before: list[int], wanted: list[int]) -> Iterator[tuple[int, t
         yield expert, tuple(changed[expert])
 
 
-def _choose(holders: Sequence[int], member: int, given: Sequence[int]) -> int:
-    if member in holders:
-        return member
-    return min(holders, key=lambda place: (given[place], place), default=RESTORE)
+class _Given:
+    """What participants give so far, and who gives next; places are those among participants."""
+
+    def __init__(self, plan: MembershipPlan) -> None:
+        self._nodes = [plan.nodes.get(name, "") for name in plan.participants]
+        self._bytes = [0] * len(self._nodes)
+
+    def add(self, place: int, num_bytes: int) -> None:
+        self._bytes[place] += num_bytes
+
+    def choose(self, holders: Sequence[int], member: int) -> int:
+        if member in holders:
+            return member
+        node = self._nodes[member]
+        return min(
+            holders,
+            key=lambda place: (self._nodes[place] != node, self._bytes[place], place),
+            default=RESTORE,
+        )

@@ -160,6 +160,7 @@ def parallelize(
     config: EPLBConfig | None = None,
     *,
     placement: Placement | None = None,
+    num_nodes: int = 1,
     on_commit: OnCommit | None = None,
     dtype: torch.dtype | None = None,
     attention: str | None = None,
@@ -175,8 +176,10 @@ def parallelize(
             error it is of no use.
         group: the ranks that serve it, each with its own requests.
         config: the same on every rank; None for the defaults.
-        placement: to begin with, also of several nodes; None for experts in order on one node,
-            with as many redundant ones as the configuration says.
+        placement: to begin with; None for experts in order, with as many redundant ones as the
+            configuration says.
+        num_nodes: that the group's ranks are spread over evenly, node by node; a placement says
+            it itself.
         on_commit: as for `EplbState.add_model`; layers are numbered as the model has them.
         dtype: of the weights of a checkpoint; None for that of its configuration.
         attention: transformers' attention implementation for a checkpoint; None lets it choose.
@@ -191,16 +194,17 @@ def parallelize(
     config = config or EPLBConfig()
     get_policy(config.policy)
     checkpoint: Checkpoint | None = None
+    initial = num_nodes if placement is None else placement
     if isinstance(model, nn.Module):
         if dtype is not None or attention is not None or progress is not None:
             raise ConfigError("dtype, attention and progress are of a checkpoint, not of a model")
-        plans = _plan_sets(find_expert_sets(model), group, config, placement, dispatcher)
+        plans = _plan_sets(find_expert_sets(model), group, config, initial, dispatcher)
         spread = take_over(model, plans, group.rank, WholeModel())
         model.to(group.device)
     else:
         checkpoint = Checkpoint(Path(model), dtype, group.device, attention)
         sets = find_expert_sets(checkpoint.model)
-        plans = _plan_sets(sets, group, config, placement, dispatcher)
+        plans = _plan_sets(sets, group, config, initial, dispatcher)
         spread = load_spread(checkpoint, plans, group, progress)
     return assemble(spread, group, config, checkpoint, on_commit)
 
@@ -287,32 +291,35 @@ def _plan_sets(
     sets: list[list[ExpertLayer]],
     group: RankGroup,
     config: EPLBConfig,
-    placement: Placement | None,
+    initial: Placement | int,
     dispatcher: MakeDispatcher | None,
 ) -> list[SetPlan]:
-    if placement is not None and len(sets) > 1:
+    """How layers are spread; `initial` is where experts begin, or over how many nodes."""
+    if isinstance(initial, Placement) and len(sets) > 1:
         counts = " or ".join(str(layers[0].num_experts) for layers in sets)
         raise ModelError(
             f"the model's MoE layers have {counts} experts, so that one placement cannot speak of "
             "all: leave it out"
         )
-    return [_plan(layers, group, config, placement, dispatcher) for layers in sets]
+    return [_plan(layers, group, config, initial, dispatcher) for layers in sets]
 
 
 def _plan(
     layers: list[ExpertLayer],
     group: RankGroup,
     config: EPLBConfig,
-    placement: Placement | None,
+    initial: Placement | int,
     dispatcher: MakeDispatcher | None,
 ) -> SetPlan:
-    if placement is None:
+    if isinstance(initial, Placement):
+        placement = initial
+    else:
         requested = config.num_redundant_experts
         num_experts = layers[0].num_experts
         num_redundant = choose_num_redundant(
             num_experts, group.size, None if requested == "auto" else requested
         )
-        topology = Topology(group.size, (num_experts + num_redundant) // group.size)
+        topology = Topology(group.size, (num_experts + num_redundant) // group.size, initial)
         placement = place_in_order(len(layers), num_experts, topology)
     make = dispatcher or partial(create_dispatcher, "torch")
     return SetPlan(
