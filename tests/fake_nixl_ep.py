@@ -78,6 +78,7 @@ class FakeBuffer:
         self.store: Any = None
         self.prefix = ""
         self.is_destroyed = False
+        self.refuses = ""
         self.calls: list[str] = []
         # Kernels that send clear the other half of the buffer: what was not received is lost.
         self.on_its_way: list[int] = []
@@ -111,6 +112,11 @@ class FakeBuffer:
         self.store.wait(keys, timedelta(seconds=300))
         found = self.store.multi_get(keys)
         assert found == [f"metadata of {rank}".encode() for rank in remote_ranks]
+        if self.refuses:
+            # It has put them among the connected by then.
+            self.connected.update(remote_ranks)
+            message, self.refuses = self.refuses, ""
+            raise RuntimeError(message)
         for rank in remote_ranks:
             expect(0 <= rank < self.num_ranks, "remote_rank >= 0 and remote_rank < max_num_ranks")
             self.connected.add(rank)

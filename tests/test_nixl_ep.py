@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -250,6 +253,52 @@ def test_a_newcomer_that_does_not_come_is_named_and_the_others_go_on() -> None:
     together([partial(wait_for_a_third, peer) for peer in peers])
     assert [peer.manager.connected for peer in peers] == [{1}, {0}]
     exchange(cluster.form(peers), 1)
+
+
+def test_a_rank_that_cannot_be_connected_is_named_and_tried_again() -> None:
+    """As when it dies once its metadata were read."""
+    cluster = Cluster()
+    peers = cluster.make_peers(2)
+    dispatchers = cluster.form(peers)
+    (buffer,) = (buffer for buffer in cluster.fabric.buffers if buffer.rank == 0)
+    buffer.refuses = "Failed to get metadata for remote agent 1, status: -3"
+
+    def run(rank: int) -> None:
+        group = peers[rank].group
+        assert group is not None
+        if rank == 0:
+            with pytest.raises(MembershipError, match=r"0 .* connected to \[1\]: Failed to get"):
+                peers[0].manager.stage(group, (0, 1))
+            assert peers[0].manager.connected == frozenset()
+            assert not buffer.connected
+        else:
+            peers[1].manager.stage(group, (0, 1))
+            peers[1].manager.disconnect((0,))
+
+    together([lambda: run(0), lambda: run(1)])
+    exchange(dispatchers)
+
+
+_HANG = """
+import ctypes
+from equipoise.dispatch.nixl_ep.watchdog import end_process_after
+with end_process_after(60, "too early"):
+    pass
+print("alive", flush=True)
+with end_process_after(0.5, "nobody came"):
+    ctypes.PyDLL(None).pause()  # keeps Python's lock, as NIXL-EP does
+"""
+
+
+def test_a_native_call_that_never_returns_ends_its_process() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _HANG], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (
+        -signal.SIGKILL,
+        "alive\n",
+        "nobody came\n",
+    )
 
 
 def test_a_micro_batch_travels_while_another_is_computed() -> None:

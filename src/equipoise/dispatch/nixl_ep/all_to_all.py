@@ -24,6 +24,7 @@ from equipoise.dispatch.nixl_ep.kernels import (
     load_nixl_ep,
 )
 from equipoise.dispatch.nixl_ep.metadata import GenerationMetadata
+from equipoise.dispatch.nixl_ep.watchdog import end_process_after
 from equipoise.dispatch.rows import maybe_roundup_layer_hidden_size
 from equipoise.errors import ConfigError, MembershipError, TransferError
 
@@ -55,9 +56,9 @@ class NixlEPAll2AllManager:
     indices, by rank. A rank is absent, then staged (connected, but masked: nothing is sent to it
     or waited for), then a member (unmasked), then staged again, then absent.
 
-    Owner: any thread; a lock stands before the state and the buffer. But `stage` and
-    `disconnect` wait for the device and for peers: the thread that dispatches calls them, between
-    two steps, or a peer that waits for its tokens meanwhile would wait in vain.
+    Owner: any thread; a lock stands before the state and the buffer. `stage` goes on beside
+    dispatches, which NIXL-EP allows where ranks stay masked. But `disconnect` waits for the device:
+    the thread that dispatches calls it, between two steps.
 
     Args:
         max_ranks: most ranks at a time, leavers that are still connected included.
@@ -207,27 +208,24 @@ class NixlEPAll2AllManager:
         Args:
             group: of the generation; metadata go through its store.
             members: its indices, by rank.
-        Collective: every rank of the generation, between the same two steps of those that serve.
+        Collective: every rank of the generation, any thread, one at a time of a process.
         Raises: MembershipError if an index is not of this buffer, or a rank does not come in time;
             then nothing was connected.
         """
         with self._hold():
             buffer = self._opened()
             self._check_members(members)
-            # Rank 0's word sets this round's keys apart: another buffer may have left its own here.
-            said = group.all_gather(torch.tensor([secrets.randbits(62)]))
-            fresh = sorted(set(members) - self._connected - {self.index})
-            if not fresh:
-                return
-            metadata = GenerationMetadata(
-                group.store, f"nixl_ep/{int(said[0]):x}", self.index, self.timeout
-            )
-            self._synchronize()
-            buffer.set_tcp_store_group(metadata)
-            try:
-                buffer.connect_ranks(fresh, activate=False)
-            finally:
-                buffer.set_tcp_store_group(None)
+        # Rank 0's word sets this round's keys apart: another buffer may have left its own here.
+        said = group.all_gather(torch.tensor([secrets.randbits(62)]))
+        fresh = sorted(set(members) - self._connected - {self.index})
+        if not fresh:
+            return
+        metadata = GenerationMetadata(
+            group.store, f"nixl_ep/{int(said[0]):x}", self.index, self.timeout
+        )
+        # Without the lock: dispatches of the generation that serves go on meanwhile.
+        self._connect(buffer, fresh, metadata)
+        with self._hold():
             self._connected.update(fresh)
 
     def commit(self, members: Sequence[int]) -> None:
@@ -333,6 +331,28 @@ class NixlEPAll2AllManager:
                 buffer.destroy()
             self._connected.clear()
             self._members = ()
+
+    def _connect(self, buffer: Buffer, fresh: list[int], metadata: GenerationMetadata) -> None:
+        seconds = self.timeout.total_seconds()
+        # The metadata's own deadline comes first; what is behind it is a word of each peer's.
+        last_words = (
+            f"equipoise: index {self.index} of the NIXL-EP buffer was not connected to {fresh} "
+            f"within {2 * seconds:.1f} s: one of them died meanwhile; this process ends, as "
+            "NIXL-EP would wait for good"
+        )
+        buffer.set_tcp_store_group(metadata)
+        try:
+            with end_process_after(2 * seconds, last_words):
+                buffer.connect_ranks(fresh, activate=False)
+        except RuntimeError as error:
+            # It takes those for connected already that it could not reach.
+            with self._hold(), contextlib.suppress(RuntimeError):
+                buffer.disconnect_ranks(fresh)
+            raise MembershipError(
+                f"index {self.index} of the NIXL-EP buffer cannot be connected to {fresh}: {error}"
+            ) from error
+        finally:
+            buffer.set_tcp_store_group(None)
 
     @contextlib.contextmanager
     def _hold(self) -> Iterator[None]:

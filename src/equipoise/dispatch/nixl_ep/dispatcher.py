@@ -193,6 +193,11 @@ class NixlEPDispatcher(TokenDispatcher):
         """As the kernels want them."""
         return self._slot_dtype
 
+    def prepare(self, hidden_TD: Tensor, slot_TK: Tensor) -> None:
+        """As the contract says: connect this generation's ranks, and leave them masked."""
+        del hidden_TD, slot_TK
+        self._manager.stage(self._group, self.members)
+
     def enter(self) -> None:
         """Connect this generation's ranks and serve it; the first dispatch does it otherwise.
 
@@ -275,10 +280,11 @@ class NixlEPDispatcher(TokenDispatcher):
             )
 
     def close(self) -> None:
-        """Disconnect the ranks of this generation that the one that serves now does not have."""
+        """Disconnect the ranks that the generation which serves now does not have."""
         serving = self._manager.members
         if self._is_entered and serving != self.members:
-            self._manager.disconnect(sorted(set(self.members) - set(serving)))
+            # With them whoever was connected for a generation that never served.
+            self._manager.disconnect(sorted(self._manager.connected - set(serving)))
         self._is_entered = False
 
     def _send(self, hidden_TD: Tensor, slot_TK: Tensor, *, with_hook: bool) -> Sent:
