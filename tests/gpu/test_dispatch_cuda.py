@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from datetime import timedelta
 
 import numpy as np
@@ -13,13 +14,15 @@ from torch import Tensor
 from equipoise.comm.groups import RankGroup
 from equipoise.dispatch import create_dispatcher
 from equipoise.dispatch.maps import PlacementMaps
+from equipoise.dispatch.nixl_ep import all_to_all
 from equipoise.dispatch.nixl_ep.all_to_all import NixlEPAll2AllManager
 from equipoise.dispatch.nixl_ep.dispatcher import Fp8, NixlEPDispatcher, NixlEPOptions
+from equipoise.dispatch.nixl_ep.metadata import GenerationMetadata
 from equipoise.dispatch.packing import TorchPacker, lay_out_row
 from equipoise.dispatch.reference import ReferenceDispatcher
 from equipoise.dispatch.replicas import choose_slots
 from equipoise.dispatch.turns import NearestReplicas, ReplicaChoice, SharedReplicas, SpreadReplicas
-from equipoise.errors import TransferError
+from equipoise.errors import MembershipError, TransferError
 from equipoise.load.recorder import LoadRecorder
 from equipoise.models.grouped import compute_blocks, compute_sorted
 from equipoise.topology import Topology
@@ -362,3 +365,32 @@ def test_nixl_ep_names_a_rank_that_stays_away(rank: Rank) -> None:
     single = make_lone(rank, 0)
     exchange(make_nixl_ep(manager, single, 2048), single, 1)
     manager.close()
+
+
+class Dies(GenerationMetadata):
+    """Of a rank that dies once its metadata were read, where NIXL-EP itself waits for it."""
+
+    def multi_get(self, keys: Sequence[str]) -> list[bytes]:
+        super().multi_get(keys)
+        signal.raise_signal(signal.SIGKILL)
+        return []
+
+
+@pytest.mark.multi_gpu
+@processes(2, dies=(0, 1))
+def test_nixl_ep_waits_for_a_rank_that_dies_while_it_is_connected_within_a_deadline(
+    rank: Rank,
+) -> None:
+    """It cannot be connected any more, which raises; or this process ends."""
+    group = rank.make_group(device="cuda")
+    manager = NixlEPAll2AllManager(2, group.device, timedelta(seconds=3))
+    dispatcher = make_nixl_ep(manager, group, 2048)
+    if rank.rank == 1:
+        all_to_all.GenerationMetadata = Dies  # type: ignore[misc]
+    with pytest.raises(MembershipError, match=r"index 0 .* cannot be connected to \[1\]"):
+        dispatcher.enter()
+    assert not manager.connected
+    single = make_lone(rank, 0)
+    exchange(make_nixl_ep(manager, single, 2048), single, 1)
+    print("raised, and served alone", flush=True)
+    signal.raise_signal(signal.SIGKILL)
