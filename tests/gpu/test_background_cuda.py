@@ -9,7 +9,7 @@ import torch
 
 from equipoise.balancer import EplbState
 from equipoise.comm import create_eplb_communicator
-from equipoise.comm.groups import RankGroup
+from equipoise.comm.groups import RankGroup, has_nccl
 from equipoise.config import EPLBConfig
 from equipoise.dispatch.maps import PlacementMaps
 from equipoise.load.recorder import LoadRecorder
@@ -41,6 +41,11 @@ def serve_and_rebalance(group: RankGroup, wire: str, num_rebalances: int) -> Non
     for step in range(num_rebalances * MOST_STEPS_EACH):
         for layer in range(len(SHAPES)):
             activations = torch.tanh(activations @ activations.T)
+            if has_nccl(group.device_group):
+                # Tokens travel beside the weights.
+                swapped = torch.empty_like(activations)
+                group.device_group.alltoall_base(swapped, activations, [], []).wait()
+                activations = swapped
             hot = (step // 3 + layer) % NUM_EXPERTS
             slot = int(maps.placement.expert_to_slots[layer, hot, 0])
             recorder.record(layer, torch.full((64,), slot, device=group.device))
@@ -55,6 +60,8 @@ def serve_and_rebalance(group: RankGroup, wire: str, num_rebalances: int) -> Non
         if done >= num_rebalances:
             break
     assert done >= num_rebalances, f"{done} rebalances in {step + 1} steps"
+    if group.rank == 0:
+        print(f"{communicator.name}: {done} rebalances in {step + 1} steps", flush=True)
     assert warm is not None
     for name, now in count_held(group.device, communicator).items():
         # The halves of a rebalance that is under way come and go.
@@ -66,8 +73,15 @@ def serve_and_rebalance(group: RankGroup, wire: str, num_rebalances: int) -> Non
 
 @pytest.mark.multi_gpu
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("wire", ["nixl", "torch_gloo"])
+@pytest.mark.parametrize("wire", ["nixl", "torch_gloo", "pynccl"])
 @processes(2, timeout_s=380)
 def test_every_slot_is_right_beside_a_forward_pass(rank: Rank, wire: str) -> None:
-    num_rebalances = NUM_REBALANCES if wire == "nixl" else min(NUM_REBALANCES, 40)
-    serve_and_rebalance(rank.make_group(device="cuda", device_group="gloo"), wire, num_rebalances)
+    serve_and_rebalance(rank.make_group(device="cuda", device_group="gloo"), wire, NUM_REBALANCES)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.timeout(400)
+@processes(2, timeout_s=380)
+def test_tokens_over_nccl_and_weights_over_nixl(rank: Rank) -> None:
+    group = rank.make_group(device="cuda", device_group="nccl")
+    serve_and_rebalance(group, "nixl", NUM_REBALANCES)

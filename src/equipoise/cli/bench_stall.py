@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import dataclasses
+from enum import StrEnum
+from typing import Annotated, Any
 
 import typer
 
@@ -11,34 +13,82 @@ from equipoise.cli.bench import JsonPath, check_json_path, show_outcome
 _COLUMNS = (("what", "what"), ("value", "value"), ("goal", "goal"), ("met", "met"))
 
 
+class Device(StrEnum):
+    """Where steps compute."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 def bench_stall(
+    device: Annotated[
+        Device, typer.Option(help="Where steps compute; auto: on GPUs if there are two.")
+    ] = Device.AUTO,
     ranks: Annotated[int, typer.Option(help="Processes, at least 2.")] = 2,
     layers: Annotated[int, typer.Option(help="Layers.")] = 58,
-    slots: Annotated[int, typer.Option(help="Slots of each rank, one of them redundant.")] = 9,
-    expert_bytes: Annotated[int, typer.Option(help="Bytes of one expert of one layer.")] = 65_536,
-    step_ms: Annotated[float, typer.Option(help="What a step computes, in ms.")] = 15.0,
-    steps: Annotated[int, typer.Option(help="Steps of each kind.")] = 1000,
-    communicator: Annotated[str, typer.Option(help="Wire for weights.")] = "auto",
+    slots: Annotated[
+        int | None,
+        typer.Option(help="Slots of each rank, one of them redundant; 9 on the CPU, 65 on GPUs."),
+    ] = None,
+    expert_bytes: Annotated[
+        int | None,
+        typer.Option(help="Bytes of one expert of one layer; 65,536 on the CPU, 9.4 M on GPUs."),
+    ] = None,
+    step_ms: Annotated[
+        float | None,
+        typer.Option(help="What a step computes at least, in ms; 15 on the CPU, 12 on GPUs."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of each kind; 1,000 on the CPU, 2,000 on GPUs.")
+    ] = None,
+    communicator: Annotated[
+        str | None, typer.Option(help="Wire for weights; auto on the CPU, nixl on GPUs.")
+    ] = None,
+    policy: Annotated[
+        str, typer.Option(help="What plans; deepseek plans from nothing, and moves much.")
+    ] = "deepseek",
+    max_bytes_per_s: Annotated[
+        int | None, typer.Option(help="Most bytes a second that a rank sends and receives.")
+    ] = None,
+    max_bytes_per_step: Annotated[
+        int | None, typer.Option(help="Most bytes that a step brings into a rank's slots.")
+    ] = None,
+    max_layers_per_step: Annotated[
+        int | None, typer.Option(help="Most layers that a step commits.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the load.")] = 0,
     timeout: Annotated[float, typer.Option(help="Longest wait for another rank, in s.")] = 60.0,
     json_path: JsonPath = None,
 ) -> None:
     """Compare step times with rebalances in the background and without, in one run."""
     check_json_path(json_path)
-    from equipoise.bench.stall import measure_stalls
-    from equipoise.bench.stall_rank import StallSpec
-    from equipoise.comm.registry import check_name
+    import torch
 
-    check_name(communicator)
-    spec = StallSpec(
-        num_ranks=ranks,
-        num_layers=layers,
-        slots_per_rank=slots,
-        expert_bytes=expert_bytes,
-        step_ms=step_ms,
-        num_steps=steps,
-        communicator=communicator,
-        seed=seed,
-        timeout_s=timeout,
-    )
-    show_outcome(measure_stalls(spec), _COLUMNS, json_path)
+    from equipoise.bench.stall import measure_stalls
+    from equipoise.bench.stall_case import StallSpec
+    from equipoise.comm.registry import check_name
+    from equipoise.policy import get_policy
+
+    on_gpus = device is Device.CUDA or (device is Device.AUTO and torch.cuda.device_count() >= 2)
+    given: dict[str, Any] = {
+        "num_ranks": ranks,
+        "num_layers": layers,
+        "slots_per_rank": slots,
+        "expert_bytes": expert_bytes,
+        "step_ms": step_ms,
+        "num_steps": steps,
+        "communicator": communicator,
+        "policy": policy,
+        "max_bytes_per_s": max_bytes_per_s,
+        "max_bytes_per_step": max_bytes_per_step,
+        "max_layers_per_step": max_layers_per_step,
+        "seed": seed,
+        "timeout_s": timeout,
+    }
+    if communicator is not None:
+        check_name(communicator)
+    get_policy(policy)
+    usual = StallSpec.on_gpus() if on_gpus else StallSpec()
+    chosen = {name: value for name, value in given.items() if value is not None}
+    show_outcome(measure_stalls(dataclasses.replace(usual, **chosen)), _COLUMNS, json_path)
