@@ -13,6 +13,8 @@ _COLUMNS = (
     ("what", "what"),
     ("value", "value"),
     ("unit", "unit"),
+    ("noticed, s", "noticed_s"),
+    ("switched, s", "switched_s"),
     ("full, s", "full_s"),
     ("goal", "goal"),
     ("met", "met"),
@@ -32,6 +34,14 @@ def bench_recovery(
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Of the ranks.")] = "cpu",
     timeout: Annotated[float, typer.Option(help="Longest wait for another rank, in s.")] = 30.0,
     seed: Annotated[int, typer.Option(help="Of the prompts, and of who is killed.")] = 0,
+    host_backup: Annotated[
+        Literal["none", "unreplicated", "all"],
+        typer.Option(help="Experts that ranks keep in host memory."),
+    ] = "none",
+    size_gb: Annotated[
+        float | None,
+        typer.Option(help="Serve random weights, so many GB of experts; written to TMPDIR."),
+    ] = None,
     json_path: JsonPath = None,
 ) -> None:
     """Kill ranks under load: how long no token comes, and whether any answer suffers."""
@@ -49,6 +59,8 @@ def bench_recovery(
         device=device,
         timeout_s=timeout,
         seed=seed,
+        host_backup=host_backup,
+        size_gb=size_gb,
     )
     show_outcome(measure_recovery(bench, _say), _COLUMNS, json_path)
 

@@ -1,0 +1,114 @@
+"""A checkpoint of any size with random weights, for what depends on how many bytes there are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from importlib import import_module
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from equipoise.bundled import model_directory
+from equipoise.errors import ConfigError
+
+_NUM_LAYERS, _NUM_EXPERTS = 4, 128
+_POOL_FLOATS = 1 << 22
+"""Random numbers that are drawn; each tensor is another stretch of them."""
+
+
+def write_random_model(directory: Path, num_bytes: float, seed: int = 0) -> None:
+    """Write a model of the bundled one's tokens and architecture, in float32.
+
+    Its answers mean nothing, but they are some model's, so that they can be compared.
+
+    Args:
+        directory: gets the files; must be there.
+        num_bytes: of its experts, about.
+        seed: of its weights.
+    Collective: none.
+    Raises: ConfigError if so few bytes make no expert of any size; OSError if it cannot be written.
+    """
+    hidden = _find_hidden(num_bytes)
+    transformers: Any = import_module("transformers")
+    bundled = json.loads((model_directory() / "config.json").read_text())
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=bundled["vocab_size"],
+        hidden_size=hidden,
+        intermediate_size=hidden,
+        moe_intermediate_size=hidden,
+        num_hidden_layers=_NUM_LAYERS,
+        num_attention_heads=max(1, hidden // 128),
+        num_key_value_heads=1,
+        head_dim=64,
+        num_experts=_NUM_EXPERTS,
+        num_experts_per_tok=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        architectures=["Qwen3MoeForCausalLM"],
+        dtype="float32",
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    config.save_pretrained(directory)
+    for file in model_directory().glob("*token*"):
+        shutil.copy(file, directory)
+    _write_weights(directory / "model.safetensors", _list_tensors(config), hidden, seed)
+
+
+def _find_hidden(num_bytes: float) -> int:
+    """Of experts that are three square matrices, a multiple of 16."""
+    each = num_bytes / (_NUM_LAYERS * _NUM_EXPERTS * 3 * 4)
+    hidden = isqrt(int(each)) // 16 * 16
+    if hidden < 16:
+        least = _NUM_LAYERS * _NUM_EXPERTS * 3 * 4 * 16**2
+        raise ConfigError(f"a random model has at least {least:,} bytes, got {num_bytes:,.0f}")
+    return hidden
+
+
+def _list_tensors(config: Any) -> dict[str, tuple[int, ...]]:
+    """Tensors as such checkpoints have them: an expert's projections one by one."""
+    torch: Any = import_module("torch")
+    transformers: Any = import_module("transformers")
+    with torch.device("meta"):
+        model = transformers.Qwen3MoeForCausalLM(config)
+    listed = {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if ".experts." not in name
+    }
+    inner, outer = config.moe_intermediate_size, config.hidden_size
+    for layer in range(_NUM_LAYERS):
+        for expert in range(_NUM_EXPERTS):
+            path = f"model.layers.{layer}.mlp.experts.{expert}"
+            listed[f"{path}.gate_proj.weight"] = (inner, outer)
+            listed[f"{path}.up_proj.weight"] = (inner, outer)
+            listed[f"{path}.down_proj.weight"] = (outer, inner)
+    return listed
+
+
+def _write_weights(path: Path, shapes: dict[str, tuple[int, ...]], hidden: int, seed: int) -> None:
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * int(np.prod(shape))
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    random = np.random.default_rng(seed)
+    most = max(int(np.prod(shape)) for shape in shapes.values())
+    # As large as keeps what passes through a layer about as large as it was.
+    pool = random.standard_normal(max(_POOL_FLOATS, 4 * most), dtype=np.float32)
+    pool *= hidden**-0.5
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, shape in shapes.items():
+            count = int(np.prod(shape))
+            first = int(random.integers(0, len(pool) - count + 1))
+            some = pool[first : first + count]
+            if "norm" in name:
+                some = np.ones(count, dtype=np.float32)
+            file.write(some.data)
