@@ -21,6 +21,8 @@ from equipoise.models.checkpoint import Checkpoint
 from equipoise.models.experts import take_over
 from equipoise.models.loading import load_spread
 from equipoise.models.parallel import _plan_sets
+from equipoise.models.read_ahead import FileReader, ReadAhead, Span
+from equipoise.models.stored_experts import make_batches
 from tests.models.thread_ranks import ThreadRanks
 from tests.models.tiny import Family, list_families, make_tiny, run
 from tests.ranks import Rank, processes
@@ -85,6 +87,7 @@ def test_ranks_read_what_they_need(
         pytest.skip("transformers itself does not write a vocabulary as small as this one's")
     plain = save(family.experts, tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    check_batches(Checkpoint(tmp_path), plain)
     for num_ranks, ranks in all_ranks.items():
         parallels = ranks(lambda group: parallelize(tmp_path, group, CONFIG))
         for rank, parallel in enumerate(parallels):
@@ -94,6 +97,27 @@ def test_ranks_read_what_they_need(
             compare_logits(parallels, plain, ranks, kernels if len(family.kernels) > 1 else None)
         ranks(lambda group, parallels=parallels: parallels[group.rank].close())
         assert len(parallels) == num_ranks
+
+
+def check_batches(checkpoint: Checkpoint, plain: Any) -> None:
+    """Experts that are read ahead and converted together are those that are read one by one."""
+    whole = plain.state_dict()
+    ahead = ReadAhead(torch.device("cpu"), num_threads=2, chunk_bytes=1000, ahead_bytes=5000)
+    for layer in checkpoint.layers:
+        experts = [expert for expert in range(layer.num_experts) if expert != 3]
+        batches = list(make_batches(checkpoint._experts[layer.name], layer, experts, 1 << 30))
+        assert [expert for batch in batches for expert in batch.experts] == experts
+        assert len(batches) == 2
+        for batch in batches:
+            spans = [part.span for part in batch.parts]
+            read = {
+                part: part.shaped(data)
+                for part, data in zip(batch.parts, ahead.read(spans), strict=True)
+            }
+            made = checkpoint._convert(layer, batch.experts, read)
+            for name, tensor in zip(layer.full_names(), made, strict=True):
+                assert torch.equal(tensor, whole[name][list(batch.experts)]), name
+    ahead.close()
 
 
 def check_weights(parallel: ParallelModel, plain: Any, rank: int) -> None:
@@ -172,6 +196,26 @@ def test_single_experts_can_be_read_later(tmp_path: Path) -> None:
                 assert torch.equal(tensor, plain.state_dict()[name][5])
 
 
+def test_what_is_read_ahead_comes_in_order_and_whole(tmp_path: Path) -> None:
+    file = tmp_path / "bytes"
+    data = torch.randint(256, (50_000,), dtype=torch.uint8)
+    file.write_bytes(data.numpy().tobytes())
+    random = torch.Generator().manual_seed(0)
+    ends = torch.randint(50_000, (200, 2), generator=random).sort(1).values.tolist()
+    ahead = ReadAhead(torch.device("cpu"), num_threads=4, chunk_bytes=777, ahead_bytes=20_000)
+    got = list(ahead.read(Span(file, begin, end - begin) for begin, end in ends))
+    assert all(torch.equal(tensor, data[b:e]) for tensor, (b, e) in zip(got, ends, strict=True))
+    several = ahead.read(Span(file, 0, 10_000) for _ in range(9))
+    next(several)
+    several.close()
+    with pytest.raises(ModelError, match=r"bytes: is truncated: it ends at byte 50000"):
+        list(ahead.read([Span(file, 0, 10), Span(file, 40_000, 20_000), Span(file, 0, 5000)]))
+    ahead.close()
+    file.unlink()
+    with pytest.raises(ModelError, match=r"bytes: cannot be read: No such file"):
+        FileReader().fill(Span(file, 0, 1), torch.empty(1, dtype=torch.uint8))
+
+
 def test_progress_reaches_what_is_due(tmp_path: Path, all_ranks: dict[int, ThreadRanks]) -> None:
     save("OlmoeExperts", tmp_path)
 
@@ -242,7 +286,7 @@ def measure_peak(directory: Path) -> None:
 def load(directory: Path, group: RankGroup) -> Checkpoint:
     """What one rank of several does to load, without the others."""
     checkpoint = Checkpoint(directory)
-    plans = _plan_sets([checkpoint.layers], group, CONFIG, None, None)
+    plans = _plan_sets([checkpoint.layers], group, CONFIG, 1, None)
     take_over(checkpoint.model, plans, group.rank, checkpoint)
     checkpoint.load_shared()
     return checkpoint
@@ -419,7 +463,7 @@ def test_a_rank_that_cannot_load_ends_all(
 
     def load(group: RankGroup) -> str:
         checkpoint = Checkpoint(tmp_path)
-        plans = _plan_sets([checkpoint.layers], group, CONFIG, None, None)
+        plans = _plan_sets([checkpoint.layers], group, CONFIG, 1, None)
         group.barrier()
         if group.rank == 1:
             # It goes away after its header was read.

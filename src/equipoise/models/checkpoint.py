@@ -1,15 +1,17 @@
 """Weights of a checkpoint, read tensor by tensor: the experts that are asked for, and the rest.
 
 A rank reads what every rank has and its own experts, each into its place and nothing else, so that
-the host holds no more than the rank's own weights and one tensor on its way.
+the host holds no more than the rank's own weights and one tensor on its way. What goes to a GPU is
+read ahead by threads, many experts at once.
 """
 
 from __future__ import annotations
 
 import copy
-import re
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
@@ -20,15 +22,25 @@ from torch import Tensor
 
 from equipoise.errors import ModelError
 from equipoise.models.contract import ExpertLayer
+from equipoise.models.experts import ExpertReader
 from equipoise.models.headers import StoredTensor, read_headers
 from equipoise.models.quiet import first_line, quiet
+from equipoise.models.read_ahead import ReadAhead
 from equipoise.models.skeleton import (
-    DTYPES,
     Conversion,
     build_skeleton,
     check_dtype,
     find_missing,
     sort_sources,
+)
+from equipoise.models.stored_experts import (
+    BATCH_BYTES,
+    Batch,
+    Part,
+    check_complete,
+    check_shape,
+    make_batches,
+    pick_parts,
 )
 
 Progress = Callable[[int, int], None]
@@ -77,6 +89,7 @@ class Checkpoint:
         self._experts, self._shared = self._divide(conversions)
         self._check(conversions)
         self._files: dict[Path, Any] = {}
+        self._ahead: ReadAhead | None = None
         self._lock = threading.Lock()
         self.bytes_read = 0
         self._progress: Progress | None = None
@@ -110,9 +123,10 @@ class Checkpoint:
     def count_bytes(self, layer: ExpertLayer) -> int:
         """Stored bytes of one expert of a layer."""
         return sum(
-            stored.num_bytes // (layer.num_experts if fused else 1)
+            part.span.num_bytes
             for conversion in self._experts[layer.name]
-            for stored, fused in _pick(conversion, layer, 0)
+            for parts in pick_parts(conversion, layer, range(1)).values()
+            for part in parts
         )
 
     def watch(self, progress: Progress | None, bytes_due: int) -> None:
@@ -131,19 +145,39 @@ class Checkpoint:
         Collective: none.
         Raises: ModelError if a file cannot be read any more.
         """
-        made: dict[str, Tensor] = {}
-        for conversion in self._experts[layer.name]:
-            picked = _pick(conversion, layer, expert)
-            tensors: dict[str, list[Tensor]] = {}
-            for pattern, several in conversion.sources.items():
-                names = {stored.name for stored in several}
-                tensors[pattern] = [
-                    self._read(stored, slice(expert, expert + 1) if fused else ...)
-                    for stored, fused in picked
-                    if stored.name in names
-                ]
-            made |= conversion.convert(tensors, self._skeleton)
-        return [made[name][0] for name in layer.full_names()]
+        for _, tensors in self.read_experts(layer, [expert]):
+            return [tensor[0] for tensor in tensors]
+        raise AssertionError("one expert was asked for")
+
+    def read_experts(
+        self, layer: ExpertLayer, experts: Sequence[int]
+    ) -> Iterator[tuple[range, list[Tensor]]]:
+        """As the protocol of readers says; raises as `read_expert`."""
+        with self.read_ahead([(layer, experts)]) as reader:
+            yield from reader.read_experts(layer, experts)
+
+    @contextmanager
+    def read_ahead(
+        self, wanted: Iterable[tuple[ExpertLayer, Sequence[int]]]
+    ) -> Iterator[ExpertReader]:
+        """Have experts of many layers read before they are asked for.
+
+        On the CPU they are not: there the host would hold what is ahead.
+
+        Args:
+            wanted: layers and, in ascending order, experts of theirs, as they will be asked for.
+        Returns:
+            What to ask, within.
+        Collective: none.
+        Raises: as `read_expert`.
+        """
+        batches = [
+            batch
+            for layer, experts in wanted
+            for batch in make_batches(self._experts[layer.name], layer, experts, self._most_bytes)
+        ]
+        with closing(self._read(part for batch in batches for part in batch.parts)) as tensors:
+            yield _Ahead(self, batches, tensors)
 
     def load_shared(self) -> None:
         """Give the model all weights but its experts, which must have been taken over.
@@ -198,9 +232,12 @@ class Checkpoint:
         model.eval().requires_grad_(False)
 
     def close(self) -> None:
-        """Close the files; twice is fine. They open again when something is read."""
+        """Close the files, when nothing is read; twice is fine. They open again when needed."""
         with self._lock:
             self._files.clear()
+            ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.close()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -213,11 +250,42 @@ class Checkpoint:
     ) -> None:
         self.close()
 
-    def _read(self, stored: StoredTensor, index: Any) -> Tensor:
-        tensor = self._open(stored)[index]
-        self._count(tensor.nbytes)
-        moved: Tensor = tensor.to(self._device)
-        return moved
+    @property
+    def _most_bytes(self) -> int:
+        """That are read and converted at once, if an expert does not take more."""
+        return 1 if self._device.type == "cpu" else BATCH_BYTES
+
+    def _read(self, parts: Iterable[Part]) -> Generator[Tensor]:
+        """Read parts, in order, to the device."""
+        if self._device.type == "cpu":
+            for part in parts:
+                tensor: Tensor = self._open(part.stored)[part.index]
+                self._count(tensor.nbytes)
+                yield tensor
+            return
+        parts = list(parts)
+        with closing(self._open_ahead().read(part.span for part in parts)) as several:
+            for part, data in zip(parts, several, strict=True):
+                self._count(part.span.num_bytes)
+                yield part.shaped(data)
+
+    def _open_ahead(self) -> ReadAhead:
+        with self._lock:
+            self._ahead = self._ahead or ReadAhead(self._device)
+            return self._ahead
+
+    def _convert(
+        self, layer: ExpertLayer, experts: range, read: dict[Part, Tensor]
+    ) -> list[Tensor]:
+        """Make experts, of what was read for them."""
+        made: dict[str, Tensor] = {}
+        for conversion in self._experts[layer.name]:
+            tensors = {
+                pattern: [read[part] for part in parts]
+                for pattern, parts in pick_parts(conversion, layer, experts).items()
+            }
+            made |= conversion.convert(tensors, self._skeleton, len(experts))
+        return [made[name] for name in layer.full_names()]
 
     def _open(self, stored: StoredTensor) -> Any:
         safetensors: Any = import_module("safetensors")
@@ -262,11 +330,11 @@ class Checkpoint:
                 for stored in several:
                     check_dtype(self._skeleton, stored, target)
                     if conversion.converter is None:
-                        _check_shape(stored, target.shape)
+                        check_shape(stored, target.shape)
         for layer in self.layers:
             for conversion in self._experts[layer.name]:
                 for several in conversion.sources.values():
-                    _check_complete(self.directory, layer, several)
+                    check_complete(self.directory, layer, several)
                     for stored in several:
                         check_dtype(self._skeleton, stored, known[conversion.target])
             self._rehearse(layer)
@@ -276,20 +344,12 @@ class Checkpoint:
         known = self.model.state_dict()
         made: dict[str, Tensor] = {}
         for conversion in self._experts[layer.name]:
-            tensors: dict[str, list[Tensor]] = {}
-            picked = {stored.name: fused for stored, fused in _pick(conversion, layer, 0)}
-            for pattern, several in conversion.sources.items():
-                tensors[pattern] = [
-                    torch.empty(
-                        (1, *stored.shape[1:]) if picked[stored.name] else stored.shape,
-                        dtype=DTYPES[stored.dtype],
-                        device="meta",
-                    )
-                    for stored in several
-                    if stored.name in picked
-                ]
+            tensors = {
+                pattern: [part.on_meta() for part in parts]
+                for pattern, parts in pick_parts(conversion, layer, range(1)).items()
+            }
             try:
-                made |= conversion.convert(tensors, self._skeleton)
+                made |= conversion.convert(tensors, self._skeleton, 1)
             except Exception as error:  # operations raise whatever PyTorch raises
                 raise ModelError(
                     f"{self.directory}: {conversion.target} cannot be read expert by expert: "
@@ -328,10 +388,14 @@ class _Slice:
         self._checkpoint, self._stored = checkpoint, stored
 
     def __getitem__(self, index: Any) -> Tensor:
-        tensor: Tensor = self._checkpoint._open(self._stored)[index]
-        self._checkpoint._count(tensor.nbytes)
+        checkpoint = self._checkpoint
+        if index is ... and checkpoint._device.type != "cpu":
+            (read,) = checkpoint._read([Part(self._stored)])
+            return read
+        tensor: Tensor = checkpoint._open(self._stored)[index]
+        checkpoint._count(tensor.nbytes)
         # Memory of its own: the file may change or go while the model serves.
-        return tensor.clone() if self._checkpoint._device.type == "cpu" else tensor
+        return tensor.clone() if checkpoint._device.type == "cpu" else tensor
 
     def get_dtype(self) -> str:
         """As safetensors' slices have it."""
@@ -342,52 +406,22 @@ class _Slice:
         return list(self._stored.shape)
 
 
-def _pick(
-    conversion: Conversion, layer: ExpertLayer, expert: int
-) -> list[tuple[StoredTensor, bool]]:
-    """Stored tensors that one expert is made of, and whether it is a slice of each.
+class _Ahead:
+    """Experts that are read in a known order."""
 
-    Where there are several for each expert, block after block, it has one of each block.
-    """
-    picked = []
-    for several in conversion.sources.values():
-        if len(several) >= layer.num_experts and len(several) % layer.num_experts == 0:
-            picked += [(stored, False) for stored in several[expert :: layer.num_experts]]
-        else:
-            picked += [
-                (stored, bool(stored.shape) and stored.shape[0] == layer.num_experts)
-                for stored in several
-            ]
-    return picked
+    def __init__(
+        self, checkpoint: Checkpoint, batches: Iterable[Batch], tensors: Iterator[Tensor]
+    ) -> None:
+        self._checkpoint, self._batches, self._tensors = checkpoint, deque(batches), tensors
 
-
-def _check_complete(directory: Path, layer: ExpertLayer, several: list[StoredTensor]) -> None:
-    """Refuse a pattern that has tensors for some experts only, or one that is not as the others."""
-    if len(several) == 1:
-        return
-    if len(several) % layer.num_experts:
-        raise ModelError(
-            f"{directory}: {layer.name} lacks expert {_find_gap(layer, several)} of "
-            f"{layer.num_experts}: {len(several)} tensors are stored like {several[0].name}"
-        )
-    for stored in several:
-        _check_shape(stored, several[0].shape)
-
-
-def _find_gap(layer: ExpertLayer, several: list[StoredTensor]) -> str:
-    numbers = [[int(n) for n in re.findall(r"\d+", stored.name)] for stored in several]
-    places = {len(found) for found in numbers}
-    if len(places) == 1:
-        for column in zip(*numbers, strict=True):
-            if len(set(column)) == len(several):
-                gap = sorted(set(range(layer.num_experts)) - set(column))
-                return ", ".join(map(str, gap))
-    return "or another"
-
-
-def _check_shape(stored: StoredTensor, wanted: Any) -> None:
-    if tuple(stored.shape) != tuple(wanted):
-        raise ModelError(
-            f"{stored.file}: {stored.name} has shape {list(stored.shape)}, but {list(wanted)} is "
-            "wanted"
-        )
+    def read_experts(
+        self, layer: ExpertLayer, experts: Sequence[int]
+    ) -> Iterator[tuple[range, list[Tensor]]]:
+        """As the protocol of readers says."""
+        left = len(experts)
+        while left:
+            batch = self._batches.popleft()
+            assert batch.layer.name == layer.name, "experts are asked for in another order"
+            read = {part: next(self._tensors) for part in batch.parts}
+            yield batch.experts, self._checkpoint._convert(layer, batch.experts, read)
+            left -= len(batch.experts)

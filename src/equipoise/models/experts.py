@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -28,9 +28,16 @@ from equipoise.models.grouped import compute_blocks, computes_grouped
 class ExpertReader(Protocol):
     """Where the experts of a rank's slots come from."""
 
-    def read_expert(self, layer: ExpertLayer, expert: int) -> list[Tensor]:
-        """One expert's tensors, each without the first dimension, in the order of `layer.tensors`.
+    def read_experts(
+        self, layer: ExpertLayer, experts: Sequence[int]
+    ) -> Iterator[tuple[range, list[Tensor]]]:
+        """Experts of a layer, each once.
 
+        Args:
+            layer: whose.
+            experts: which, in ascending order.
+        Returns:
+            Some at a time: which, and their tensors [n, ...] in the order of `layer.tensors`.
         Collective: none.
         """
 
@@ -309,9 +316,13 @@ def find_expert_sets(model: nn.Module) -> list[list[ExpertLayer]]:
 class WholeModel:
     """Experts out of a model that has all of them."""
 
-    def read_expert(self, layer: ExpertLayer, expert: int) -> list[Tensor]:
+    def read_experts(
+        self, layer: ExpertLayer, experts: Sequence[int]
+    ) -> Iterator[tuple[range, list[Tensor]]]:
         """As the protocol says."""
-        return [getattr(layer.module, name).detach()[expert] for name in layer.tensors]
+        tensors = [getattr(layer.module, name).detach() for name in layer.tensors]
+        for expert in experts:
+            yield range(expert, expert + 1), [tensor[expert : expert + 1] for tensor in tensors]
 
 
 def _check_shape(plan: SetPlan) -> None:
@@ -332,14 +343,19 @@ def _keep_slots(
     held = maps.placement.slot_to_expert[row, rank * num_slots : (rank + 1) * num_slots].tolist()
     weights = allocate_slots(layer, num_slots, maps.slot_to_expert.device)
     if reader is not None:
-        for expert in sorted({expert for expert in held if expert >= 0}):
-            tensors = reader.read_expert(layer, expert)
-            for slot in (slot for slot, other in enumerate(held) if other == expert):
-                for slots, tensor in zip(weights, tensors, strict=True):
-                    slots[slot].copy_(tensor)
+        for some, tensors in reader.read_experts(layer, list_held(held)):
+            for slot, expert in enumerate(held):
+                if expert in some:
+                    for slots, tensor in zip(weights, tensors, strict=True):
+                        slots[slot].copy_(tensor[expert - some.start])
     # Layer by layer, so that the experts of a whole model go as the slots come.
     _hold(layer, weights)
     return weights
+
+
+def list_held(held: Iterable[int]) -> list[int]:
+    """Which experts some slots hold, each once, in ascending order; -1 is none."""
+    return sorted({expert for expert in held if expert >= 0})
 
 
 def allocate_slots(layer: ExpertLayer, num_slots: int, device: torch.device) -> list[Tensor]:

@@ -41,6 +41,7 @@ class StoredTensor:
         dtype: as safetensors writes it, "BF16".
         shape: as stored.
         num_bytes: of its data.
+        begin: where its data begin in the file.
     """
 
     name: str
@@ -48,6 +49,7 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
     num_bytes: int
+    begin: int
 
 
 def read_headers(directory: Path) -> dict[str, StoredTensor]:
@@ -159,4 +161,4 @@ def _check(file: Path, name: str, entry: Any, data_start: int, file_bytes: int) 
             f"{file}: is truncated: {name} ends at byte {data_start + end}, the file at "
             f"{file_bytes}"
         )
-    return StoredTensor(name, file, dtype, shape, needed)
+    return StoredTensor(name, file, dtype, shape, needed, data_start + begin)

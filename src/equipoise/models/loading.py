@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from torch import nn
 from equipoise.comm.groups import RankGroup
 from equipoise.errors import ModelError
 from equipoise.models.checkpoint import Checkpoint, Progress
-from equipoise.models.experts import ExpertParallelModel, SetPlan, take_over
+from equipoise.models.contract import ExpertLayer
+from equipoise.models.experts import ExpertParallelModel, SetPlan, list_held, take_over
 from equipoise.models.families import check_weights, read_model_shape
 from equipoise.models.quiet import first_line, quiet
 
@@ -78,8 +79,11 @@ def load_spread(
     failure: ModelError | None = None
     spread: ExpertParallelModel | None = None
     try:
-        checkpoint.watch(progress, _count_bytes(checkpoint, plans, group.rank))
-        spread = take_over(checkpoint.model, plans, group.rank, checkpoint)
+        wanted = [held for plan in plans for held in _list_experts(plan, group.rank)]
+        bytes_due = sum(checkpoint.count_bytes(layer) * len(held) for layer, held in wanted)
+        checkpoint.watch(progress, checkpoint.shared_bytes + bytes_due)
+        with checkpoint.read_ahead(wanted) as reader:
+            spread = take_over(checkpoint.model, plans, group.rank, reader)
         checkpoint.load_shared()
     except ModelError as error:
         failure = error
@@ -95,16 +99,13 @@ def load_spread(
     return spread
 
 
-def _count_bytes(checkpoint: Checkpoint, plans: Sequence[SetPlan], rank: int) -> int:
-    """Stored bytes that a rank reads."""
-    total = checkpoint.shared_bytes
-    for plan in plans:
-        placement = plan.maps.placement
-        num_slots = placement.topology.slots_per_rank
-        mine = placement.slot_to_expert[:, rank * num_slots : (rank + 1) * num_slots]
-        for layer, held in zip(plan.layers, mine, strict=True):
-            total += checkpoint.count_bytes(layer) * len({e for e in held.tolist() if e >= 0})
-    return total
+def _list_experts(plan: SetPlan, rank: int) -> Iterator[tuple[ExpertLayer, list[int]]]:
+    """What a rank holds of each layer."""
+    placement = plan.maps.placement
+    num_slots = placement.topology.slots_per_rank
+    mine = placement.slot_to_expert[:, rank * num_slots : (rank + 1) * num_slots]
+    for layer, held in zip(plan.layers, mine, strict=True):
+        yield layer, list_held(held.tolist())
 
 
 def load_tokenizer(directory: Path) -> Any:

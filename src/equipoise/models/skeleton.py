@@ -53,7 +53,6 @@ class Skeleton:
         dtype: of its weights.
         quantizer: transformers' own, where the configuration names a quantisation.
         conversions: transformers' transforms from stored tensors to the model's.
-        one_expert: what operations on one expert take for the model.
     """
 
     model: Any
@@ -61,31 +60,38 @@ class Skeleton:
     dtype: torch.dtype
     quantizer: Any
     conversions: list[Any]
-    one_expert: Any = field(init=False, repr=False)
+    _experts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        names = (name for layer in self.layers for name in layer.full_names())
         known = self.model.state_dict()
-        object.__setattr__(self, "one_expert", _OneExpert(self.model, known, names))
+        names = [name for layer in self.layers for name in layer.full_names()]
+        shapes = {name: (known[name].dtype, tuple(known[name].shape[1:])) for name in names}
+        object.__setattr__(self, "_experts", shapes)
+
+    def with_experts(self, num_experts: int) -> Any:
+        """What operations on some experts of each layer take for the model."""
+        return _SomeExperts(self.model, self._experts, num_experts)
 
 
-class _OneExpert:
-    """The model as it were if each layer had one expert.
+class _SomeExperts:
+    """The model as it were if each layer had so many experts.
 
-    Some operations look at the shape that the model wants, and ours are done expert by expert.
+    Some operations look at the shape that the model wants, and ours are done on a few.
     """
 
-    def __init__(self, model: Any, known: dict[str, Tensor], names: Iterable[str]) -> None:
-        self._model = model
-        self._experts = {
-            name: torch.empty((1, *known[name].shape[1:]), dtype=known[name].dtype, device="meta")
-            for name in names
-        }
+    def __init__(
+        self,
+        model: Any,
+        experts: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+        num_experts: int,
+    ) -> None:
+        self._model, self._experts, self._num_experts = model, experts, num_experts
 
     def get_parameter(self, name: str) -> Tensor:
         """As the model's method."""
         if name in self._experts:
-            return self._experts[name]
+            dtype, shape = self._experts[name]
+            return torch.empty((self._num_experts, *shape), dtype=dtype, device="meta")
         parameter: Tensor = self._model.get_parameter(name)
         return parameter
 
@@ -108,8 +114,10 @@ class Conversion:
     converter: Any
     sources: dict[str, list[StoredTensor]] = field(default_factory=dict)
 
-    def convert(self, tensors: dict[str, list[Tensor]], skeleton: Skeleton) -> dict[str, Tensor]:
-        """Make the model's tensors, by name, of those stored.
+    def convert(
+        self, tensors: dict[str, list[Tensor]], skeleton: Skeleton, num_experts: int
+    ) -> dict[str, Tensor]:
+        """Make the model's tensors of some experts, by name, of those stored.
 
         Raises: whatever an operation of transformers raises for tensors that do not fit it.
         """
@@ -121,7 +129,7 @@ class Conversion:
                 converter.add_tensor(self.target, stored.name, pattern, tensor)
         made = converter.convert(
             self.target,
-            model=skeleton.one_expert,
+            model=skeleton.with_experts(num_experts),
             config=skeleton.model.config,
             hf_quantizer=skeleton.quantizer,
         )
