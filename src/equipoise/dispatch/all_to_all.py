@@ -107,6 +107,13 @@ class AllToAllDispatcher(TokenDispatcher):
         self._exchange(into, sent, handle.received, handle.sent)
         return sum_by_weight(home_ND, handle.source_P, weight_TK)
 
+    def prepare(self, hidden_TD: Tensor, slot_TK: Tensor) -> None:
+        """As the contract says: NCCL connects ranks at its first exchange, kernels are compiled."""
+        came = self.dispatch(hidden_TD, slot_TK)
+        weight_TK = torch.ones(slot_TK.shape, device=slot_TK.device)
+        self.combine(came.hidden_ND, weight_TK, came)
+        self.check()
+
     def check(self) -> None:
         """Wait for the device, which over NCCL alone knows whether a peer came.
 

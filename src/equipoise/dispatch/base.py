@@ -129,6 +129,16 @@ class TokenDispatcher(ABC):
         Raises: TransferError that names a rank that did not answer within the deadline.
         """
 
+    def prepare(self, hidden_TD: Tensor, slot_TK: Tensor) -> None:  # noqa: B027 - as above
+        """Do once what takes long the first time, beside the generation that serves.
+
+        Args:
+            hidden_TD: [T, D], as they will be, of no account.
+            slot_TK: [T, K] integer, one of each rank at least.
+        Collective: every rank of the group, before `enter`; any thread that is not serving.
+        Raises: as `dispatch`; MembershipError if a rank does not come in time.
+        """
+
     def enter(self) -> None:  # noqa: B027 - nothing to take over unless a backend shares something
         """Serve from here on, in place of the generation before; the first dispatch does it else.
 
