@@ -25,6 +25,7 @@ from equipoise.bench.dispatch_case import (
 )
 from equipoise.comm.groups import RankGroup
 from equipoise.dispatch import create_dispatcher
+from equipoise.dispatch.nixl_ep.kernels import Buffer
 from equipoise.dispatch.rows import dequant_fp8
 from equipoise.errors import CommunicatorUnavailable, DependencyError, TransferError
 from equipoise.topology import Topology
@@ -238,28 +239,28 @@ def _open_nixl_ep(case: DispatchCase, group: RankGroup, tokens: _Tokens) -> Iter
             home.receive()
             return home.combined_TD
 
-        def theirs(exact: bool) -> Tensor:
-            with manager.lend() as buffer:
-                received, _, handle, _, hook = buffer.low_latency_dispatch(
-                    tokens.hidden, index, max_tokens, use_fp8=fp8, return_recv_hook=True
-                )
-                assert hook is not None
-                hook()
-                outputs = received
-                if fp8:
-                    outputs = dequant_fp8(*received) if exact else timed
-                combined, _, hook = buffer.low_latency_combine(
-                    outputs, index, weights, handle, return_recv_hook=True
-                )
-                assert hook is not None
-                hook()
-                return combined
+        def theirs(exact: bool, buffer: Buffer) -> Tensor:
+            received, _, handle, _, hook = buffer.low_latency_dispatch(
+                tokens.hidden, index, max_tokens, use_fp8=fp8, return_recv_hook=True
+            )
+            assert hook is not None
+            hook()
+            outputs = received
+            if fp8:
+                outputs = dequant_fp8(*received) if exact else timed
+            combined, _, hook = buffer.low_latency_combine(
+                outputs, index, weights, handle, return_recv_hook=True
+            )
+            assert hook is not None
+            hook()
+            return combined
 
-        sides: list[Side] = [partial(ours, False), partial(theirs, False)]
-        exact = {"ours": partial(ours, True), "theirs": partial(theirs, True)}
-        if case.captured:
-            sides = [_capture(side, group) for side in sides]
-        yield _Sides(sides[0], sides[1], "NIXL-EP", exact)
-        group.barrier()
+        with manager.lend() as buffer:
+            sides: list[Side] = [partial(ours, False), partial(theirs, False, buffer)]
+            exact = {"ours": partial(ours, True), "theirs": partial(theirs, True, buffer)}
+            if case.captured:
+                sides = [_capture(side, group) for side in sides]
+            yield _Sides(sides[0], sides[1], "NIXL-EP", exact)
+            group.barrier()
     finally:
         manager.close()

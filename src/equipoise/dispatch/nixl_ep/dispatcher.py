@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -62,9 +62,9 @@ class Blocks(DispatchedBlocks):
     def __init__(
         self, received: Any, count_S: Tensor, wire_slot_TK: Tensor, handle: Any, hidden_size: int
     ) -> None:
-        is_pair = isinstance(received, tuple)
-        self.values_SCH: Tensor = received[0] if is_pair else received
-        self.scales: Tensor | None = received[1] if is_pair else None
+        self.values_SCH: Tensor
+        self.scales: Tensor | None
+        self.values_SCH, self.scales = received if isinstance(received, tuple) else (received, None)
         self._count_S = count_S
         self.wire_slot_TK = wire_slot_TK
         self.handle = handle
@@ -80,7 +80,7 @@ class Blocks(DispatchedBlocks):
     @property
     def hidden_SCD(self) -> Tensor:
         """As the contract says, bfloat16."""
-        return self.hidden_SCH[..., : self.hidden_size]
+        return _narrow(self.hidden_SCH, self.hidden_size)
 
     @property
     def count_S(self) -> Tensor:
@@ -112,8 +112,7 @@ class Blocks(DispatchedBlocks):
         return (place_C < self.count_S[:, None]).flatten().nonzero()[:, 0]
 
 
-@dataclass(frozen=True)
-class Sent:
+class Sent(NamedTuple):
     """Something under way; `receive` waits for it on the device.
 
     Attributes:
@@ -125,8 +124,7 @@ class Sent:
     receive: Callable[[], None]
 
 
-@dataclass(frozen=True)
-class SentHome:
+class SentHome(NamedTuple):
     """Outputs under way; as `Sent`.
 
     Attributes:
@@ -287,20 +285,26 @@ class NixlEPDispatcher(TokenDispatcher):
             self._manager.disconnect(sorted(self._manager.connected - set(serving)))
         self._is_entered = False
 
+    # What follows is called twice a layer, and the kernels take as long as it takes to launch them:
+    # nothing here asks PyTorch for what is so already.
+
     def _send(self, hidden_TD: Tensor, slot_TK: Tensor, *, with_hook: bool) -> Sent:
-        self._check_input(hidden_TD, slot_TK)
+        num_tokens, width = hidden_TD.shape
+        if (
+            hidden_TD.dtype is not torch.bfloat16
+            or width != self._hidden_size
+            or num_tokens > self.shape.max_tokens
+            or slot_TK.shape[1] > MAX_TOP_K
+        ):
+            self._refuse(hidden_TD, slot_TK)
         if not self._is_entered:
             self.enter()
-        self._expect_received()
-        if self._num_in_flight == NUM_HANDLES:
-            raise TransferError(
-                f"{NUM_HANDLES} micro-batches are in flight already: bring one home first",
-                rank=self._group.rank,
-            )
-        hidden_TH = _widen(hidden_TD, self.shape.hidden_size).contiguous()
+        if self._is_on_its_way or self._num_in_flight == NUM_HANDLES:
+            self._refuse_to_send()
         if self._wire_slot_P1 is not None:
             slot_TK = self._wire_slot_P1[slot_TK]
-        wire_slot_TK = slot_TK.to(self._slot_dtype).contiguous()
+        hidden_TH = _lay_out(_widen(hidden_TD, self.shape.hidden_size), torch.bfloat16)
+        wire_slot_TK = _lay_out(slot_TK, self._slot_dtype)
         received, count_S, handle, _, hook = self._manager.use(
             self.members,
             lambda buffer: buffer.low_latency_dispatch(
@@ -318,32 +322,26 @@ class NixlEPDispatcher(TokenDispatcher):
     def _send_home(
         self, output_SCH: Tensor, weight_TK: Tensor, blocks: Blocks, *, with_hook: bool
     ) -> SentHome:
-        self._expect_received()
+        if self._is_on_its_way:
+            self._refuse_to_send()
+        weight_TK = _lay_out(weight_TK, torch.float32)
         combined, _, hook = self._manager.use(
             self.members,
             lambda buffer: buffer.low_latency_combine(
                 output_SCH,
                 blocks.wire_slot_TK,
-                weight_TK.float().contiguous(),
+                weight_TK,
                 blocks.handle,
                 return_recv_hook=with_hook,
             ),
         )
         self._num_in_flight -= 1
-        return SentHome(combined[:, : self._hidden_size], self._receive_by(hook))
-
-    def _expect_received(self) -> None:
-        if self._is_on_its_way:
-            raise TransferError(
-                "what was sent before has not been received: a kernel that sends now would clear "
-                "what it waits for",
-                rank=self._group.rank,
-            )
+        return SentHome(_narrow(combined, self._hidden_size), self._receive_by(hook))
 
     def _receive_by(self, hook: Callable[[], None] | None) -> Callable[[], None]:
         """What waits for what was just sent; nothing where the kernel has waited itself."""
         if hook is None:
-            return lambda: None
+            return _wait_for_nothing
         self._is_on_its_way = True
 
         def receive() -> None:
@@ -352,7 +350,16 @@ class NixlEPDispatcher(TokenDispatcher):
 
         return receive
 
-    def _check_input(self, hidden_TD: Tensor, slot_TK: Tensor) -> None:
+    def _refuse_to_send(self) -> NoReturn:
+        raise TransferError(
+            "what was sent before has not been received: a kernel that sends now would clear "
+            "what it waits for"
+            if self._is_on_its_way
+            else f"{NUM_HANDLES} micro-batches are in flight already: bring one home first",
+            rank=self._group.rank,
+        )
+
+    def _refuse(self, hidden_TD: Tensor, slot_TK: Tensor) -> NoReturn:
         num_tokens, width = hidden_TD.shape
         if hidden_TD.dtype != torch.bfloat16:
             raise ConfigError(
@@ -364,12 +371,25 @@ class NixlEPDispatcher(TokenDispatcher):
                 f"{num_tokens} tokens x {width} do not fit a NIXL-EP handle for up to "
                 f"{self.shape.max_tokens} x {self._hidden_size}"
             )
-        if slot_TK.shape[1] > MAX_TOP_K:
-            raise ConfigError(
-                f"NIXL-EP's kernels have at most {MAX_TOP_K} slots per token, not "
-                f"{slot_TK.shape[1]}: use the torch dispatcher"
-            )
+        raise ConfigError(
+            f"NIXL-EP's kernels have at most {MAX_TOP_K} slots per token, not "
+            f"{slot_TK.shape[1]}: use the torch dispatcher"
+        )
+
+
+def _lay_out(values: Tensor, dtype: torch.dtype) -> Tensor:
+    if values.dtype is not dtype:
+        values = values.to(dtype)
+    return values if values.is_contiguous() else values.contiguous()
 
 
 def _widen(rows: Tensor, width: int) -> Tensor:
     return rows if rows.shape[-1] == width else pad(rows, (0, width - rows.shape[-1]))
+
+
+def _narrow(rows: Tensor, width: int) -> Tensor:
+    return rows if rows.shape[-1] == width else rows[..., :width]
+
+
+def _wait_for_nothing() -> None:
+    pass
