@@ -21,12 +21,20 @@ from equipoise.dispatch.nixl_ep.metadata import GenerationMetadata
 from equipoise.dispatch.packing import TorchPacker, lay_out_row
 from equipoise.dispatch.reference import ReferenceDispatcher
 from equipoise.dispatch.replicas import choose_slots
+from equipoise.dispatch.routes import sum_by_weight
 from equipoise.dispatch.turns import NearestReplicas, ReplicaChoice, SharedReplicas, SpreadReplicas
 from equipoise.errors import MembershipError, TransferError
 from equipoise.load.recorder import LoadRecorder
 from equipoise.models.grouped import compute_blocks, compute_sorted
 from equipoise.topology import Topology
-from tests.contracts.test_dispatch import CASES, compute, make_inputs
+from tests.contracts.test_dispatch import (
+    CASES,
+    HIDDEN,
+    check_cases,
+    check_random_exchanges,
+    compute,
+    make_inputs,
+)
 from tests.placements import make_random_placement
 from tests.ranks import Rank, processes
 from tests.test_grouped import FAMILIES, NUM_SLOTS, WIDTH, expect, make_experts
@@ -98,7 +106,7 @@ def test_a_captured_graph_follows_maps_recording_and_position() -> None:
 
 
 @pytest.mark.multi_gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("wire", ["nccl", "gloo"])
 @processes(2)
 def test_torch_brings_home_what_one_process_computes(
@@ -116,7 +124,23 @@ def test_torch_brings_home_what_one_process_computes(
             dispatched = one.dispatch(inputs[0], inputs[1])
             combined.append(one.combine(compute(dispatched, first_slot), inputs[2], dispatched))
         assert torch.equal(*combined), case
+    check_random_exchanges(dispatcher, group, topology, dtype, most=4096)
     group.barrier()
+    group.close()
+
+
+@pytest.mark.multi_gpu
+@processes(2)
+def test_nixl_ep_brings_home_what_one_process_computes(rank: Rank) -> None:
+    topology = Topology(2, 5)
+    group = rank.make_group(device="cuda")
+    manager = NixlEPAll2AllManager(2, group.device, timedelta(seconds=20))
+    dispatcher = create_dispatcher(NixlEPOptions(manager, 4096, HIDDEN), group, topology)
+    dtype = torch.bfloat16
+    check_cases(dispatcher, topology, rank.rank, dtype, is_exact=False, device=group.device)
+    check_random_exchanges(dispatcher, group, topology, dtype, most=4096, is_exact=False)
+    group.barrier()
+    manager.close()
     group.close()
 
 
@@ -166,14 +190,28 @@ def test_kernels_pack_as_pytorch_does(num_ranks: int, dtype: torch.dtype) -> Non
         for packer, device in ((plain, "cpu"), (kernels, "cuda")):
             routed = packer.route(slots.to(device))
             num_rows, num_outputs = routed.count_R2.sum(0).tolist()
-            rows, sources = packer.pack(
-                routed, hidden.to(device), slots.to(device), num_rows, num_outputs
-            )
+            rows, sources = packer.pack(routed, hidden.to(device), slots.to(device))
+            rows = rows[:num_rows]
             came = packer.unpack(rows, layout, top_k, routed.count_R2, num_outputs)
             parts = (rows[:, : layout.hidden_bytes], rows.view(torch.int32)[:, ends])
             results.append((routed.count_R2, sources, *came, *parts))
         for expected, got in zip(*results, strict=True):
             assert torch.equal(expected, got.cpu()), (num_tokens, top_k)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_outputs_are_weighed_and_summed_as_pytorch_does(
+    dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    for num_tokens, top_k, width in ((0, 2, 8), (1, 1, 24), (300, 8, 2100), (4096, 3, 64)):
+        outputs = torch.randn(num_tokens * top_k + 1, width, device="cuda").to(dtype)
+        sources = torch.randint(len(outputs), (num_tokens * top_k,), device="cuda")
+        weights = torch.rand(num_tokens, top_k, device="cuda").to(weight_dtype)
+        product = outputs[sources] * weights.reshape(-1, 1)
+        expected = product.view(num_tokens, top_k, width).sum(1).to(dtype)
+        assert torch.equal(sum_by_weight(outputs, sources, weights), expected)
 
 
 @pytest.mark.gpu
@@ -339,6 +377,59 @@ def test_nixl_ep_in_a_captured_graph_and_two_micro_batches(rank: Rank) -> None:
         graph.replay()
         for got, expected in zip(captured, hidden, strict=True):
             assert torch.equal(got, expected), step
+    dispatcher.check()
+    group.barrier()
+    del graph
+    manager.close()
+    group.close()
+
+
+@pytest.mark.multi_gpu
+@processes(2)
+def test_nixl_ep_in_a_captured_graph_follows_maps_and_recording(rank: Rank) -> None:
+    """From experts to slots, to their ranks and home: captured once, with other maps since."""
+    group = rank.make_group(device="cuda")
+    manager = NixlEPAll2AllManager(2, group.device, timedelta(seconds=20))
+    dispatcher = make_nixl_ep(manager, group, 2048)
+    topology, random = Topology(2, SLOTS), np.random.default_rng(3)
+    before, behind = (make_random_placement(random, 1, 6, topology) for _ in range(2))
+    maps = PlacementMaps(before, group.device)
+    recorder, oracle = (LoadRecorder(1, 2 * SLOTS, group.device) for _ in range(2))
+    hidden = torch.randn(32, 2048, device="cuda").bfloat16()
+    experts = torch.rand(32, 6, device="cuda").topk(2).indices
+    weights = torch.full((32, 2), 0.5, device="cuda")
+    position = torch.tensor(0, device="cuda")
+    factors = 2.0 ** torch.arange(2 * SLOTS, device="cuda").bfloat16()
+    own = factors[SLOTS * rank.rank :][:SLOTS]
+
+    def run() -> Tensor:
+        slots = recorder.choose_and_record(
+            0, experts, maps.turns[0], maps.num_turns[0], position, None, dispatcher.slot_dtype
+        )
+        blocks = dispatcher.dispatch(hidden, slots)
+        return dispatcher.combine(blocks.hidden_SCD * own[:, None, None], weights, blocks)
+
+    run()
+    torch.cuda.synchronize()
+    recorder.clear()
+    group.barrier()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        combined = run()
+    for step in range(6):
+        if step == 3:
+            maps.commit(behind)
+        recorder.enabled = oracle.enabled = step % 2 == 0
+        position.fill_(5 * step + rank.rank)
+        hidden.normal_()
+        experts.copy_(torch.rand(32, 6, device="cuda").topk(2).indices)
+        graph.replay()
+        slots = choose_slots(maps, 0, experts, 5 * step + rank.rank)
+        oracle.record(0, slots)
+        expected = (hidden.float() * factors[slots].float().mean(1, keepdim=True)).bfloat16()
+        assert torch.equal(combined, expected), step
+        assert torch.equal(recorder.counts, oracle.counts), step
+    assert recorder.counts.sum() == 3 * 64
     dispatcher.check()
     group.barrier()
     del graph

@@ -69,23 +69,23 @@ class AllToAllDispatcher(TokenDispatcher):
         """As the contract says; rows come ordered by source rank, then by token, then by k."""
         hidden_TD, slot_TK = hidden_TD.contiguous(), slot_TK.long().contiguous()
         routed = self._packer.route(slot_TK)
-        counts_2R2 = torch.stack((routed.count_R2, torch.empty_like(routed.count_R2)))
-        self._exchange(counts_2R2[1], counts_2R2[0], self._even, self._even)
+        going_R2, coming_R2 = routed.count_2R2
+        self._exchange(coming_R2, going_R2, self._even, self._even)
+        self._counts.copy_(routed.count_2R2, non_blocking=True)
+        counted = self._mark()
+        # Rows are laid out while counts travel.
+        row_MB, source_P = self._packer.pack(routed, hidden_TD, slot_TK)
         # The one wait for the device: splits are numbers of the host.
-        self._counts.copy_(counts_2R2, non_blocking=True)
-        self.check()
+        self._await(counted)
         going, coming = self._counts.tolist()
         rows_sent, outputs_received = ([count[i] for count in going] for i in range(2))
         rows_received, outputs_sent = ([count[i] for count in coming] for i in range(2))
 
-        row_MB, source_P = self._packer.pack(
-            routed, hidden_TD, slot_TK, sum(rows_sent), sum(outputs_received)
-        )
         came_MB = row_MB.new_empty(sum(rows_received), row_MB.shape[1])
-        self._exchange(came_MB, row_MB, rows_received, rows_sent)
+        self._exchange(came_MB, row_MB[: sum(rows_sent)], rows_received, rows_sent)
         layout = lay_out_row(hidden_TD, slot_TK.shape[1])
         row_N, slot_N = self._packer.unpack(
-            came_MB, layout, slot_TK.shape[1], counts_2R2[1], sum(outputs_sent)
+            came_MB, layout, slot_TK.shape[1], coming_R2, sum(outputs_sent)
         )
         return DispatchedRows(
             received_MD=came_MB[:, : layout.hidden_bytes].view(hidden_TD.dtype),
@@ -120,10 +120,19 @@ class AllToAllDispatcher(TokenDispatcher):
         Collective: none.
         Raises: TransferError if it is not through within the deadline.
         """
+        self._await(self._mark())
+
+    def _mark(self) -> torch.Event | None:
+        """Where the device's work stands; None where there is nothing to wait for."""
         if self._group.device.type != "cuda":
-            return
+            return None
         reached = torch.Event(self._group.device)
         reached.record()
+        return reached
+
+    def _await(self, reached: torch.Event | None) -> None:
+        if reached is None:
+            return
         started_s = time.monotonic()
         while not reached.query():
             waited_s = time.monotonic() - started_s

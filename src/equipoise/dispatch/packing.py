@@ -50,12 +50,18 @@ class Routed:
     """Tokens that were looked at.
 
     Attributes:
-        count_R2: [R, 2] int64, rows to each rank, and outputs that come home from it.
+        count_2R2: [2, R, 2] int64, rows to each rank, and outputs that come home from it; and room
+            for what the others say of this rank.
         state: the packer's own.
     """
 
-    count_R2: Tensor
+    count_2R2: Tensor
     state: Any
+
+    @property
+    def count_R2(self) -> Tensor:
+        """[R, 2] int64, what goes."""
+        return self.count_2R2[0]
 
 
 class Packer(Protocol):
@@ -64,14 +70,12 @@ class Packer(Protocol):
     def route(self, slot_TK: Tensor) -> Routed:
         """Count what goes where."""
 
-    def pack(
-        self, routed: Routed, hidden_TD: Tensor, slot_TK: Tensor, num_rows: int, num_outputs: int
-    ) -> tuple[Tensor, Tensor]:
+    def pack(self, routed: Routed, hidden_TD: Tensor, slot_TK: Tensor) -> tuple[Tensor, Tensor]:
         """Lay out what travels.
 
         Returns:
-            [M, B] uint8, rows by rank, then by token; and [T * K] int64, for each pair of token and
-            slot which output is its own, by rank, then by token, then by k; N for none.
+            [at least M, B] uint8, rows by rank, then by token; and [T * K] int64, for each pair of
+            token and slot which output is its own, by rank, then by token, then by k; N for none.
         """
 
     def unpack(
@@ -104,13 +108,13 @@ class TorchPacker:
         num_RT = is_there_RTK.sum(2)
         goes_RT = num_RT > 0
         count_R2 = torch.stack((goes_RT.sum(1), num_RT.sum(1)), dim=1)
-        return Routed(count_R2, (local_RTK.masked_fill_(~is_there_RTK, -1), num_RT, goes_RT))
+        count_2R2 = torch.stack((count_R2, torch.empty_like(count_R2)))
+        return Routed(count_2R2, (local_RTK.masked_fill_(~is_there_RTK, -1), num_RT, goes_RT))
 
-    def pack(
-        self, routed: Routed, hidden_TD: Tensor, slot_TK: Tensor, num_rows: int, num_outputs: int
-    ) -> tuple[Tensor, Tensor]:
+    def pack(self, routed: Routed, hidden_TD: Tensor, slot_TK: Tensor) -> tuple[Tensor, Tensor]:
         """As the protocol says."""
         local_RTK, num_RT, goes_RT = routed.state
+        num_rows, num_outputs = routed.count_R2.sum(0).tolist()
         layout = lay_out_row(hidden_TD, slot_TK.shape[1])
         rank_M, token_M = goes_RT.nonzero_static(size=num_rows).unbind(1)
         row_MB = torch.empty(num_rows, layout.num_bytes, dtype=torch.uint8)

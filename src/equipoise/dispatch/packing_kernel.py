@@ -156,11 +156,11 @@ class KernelPacker:
     def route(self, slot_TK: Tensor) -> Routed:
         """As the protocol says."""
         num_tokens, top_k = slot_TK.shape
-        count_R2 = slot_TK.new_empty(self._num_ranks, 2)
+        count_2R2 = slot_TK.new_empty(2, self._num_ranks, 2)
         at_2RT = slot_TK.new_empty(2, self._num_ranks, num_tokens, dtype=torch.int32)
         _route[(self._num_ranks,)](
             slot_TK,
-            count_R2,
+            count_2R2,
             at_2RT[0],
             at_2RT[1],
             num_tokens,
@@ -170,27 +170,21 @@ class KernelPacker:
             TOKENS=_TOKENS,
             num_warps=8,
         )
-        return Routed(count_R2, at_2RT)
+        return Routed(count_2R2, at_2RT)
 
-    def pack(
-        self,
-        routed: Routed,
-        hidden_TD: Tensor,
-        slot_TK: Tensor,
-        num_rows: int,
-        num_outputs: int,  # noqa: ARG002 - the kernel reads it on the device
-    ) -> tuple[Tensor, Tensor]:
-        """As the protocol says."""
+    def pack(self, routed: Routed, hidden_TD: Tensor, slot_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """As the protocol says; room for as many rows as there can be, as only the device knows."""
         (num_tokens, width), top_k = hidden_TD.shape, slot_TK.shape[1]
         layout = lay_out_row(hidden_TD, top_k)
-        row_MB = torch.empty(num_rows, layout.num_bytes, dtype=torch.uint8, device=slot_TK.device)
+        most = num_tokens * min(top_k, self._num_ranks)
+        row_MB = torch.empty(most, layout.num_bytes, dtype=torch.uint8, device=slot_TK.device)
         source_P = slot_TK.new_empty(slot_TK.numel())
         if num_tokens:
             rows, words = row_MB.view(hidden_TD.dtype), row_MB.view(torch.int32)
             _pack[(num_tokens, self._num_ranks)](
                 hidden_TD,
                 slot_TK,
-                routed.count_R2,
+                routed.count_2R2,
                 routed.state[0],
                 routed.state[1],
                 rows,

@@ -5,10 +5,15 @@ Axis letters: T tokens of this rank, K slots per token, P pairs of both, M rows,
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 _CHUNK_BYTES = 1 << 20
 """Outputs that a processor weighs and sums at a time: they stay in its cache."""
+
+
+_KERNEL = (torch.float32, torch.bfloat16, torch.float16)
+"""What products are made in, where a kernel makes them."""
 
 
 def sum_by_weight(output_MD: Tensor, source_P: Tensor, weight_TK: Tensor) -> Tensor:
@@ -38,6 +43,14 @@ def sum_by_weight(output_MD: Tensor, source_P: Tensor, weight_TK: Tensor) -> Ten
 
 
 def _sum_rows(output_MD: Tensor, source_P: Tensor, weight_TK: Tensor) -> Tensor:
-    weighted = output_MD.index_select(0, source_P) * weight_TK.reshape(-1, 1)
     shape = (*weight_TK.shape, output_MD.shape[1])
+    weighted = _weigh(output_MD, source_P, weight_TK)
     return weighted.view(shape).sum(dim=1).to(output_MD.dtype)
+
+
+def _weigh(output_MD: Tensor, source_P: Tensor, weight_TK: Tensor) -> Tensor:
+    if output_MD.is_cuda and torch.promote_types(output_MD.dtype, weight_TK.dtype) in _KERNEL:
+        from equipoise.dispatch.weigh_kernel import weigh_rows
+
+        return weigh_rows(output_MD.contiguous(), source_P, weight_TK)
+    return output_MD.index_select(0, source_P) * weight_TK.reshape(-1, 1)
