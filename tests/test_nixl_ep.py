@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from equipoise.errors import (
 )
 from equipoise.models.parallel import parallelize
 from equipoise.topology import Topology
-from tests.fake_nixl_ep import FakeBuffer, FakeFabric, FakeKernels, quantize
+from tests.fake_nixl_ep import FakeFabric, FakeKernels, quantize
 
 CPU = torch.device("cpu")
 SLOTS = 3
@@ -423,88 +422,6 @@ def test_a_model_says_the_same_over_blocks() -> None:
     )
     compare_models(peer.group, manager)
     manager.close()
-
-
-def make_manager(fabric: FakeFabric, **options: int) -> NixlEPAll2AllManager:
-    return NixlEPAll2AllManager(
-        options.get("max_ranks", 4),
-        CPU,
-        timedelta(seconds=0.5),
-        index=options.get("index", 0),
-        kernels=FakeKernels(fabric),
-    )
-
-
-def test_the_same_handle_is_handed_out_and_what_does_not_fit_is_refused(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    fabric = FakeFabric()
-    manager = make_manager(fabric)
-    handle = manager.get_handle(**SHAPE)
-    assert "NIXL-EP takes 0.00 GB of device memory: 16 tokens x 2048" in caplog.text
-    assert manager.get_handle(**SHAPE) is handle
-    assert (handle.max_tokens, handle.hidden_size) == (16, 2048)
-    smaller = manager.get_handle(**{**SHAPE, "max_num_tokens_per_dp_rank": 7})
-    assert smaller.max_tokens == 8
-    assert len(fabric.buffers) == 1
-    with pytest.raises(ConfigError, match=r"need .* bytes of the NIXL-EP buffer, which has"):
-        manager.get_handle(**{**SHAPE, "max_num_tokens_per_dp_rank": 64})
-    with pytest.raises(ConfigError, match="is for 3 slots per rank, not 4"):
-        manager.get_handle(**{**SHAPE, "num_experts_per_rank": 4})
-    with pytest.raises(ConfigError, match="hidden size of 9000 is above 8192"):
-        manager.get_handle(**{**SHAPE, "token_hidden_size": 9000})
-    manager.close()
-    with pytest.raises(MembershipError, match="was closed"):
-        manager.get_handle(**{**SHAPE, "max_num_tokens_per_dp_rank": 12})
-
-
-def test_states_are_gone_through_in_order() -> None:
-    manager = make_manager(FakeFabric())
-    with pytest.raises(MembershipError, match="get_handle comes first"):
-        manager.commit((0,))
-    manager.get_handle(**SHAPE)
-    manager.commit((0,))
-    with pytest.raises(MembershipError, match=r"\[1\] .* not connected: stage them first"):
-        manager.commit((0, 1))
-    with pytest.raises(MembershipError, match=r"\[0\] .* members of the generation that serves"):
-        manager.disconnect((0,))
-    with pytest.raises(MembershipError, match=r"index 4 does not fit .* at least 5"):
-        manager.commit((0, 4))
-    with pytest.raises(MembershipError, match="must differ, and hold this rank's own index 0"):
-        manager.commit((1, 2))
-    with pytest.raises(ConfigError, match=r"index 7 does not fit .* sized for 4 ranks"):
-        make_manager(FakeFabric(), index=7)
-    with pytest.raises(ConfigError, match="max_ranks must be at least 1, got 0"):
-        make_manager(FakeFabric(), max_ranks=0)
-
-
-def test_a_buffer_of_many_ranks_is_rounded_up_to_whole_nodes() -> None:
-    fabric = FakeFabric()
-    manager = make_manager(fabric, max_ranks=9, index=8)
-    manager.get_handle(**SHAPE)
-    assert fabric.buffers[0].num_ranks == 16
-    manager.commit((8,))
-    assert manager.find_lost() == []
-
-
-def test_the_lock_is_waited_for_no_longer_than_the_deadline() -> None:
-    manager = make_manager(FakeFabric())
-    manager.get_handle(**SHAPE)
-    manager.commit((0,))
-    held, let_go = threading.Event(), threading.Event()
-
-    def hold(_: FakeBuffer) -> None:
-        held.set()
-        let_go.wait(30)
-
-    thread = threading.Thread(target=lambda: manager.use((0,), hold))  # type: ignore[arg-type]
-    thread.start()
-    held.wait(30)
-    with pytest.raises(TransferError, match=r"was not free within 0\.5 s"):
-        manager.find_lost()
-    let_go.set()
-    thread.join(30)
-    assert manager.find_lost() == []
 
 
 def test_hidden_sizes_round_up() -> None:
