@@ -41,6 +41,10 @@ class EPLBConfig(BaseModel):
     communicator: str = "auto"
     """Wire for expert weights. `auto` chooses and logs why; a name means it."""
 
+    nccl_max_ctas: Annotated[int, Field(ge=1, le=64)] | None = None
+    """Most thread blocks that a kernel of NCCL's takes from the forward pass, over the communicator
+    `pynccl`; None: NCCL's own choice."""
+
     staging_bytes: Annotated[int, Field(ge=1)] | None = None
     """Most bytes of staging on a rank; None: as much as the largest layer's incoming experts need,
     twice that in the background, where there are two buffers."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch.distributed as dist
 
 from equipoise.comm import create_eplb_communicator, list_communicators, registry
 from equipoise.comm.base import GroupCoordinator
+from equipoise.comm.choice import Greeting, choose
 from equipoise.comm.groups import create_rank_group
 from equipoise.comm.memory import MemoryEplbCommunicator
 from equipoise.errors import CommunicatorUnavailable, ConfigError, EquipoiseError
@@ -202,6 +205,81 @@ def test_the_documented_table_is_this_one() -> None:
             has = "yes" if with_nixl else "no"
             rows.append(f"| {seat} | `{backend}` | {has} | `{name}` | {said} |")
     assert documented == rows
+
+
+SEAT = Greeting("auto", True, True, True, False, b"host", b"gpu", 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        ({}, ("nixl", "auto; every rank has NIXL; nccl_max_ctas has no say there")),
+        # The engine's own group would not keep to the bound.
+        ({"has_nixl": False}, ("pynccl", WITHOUT)),
+        ({"has_nixl": False, "max_ctas": 0}, ("torch_nccl", WITHOUT)),
+        (
+            {"has_nixl": False, "has_nccl4py": False},
+            ("torch_gloo", f"{WITHOUT}; nccl_max_ctas has no say there"),
+        ),
+    ],
+)
+def test_a_bound_on_thread_blocks_has_a_say_in_what_auto_takes(
+    change: dict[str, Any], verdict: tuple[str, str]
+) -> None:
+    seats = [replace(SEAT, gpu=bytes([number]) * 8, **change) for number in (1, 2)]
+    assert choose(seats) == verdict
+    assert [Greeting.from_tensor(seat.to_tensor()).max_ctas for seat in seats] == [
+        seat.max_ctas for seat in seats
+    ]
+
+
+def test_ranks_ask_for_the_same_number_of_thread_blocks() -> None:
+    with pytest.raises(ConfigError, match=r"rank 0 asks for 4 thread blocks.*rank 1 for 8"):
+        choose([SEAT, replace(SEAT, max_ctas=8)])
+
+
+@pytest.mark.parametrize(
+    ("backend", "word"),
+    [
+        ("torch_nccl", "works on the engine's own NCCL group: take pynccl, or set NCCL_MAX_CTAS"),
+        ("nixl", "nccl_max_ctas is an option of pynccl, and nixl is asked for"),
+        ("torch_gloo", "nccl_max_ctas is an option of pynccl, and torch_gloo is asked for"),
+    ],
+)
+@processes(1)
+def test_who_cannot_keep_a_bound_on_thread_blocks_refuses_it(
+    rank: Rank, backend: str, word: str
+) -> None:
+    with pytest.raises(ConfigError, match=word):
+        create_eplb_communicator(rank.make_group(), backend, (), nccl_max_ctas=4)
+
+
+@pytest.mark.multi_gpu
+@processes(2)
+def test_pynccl_keeps_its_bound_on_thread_blocks(rank: Rank) -> None:
+    group = rank.make_group(device="cuda")
+    weights = [[torch.zeros(2, 3, device=group.device)]]
+    communicator = create_eplb_communicator(group, "pynccl", weights, nccl_max_ctas=2)
+    sent = torch.full((1 << 24,), rank.rank, dtype=torch.uint8, device=group.device)
+    into = torch.empty_like(sent)
+    communicator.add_send(sent, 1 - rank.rank)
+    communicator.add_recv(into, 1 - rank.rank)
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        communicator.execute()
+        torch.cuda.synchronize()
+    assert bool((into == 1 - rank.rank).all())
+    trace = rank.path / f"trace{rank.rank}.json"
+    profile.export_chrome_trace(str(trace))
+    grids = [
+        event["args"]["grid"][0]
+        for event in json.loads(trace.read_text())["traceEvents"]
+        if event["name"].startswith("ncclDevKernel")
+    ]
+    assert grids
+    assert max(grids) <= 2
+    communicator.close()
+    wait_for_both(rank)
 
 
 class Borrowed(MemoryEplbCommunicator):

@@ -37,6 +37,7 @@ class Greeting:
         is_beside_nccl: whether a thread of its own will use the wire while tokens travel over NCCL.
         host: [8] bytes, equal on equal hosts.
         gpu: [8] bytes, of the GPU that the weights are on; zeros on the CPU.
+        max_ctas: most thread blocks of an NCCL kernel; 0 for NCCL's own choice.
     """
 
     asked: str
@@ -46,12 +47,17 @@ class Greeting:
     is_beside_nccl: bool
     host: bytes
     gpu: bytes
+    max_ctas: int = 0
 
-    _LAYOUT: ClassVar[struct.Struct] = struct.Struct("<32s????8s8s")
+    _LAYOUT: ClassVar[struct.Struct] = struct.Struct("<32s????8s8sH")
 
     @classmethod
     def of_this_rank(
-        cls, asked: str, coordinator: GroupCoordinator, expert_weights: ExpertWeights
+        cls,
+        asked: str,
+        coordinator: GroupCoordinator,
+        expert_weights: ExpertWeights,
+        max_ctas: int | None = None,
     ) -> Greeting:
         """What is true here. Collective: none."""
         device = find_device(coordinator, expert_weights)
@@ -64,10 +70,11 @@ class Greeting:
             isinstance(coordinator, RankGroup) and coordinator.is_beside_nccl,
             _digest(socket.gethostname()),
             _digest(str(torch.cuda.get_device_properties(device).uuid)) if on_cuda else _NO_GPU,
+            max_ctas or 0,
         )
 
     def to_tensor(self) -> Tensor:
-        """[52] uint8."""
+        """[54] uint8."""
         data = self._LAYOUT.pack(
             self.asked.encode(),
             self.has_nixl,
@@ -76,6 +83,7 @@ class Greeting:
             self.is_beside_nccl,
             self.host,
             self.gpu,
+            self.max_ctas,
         )
         return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
@@ -116,27 +124,60 @@ def choose(greetings: Sequence[Greeting]) -> tuple[str, str]:
     Collective: none.
     Raises: ConfigError if ranks ask for different ones; CommunicatorUnavailable if it cannot work.
     """
-    asked = greetings[0].asked
+    asked, max_ctas = greetings[0].asked, greetings[0].max_ctas
     for rank, greeting in enumerate(greetings):
         if greeting.asked != asked:
             raise ConfigError(
                 f"rank 0 asks for communicator {asked}, rank {rank} for {greeting.asked}: "
                 "all ranks need the same"
             )
+        if greeting.max_ctas != max_ctas:
+            raise ConfigError(
+                f"rank 0 asks for {max_ctas} thread blocks of NCCL (nccl_max_ctas, 0 where it is "
+                f"not given), rank {rank} for {greeting.max_ctas}: all ranks need the same"
+            )
     if asked != "auto":
         reason = _find_obstacle(asked, greetings)
         if reason is not None:
             raise CommunicatorUnavailable(reason)
         return asked, "as asked for"
+    name, reason = _choose_best(greetings)
+    if max_ctas and name != "pynccl":
+        reason += "; nccl_max_ctas has no say there"
+    return name, f"auto; {reason}"
+
+
+def check_max_ctas(asked: str, max_ctas: int | None) -> None:
+    """Refuse a bound on NCCL's thread blocks where the wire that is asked for cannot keep it.
+
+    Args:
+        asked: the backend, or "auto".
+        max_ctas: the bound, or None.
+    Collective: none.
+    Raises: ConfigError that says what can.
+    """
+    if max_ctas is None or asked in ("auto", "pynccl"):
+        return
+    if asked == "torch_nccl":
+        raise ConfigError(
+            "nccl_max_ctas cannot bound torch_nccl, which works on the engine's own NCCL group: "
+            "take pynccl, or set NCCL_MAX_CTAS in the environment before that group is made"
+        )
+    raise ConfigError(f"nccl_max_ctas is an option of pynccl, and {asked} is asked for")
+
+
+def _choose_best(greetings: Sequence[Greeting]) -> tuple[str, str]:
     if len(greetings) == 1:
-        return "torch_gloo", "auto; a single rank sends nothing"
+        return "torch_gloo", "a single rank sends nothing"
     without = [rank for rank, greeting in enumerate(greetings) if not greeting.has_nixl]
     if not without:
-        return "nixl", "auto; every rank has NIXL"
-    for name in ("torch_nccl", "pynccl"):
+        return "nixl", "every rank has NIXL"
+    # A group that is the engine's keeps to no bound of ours.
+    over_nccl = ("pynccl",) if greetings[0].max_ctas else ("torch_nccl", "pynccl")
+    for name in over_nccl:
         if _find_obstacle(name, greetings) is None:
-            return name, f"auto; {name_ranks(without)} cannot import NIXL"
-    return "torch_gloo", f"auto; {name_ranks(without)} cannot import NIXL"
+            return name, f"{name_ranks(without)} cannot import NIXL"
+    return "torch_gloo", f"{name_ranks(without)} cannot import NIXL"
 
 
 def _find_obstacle(name: str, greetings: Sequence[Greeting]) -> str | None:

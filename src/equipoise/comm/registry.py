@@ -13,7 +13,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from equipoise.comm.base import EplbCommunicator, ExpertWeights, GroupCoordinator
-from equipoise.comm.choice import Greeting, choose, greet
+from equipoise.comm.choice import Greeting, check_max_ctas, choose, greet
 from equipoise.comm.groups import RankGroup
 from equipoise.errors import CommunicatorUnavailable, ConfigError
 
@@ -50,7 +50,11 @@ def check_name(name: str) -> None:
 
 
 def create_eplb_communicator(
-    group_coordinator: GroupCoordinator, backend: str | None, expert_weights: ExpertWeights
+    group_coordinator: GroupCoordinator,
+    backend: str | None,
+    expert_weights: ExpertWeights,
+    *,
+    nccl_max_ctas: int | None = None,
 ) -> EplbCommunicator:
     """Make the communicator of this name, and never another.
 
@@ -61,15 +65,19 @@ def create_eplb_communicator(
             else over NCCL where that can work, else torch_gloo. The first rank of each host logs
             which it is and why.
         expert_weights: what moves are sent from.
+        nccl_max_ctas: most thread blocks that a kernel of NCCL's takes from the forward pass; None
+            for NCCL's own choice. `pynccl` keeps it; "auto" then takes no other wire over NCCL.
     Returns:
         the communicator; its `name` says which, and its `reason` why.
-    Collective: every rank of the group, with the same backend.
-    Raises: ConfigError if there is none of this name, or ranks ask for different ones;
+    Collective: every rank of the group, with the same arguments.
+    Raises: ConfigError if there is none of this name, ranks ask for different ones, or the named
+        one cannot keep `nccl_max_ctas`;
         CommunicatorUnavailable if it cannot work on every rank; TransferError if a rank does not
         come in time.
     """
     asked = backend or "auto"
     check_name(asked)
+    check_max_ctas(asked, nccl_max_ctas)
     entries = _find_entries()
     timeout_s = (
         group_coordinator.timeout.total_seconds()
@@ -77,15 +85,15 @@ def create_eplb_communicator(
         else _DEFAULT_TIMEOUT_S
     )
     group = group_coordinator.cpu_group
-    greetings = greet(
-        group, Greeting.of_this_rank(asked, group_coordinator, expert_weights), timeout_s
-    )
+    mine = Greeting.of_this_rank(asked, group_coordinator, expert_weights, nccl_max_ctas)
+    greetings = greet(group, mine, timeout_s)
     name, reason = choose(greetings)
     rank = group.rank()
     if all(greetings[other].host != greetings[rank].host for other in range(rank)):
         logger.info("communicator %s: %s", name, reason)
+    options = {"max_ctas": nccl_max_ctas} if name == "pynccl" else {}
     communicator: EplbCommunicator = _load(entries[name])(
-        group_coordinator, expert_weights, timeout_s
+        group_coordinator, expert_weights, timeout_s, **options
     )
     communicator.reason = reason
     return communicator

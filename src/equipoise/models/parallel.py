@@ -34,7 +34,13 @@ from equipoise.models.experts import (
 )
 from equipoise.models.export import write_checkpoint
 from equipoise.models.generation import Lockstep
-from equipoise.models.host_copies import CopyKey, HostBackup, HostCopies, assign_copies
+from equipoise.models.host_copies import (
+    CopyKey,
+    CopyRule,
+    HostBackup,
+    HostCopies,
+    assign_copies,
+)
 from equipoise.models.loading import load_spread
 from equipoise.placement import Placement, place_in_order
 from equipoise.policy import get_policy
@@ -93,7 +99,10 @@ class ParallelModel:
 
     def step(self) -> tuple[RebalanceOutcome, ...]:
         """Close a forward pass, and rebalance when a plan is due; as `EplbState.step`."""
-        return self.state.step()
+        outcomes = self.state.step()
+        if outcomes:
+            self.copies.follow([one.maps.placement for one in self.spread.sets])
+        return outcomes
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The `generate` of transformers on every rank with its own batch, balancing as it goes.
@@ -154,6 +163,7 @@ class ParallelModel:
             dispatcher.close()
 
 
+@torch.inference_mode(False)  # Steps write what is made here, in and out of inference mode.
 def parallelize(
     model: nn.Module | str | Path,
     group: RankGroup,
@@ -234,7 +244,12 @@ def assemble(
     try:
         # One by one: those that were made before another fails are closed.
         communicators.extend(
-            create_eplb_communicator(state.transfer_group, config.communicator, one.weights)
+            create_eplb_communicator(
+                state.transfer_group,
+                config.communicator,
+                one.weights,
+                nccl_max_ctas=config.nccl_max_ctas,
+            )
             for one in spread.sets
         )
         parallel = ParallelModel(
@@ -270,21 +285,33 @@ def keep_copies(parallel: ParallelModel, backup: HostBackup) -> ParallelModel:
     """
     if backup == "none":
         return parallel
-    checkpoint, sets = parallel.checkpoint, parallel.spread.sets
-    if checkpoint is None:
+    if parallel.checkpoint is None:
         raise ModelError("host_backup needs a model that was read from a checkpoint")
-    placements = [one.maps.placement for one in sets]
     group = parallel.state.group
-    kept: dict[CopyKey, list[Tensor]] = {}
-    for key in assign_copies(placements, backup, [()] * group.size)[group.rank]:
-        one = sets[key.set]
-        read = checkpoint.read_expert(one.layers[key.layer], key.expert)
-        kept[key] = [
-            tensor.to("cpu", like.dtype, copy=True)
-            for tensor, like in zip(read, one.weights[key.layer], strict=True)
-        ]
-    checkpoint.close()
-    return replace(parallel, copies=HostCopies(kept))
+    placements = [one.maps.placement for one in parallel.spread.sets]
+    kept_by = assign_copies(placements, backup, [()] * group.size)
+    read = partial(read_copy, parallel.spread, parallel.checkpoint)
+    kept = {key: read(key) for key in kept_by[group.rank]}
+    parallel.checkpoint.close()
+    return replace(parallel, copies=HostCopies(kept, CopyRule(backup, group.rank, kept_by, read)))
+
+
+def read_copy(spread: ExpertParallelModel, checkpoint: Checkpoint, key: CopyKey) -> list[Tensor]:
+    """Read an expert into host memory, as slots have it.
+
+    Args:
+        spread: whose layers say what it is like.
+        checkpoint: that the model was read from.
+        key: which.
+    Collective: none.
+    Raises: ModelError if it cannot be read.
+    """
+    one = spread.sets[key.set]
+    read = checkpoint.read_expert(one.layers[key.layer], key.expert)
+    return [
+        tensor.to("cpu", like.dtype, copy=True)
+        for tensor, like in zip(read, one.weights[key.layer], strict=True)
+    ]
 
 
 def _plan_sets(
