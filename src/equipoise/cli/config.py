@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from equipoise.config_sources import parse_flags, resolve_config
+from equipoise.config_sources import add_flag, parse_flags, resolve_config
+from equipoise.errors import ConfigError
+
+NEVER_STEPS = 1 << 40
+"""More steps than any run has: no plan falls due."""
 
 
 def config(
@@ -35,3 +39,19 @@ def config(
 def list_options(context: typer.Context) -> list[str]:
     """Options of the command that runs, as they are written."""
     return [name for option in context.command.params for name in option.opts]
+
+
+def add_switches(flags: dict[str, tuple[str, Any]], *, sync: bool, no_balance: bool) -> None:
+    """Add what --sync and --no-balance stand for to options given otherwise.
+
+    Raises: ConfigError if they contradict each other.
+    """
+    if no_balance and "step_interval" in flags:
+        flag, _ = flags["step_interval"]
+        raise ConfigError(
+            f"--no-balance makes no plans, and {flag} says how often: give one of them"
+        )
+    if no_balance:
+        add_flag(flags, "step_interval", "--no-balance", NEVER_STEPS)
+    if sync:
+        add_flag(flags, "use_async", "--sync", False)
