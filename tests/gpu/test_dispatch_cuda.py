@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -277,8 +278,8 @@ def test_nixl_ep_ranks_come_and_go_in_one_buffer(rank: Rank, width: int) -> None
     """Alone, beside a rank that is masked, together, alone again; memory does not grow."""
     group = rank.make_group(device="cuda")
     manager = NixlEPAll2AllManager(4, group.device, timedelta(seconds=20))
-    free = []
-    for cycle in range(3):
+    free = 0
+    for cycle in range(4):
         single = make_lone(rank, cycle)
         # Both ranks have their index from a generation of both.
         both = make_nixl_ep(manager, group, width)
@@ -294,10 +295,14 @@ def test_nixl_ep_ranks_come_and_go_in_one_buffer(rank: Rank, width: int) -> None
         assert not manager.connected
         group.barrier()
         torch.cuda.synchronize()
-        free.append(torch.cuda.mem_get_info()[0])
+        free = free or torch.cuda.mem_get_info()[0]
         single.close()
         group = rank.make_group(generation=cycle + 1, device="cuda")
-    assert free[0] - free[-1] < 64 << 20, free
+    # Other tests come and go on the same device; what leaked would never come back.
+    deadline = time.monotonic() + 60
+    while free - torch.cuda.mem_get_info()[0] > 16 << 20:
+        assert time.monotonic() < deadline, (free, torch.cuda.mem_get_info())
+        time.sleep(0.1)
     manager.close()
     group.barrier()
     group.close()
