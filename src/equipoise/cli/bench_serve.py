@@ -34,7 +34,7 @@ def bench_serve(
     """Compare tokens per second by HTTP with those of the service alone, on the bundled model."""
     check_json_path(json_path)
     from equipoise.bundled import model_directory
-    from equipoise.cli.serve import check_packages
+    from equipoise.cli.serve_start import check_packages
     from equipoise.elastic.spec import ServiceSpec
 
     check_packages()

@@ -13,7 +13,10 @@ SocketPath = Annotated[
     Path | None, typer.Option("--socket", help="Of the service.  [the only one of this user]")
 ]
 Url = Annotated[
-    str | None, typer.Option("--url", help="Of a server, instead of a socket; key as for `top`.")
+    str | None,
+    typer.Option(
+        "--url", help="Of a server, instead of a socket; key from EQ_ADMIN_KEY or EQ_API_KEY."
+    ),
 ]
 WaitS = Annotated[float, typer.Option("--timeout", help="Longest wait for it, in s.")]
 

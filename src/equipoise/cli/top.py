@@ -1,58 +1,74 @@
-"""`equipoise top`: a server's ranks and figures, redrawn."""
+"""`equipoise top`: a service's ranks and figures, redrawn."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from equipoise.cli.service import SocketPath, Url, read_status
+from equipoise.errors import ConfigError, MembershipError
 
-DEFAULT_URL = "http://127.0.0.1:8000"
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
 SHORTEST_S = 0.1
 
 
 def top(
-    url: Annotated[str, typer.Argument(help="Of the server.")] = DEFAULT_URL,
+    socket: SocketPath = None,
+    url: Url = None,
     interval: Annotated[float, typer.Option(help="Seconds between two looks.")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Look once.")] = False,
 ) -> None:
-    """Watch a server: its ranks, what they have, and what it has done.
-
-    A key is read from EQ_ADMIN_KEY or EQ_API_KEY. Ctrl-C ends it.
-    """
+    """Watch a service: its ranks, what they have, and what it has done. Ctrl-C ends it."""
     from rich.console import Console
-    from rich.live import Live
 
-    from equipoise.errors import ConfigError
     from equipoise.report.service import render_service
-    from equipoise.server.client import ServerClient, ServerRefused
 
     if not interval >= SHORTEST_S:
         raise ConfigError(f"--interval must be at least {SHORTEST_S} s, got {interval:g}")
-    client = ServerClient(url)
-    before: dict[str, Any] | None = None
-    now, at_s = client.status(), time.monotonic()
+    where, now = read_status(socket, url)
+    at_s = time.monotonic()
     console = Console()
     if once or not console.is_terminal:
-        console.print(render_service(client.url, now, None, 0.0))
+        console.print(render_service(where, now, None, 0.0))
         return
+    # The one that was found, not whichever is the only one later.
+    found = None if url is not None else Path(where)
+    _watch(console, lambda: read_status(found, url), (where, now, at_s), interval)
+
+
+def _watch(
+    console: Console,
+    read: Callable[[], tuple[str, dict[str, Any]]],
+    first: tuple[str, dict[str, Any], float],
+    interval: float,
+) -> None:
+    """Redraw until Ctrl-C; a service that does not answer may do so again."""
+    from rich.live import Live
+
+    from equipoise.report.service import render_service
+    from equipoise.server.client import ServerRefused
 
     def show(picture: RenderableType) -> None:
         live.update(picture, refresh=True)
 
+    where, now, at_s = first
     with Live(console=console, auto_refresh=False, screen=True) as live:
-        show(render_service(client.url, now, None, 0.0))
+        show(render_service(where, now, None, 0.0))
         while True:
             time.sleep(interval)
             try:
-                before, now = now, client.status()
-            except ServerRefused as error:
-                if error.status is not None and error.status not in (503,):
+                before, (_, now) = now, read()
+            except (MembershipError, ServerRefused) as error:
+                status = getattr(error, "status", None)
+                if status not in (None, 503):
                     raise
                 show(f"{error}\n\nlooking again every {interval:g} s")
                 continue
             before_s, at_s = at_s, time.monotonic()
-            show(render_service(client.url, now, before, at_s - before_s))
+            show(render_service(where, now, before, at_s - before_s))

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+UNKNOWN_EXIT = 256
+"""The exit code of a process whose parent is another, once it has ended."""
+
 
 @dataclass(frozen=True)
 class RankSeat:
@@ -40,7 +43,14 @@ class RankHandle(Protocol):
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs or is about to; negative for a signal. Does not wait."""
+        """None while it runs or is about to; negative for a signal. Does not wait.
+
+        UNKNOWN_EXIT of an adopted process that has ended.
+        """
+
+    @property
+    def detail(self) -> str:
+        """Why it has ended, where the launcher knows more than the exit code; else empty."""
 
     def stop(self, *, kill: bool = False) -> None:
         """Ask it to end, or make it; does not wait."""
@@ -76,5 +86,14 @@ class Launcher(Protocol):
         Raises: MembershipError if it cannot be started.
         """
 
+    def adopt(self, seat: RankSeat, pid: int) -> RankHandle:
+        """Take over a process that the launcher of a controller before this one had started.
+
+        Args:
+            seat: as the process says.
+            pid: as the process says.
+        Raises: MembershipError if it cannot be.
+        """
+
     def close(self) -> None:
-        """End whatever it started and still runs. Twice is fine."""
+        """End whatever it started or adopted and still runs. Twice is fine."""

@@ -20,6 +20,7 @@ from torch.distributed.distributed_c10d import Store
 
 from equipoise.comm.deadline import call_in_time
 from equipoise.comm.exchange import name_ranks
+from equipoise.elastic.spec import ServiceSpec
 from equipoise.errors import MembershipError
 from equipoise.job.spec import JobSpec
 
@@ -131,6 +132,16 @@ def describe_spec(spec: JobSpec) -> dict[str, str]:
     for name in ("dtype", "device", "max_new_tokens", "max_batch_size", "max_steps", "check"):
         facts[name] = str(getattr(spec, name))
     return {**facts, "seed": str(spec.seed), **{k: str(v) for k, v in spec.config}}
+
+
+def describe_service(spec: ServiceSpec) -> dict[str, str]:
+    """What must be equal on all ranks of a service. As `describe_spec`."""
+    values = spec.to_json()
+    values["model"] = _digest((spec.model / "config.json").read_text(encoding="utf-8"))
+    values |= values.pop("config")
+    # Where its controller listens is the first rank's to say.
+    del values["interface"]
+    return {name: str(value) for name, value in values.items()}
 
 
 def claim(store: Store, rank: int, *, grace_s: float = 0.0) -> bool:

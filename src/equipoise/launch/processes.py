@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import select
 import signal
 import sys
-import time
+import threading
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal
 
-from equipoise.elastic.launcher import RankHandle, RankSeat
+from equipoise.elastic.launcher import UNKNOWN_EXIT, RankHandle, RankSeat
 from equipoise.errors import ConfigError, MembershipError
 from equipoise.launch.local import STOP_S, preload_ranks
 
@@ -30,6 +32,10 @@ class LocalLauncher:
     def __init__(self, device: Literal["cpu", "cuda"] = "cpu", model: Path | None = None) -> None:
         self._device = device
         self._processes: list[BaseProcess] = []
+        self._adopted: list[_AdoptedRank] = []
+        self._is_closed = False
+        self._is_settled = threading.Event()
+        """Whether ranks can be started, or never will."""
         preload_ranks([] if model is None else list_modules(model))
 
     @property
@@ -38,14 +44,16 @@ class LocalLauncher:
         return "localhost"
 
     def open(self, timeout_s: float) -> None:
-        """Wait until the forkserver has loaded what ranks need. As `Launcher.open`."""
-        deadline = time.monotonic() + timeout_s
-        process = multiprocessing.get_context("forkserver").Process(target=_do_nothing, daemon=True)
-        process.start()
-        process.join(max(0.0, deadline - time.monotonic()))
-        if process.is_alive():
-            process.kill()
+        """Wait until the forkserver has loaded what ranks need. As `Launcher.open`.
+
+        Raises: MembershipError also if `close` is called meanwhile.
+        """
+        # In a thread: to start a process waits for the forkserver, which nothing can interrupt.
+        threading.Thread(target=self._try, name="equipoise-try-start", daemon=True).start()
+        if not self._is_settled.wait(timeout_s):
             raise MembershipError(f"what ranks need was not loaded within {timeout_s:g} s")
+        if self._is_closed:
+            raise MembershipError("no rank is started any more: the launcher was closed")
 
     def find_device(self, taken: list[str]) -> str:
         """The CPU, or the GPU with the fewest ranks. As `Launcher.find_device`."""
@@ -72,8 +80,27 @@ class LocalLauncher:
         self._processes.append(process)
         return _LocalRank(process)
 
+    def adopt(self, seat: RankSeat, pid: int) -> RankHandle:
+        """Take over a rank of a controller before this one's. As `Launcher.adopt`."""
+        try:
+            rank = _AdoptedRank(pid)
+        except OSError as error:
+            raise MembershipError(f"{seat.name} is no process of this machine: {error}") from error
+        self._adopted.append(rank)
+        return rank
+
+    def _try(self) -> None:
+        """Start a process, and have it end."""
+        process = multiprocessing.get_context("forkserver").Process(target=_do_nothing, daemon=True)
+        with contextlib.suppress(OSError, EOFError):  # the forkserver has ended: `start` says so
+            process.start()
+            process.join()
+        self._is_settled.set()
+
     def close(self) -> None:
         """End what still runs, by SIGTERM and then by SIGKILL. Twice is fine."""
+        self._is_closed = True
+        self._is_settled.set()
         for process in self._processes:
             process.terminate()
         for process in self._processes:
@@ -82,9 +109,19 @@ class LocalLauncher:
                 process.kill()
                 process.join(STOP_S)
         self._processes.clear()
+        for rank in self._adopted:
+            rank.stop()
+        for rank in self._adopted:
+            if rank.wait(STOP_S) is None:
+                rank.stop(kill=True)
+                rank.wait(STOP_S)
+            rank.close()
+        self._adopted.clear()
 
 
 class _LocalRank:
+    detail = ""
+
     def __init__(self, process: BaseProcess) -> None:
         self._process = process
         assert process.pid is not None
@@ -103,6 +140,38 @@ class _LocalRank:
     def wait(self, timeout_s: float) -> int | None:
         self._process.join(timeout_s)
         return self._process.exitcode
+
+
+class _AdoptedRank:
+    """A process that is another's child, by a descriptor: its number may become another's."""
+
+    detail = ""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._descriptor = os.pidfd_open(pid)
+
+    @property
+    def exit_code(self) -> int | None:
+        return self.wait(0.0)
+
+    def stop(self, *, kill: bool = False) -> None:
+        if self.exit_code is None:
+            number = signal.SIGKILL if kill else signal.SIGTERM
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._descriptor, number)
+
+    def wait(self, timeout_s: float) -> int | None:
+        if self._descriptor < 0:
+            return UNKNOWN_EXIT
+        ended = select.poll()
+        ended.register(self._descriptor, select.POLLIN)
+        return UNKNOWN_EXIT if ended.poll(1000 * timeout_s) else None
+
+    def close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def list_modules(model: Path) -> list[str]:

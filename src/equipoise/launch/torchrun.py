@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from equipoise.errors import ConfigError, EquipoiseError
 from equipoise.job.records import Emit
@@ -19,6 +19,9 @@ from equipoise.launch.seats import assign_seat
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
+
+T = TypeVar("T")
+"""What ranks are asked to run."""
 
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -106,21 +109,48 @@ def run_torchrun(
     Raises: RankEnded if the job cannot begin, or ends before it is done; MembershipError if this
         rank cannot reach the others to begin with.
     """
+    # Late, so that a job on this machine alone does not wait for torch.
+    from equipoise.launch.meeting import describe_spec
+
+    spec, store = agree(place, settle, describe_spec, tell, timeout_s=timeout_s)
+    _take_part(place, spec, store, emit, tell, job)
+
+
+def agree(
+    place: TorchrunRank,
+    settle: Callable[[], T],
+    describe: Callable[[T], Mapping[str, str]],
+    tell: Callable[[Failure], None],
+    *,
+    timeout_s: float,
+) -> tuple[T, Store]:
+    """Meet the other ranks, and see to it that all were asked for the same.
+
+    Args:
+        place: of this rank.
+        settle: finds out what to run, or raises.
+        describe: says of it what must be equal on all ranks, by name.
+        tell: called with why it cannot begin, on one rank alone.
+        timeout_s: longest wait for the other ranks.
+    Returns:
+        What to run, and the store of the launcher's job.
+    Collective: every rank that torchrun started.
+    Raises: as `run_torchrun`.
+    """
     # The launcher ends its ranks by signals, also while one waits inside torch for another.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    spec: JobSpec | None = None
+    spec: T | None = None
     problem: EquipoiseError | None = None
     try:
         spec = settle()
     except EquipoiseError as error:
         problem = error
-    # Late, so that a job on this machine alone does not wait for torch.
     from equipoise.launch import meeting
 
     rank, size = place.rank, place.size
     store = meeting.join_store(rank, size, os.environ, timeout_s)
-    facts = meeting.describe_spec(spec) if spec is not None else {}
+    facts = describe(spec) if spec is not None else {}
     word = meeting.Word(None if problem is None else str(problem), facts)
     refusal = meeting.compare_words(store, rank, size, word, timeout_s)
     if refusal is not None:
@@ -130,7 +160,7 @@ def run_torchrun(
         meeting.leave(store, rank, size, say)
         raise RankEnded(expected=True)
     assert spec is not None, "a rank without a spec has a problem, which all have heard of"
-    _take_part(place, spec, store, emit, tell, job)
+    return spec, store
 
 
 def _take_part(

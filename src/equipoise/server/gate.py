@@ -98,7 +98,10 @@ class Gate:
             self._figures.in_flight.dec()
             self._figures.requests.labels(endpoint, str(exchange.status)).inc()
             self._figures.seconds.labels(endpoint).observe(line["seconds"])
-            self._log.write("request", **line)
+            # Probes come every few seconds, and say nothing while all is well.
+            is_probe = endpoint.startswith("/health") and exchange.status in (200, 503)
+            if self._settings.log_health or not is_probe:
+                self._log.write("request", **line)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         keys = self._settings.keys

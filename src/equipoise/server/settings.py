@@ -63,6 +63,7 @@ class ServerSettings:
         limits: how much it takes.
         model_name: by which clients know the model; None for the service's.
         log_prompts: whether the log holds what clients ask and get.
+        log_health: whether the log has a line for each look at the server's health.
     Raises: ConfigError if others than this machine could come in without keys.
     """
 
@@ -72,6 +73,7 @@ class ServerSettings:
     limits: ServerLimits = field(default_factory=ServerLimits)
     model_name: str | None = None
     log_prompts: bool = False
+    log_health: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 1 << 16:
