@@ -13,6 +13,7 @@ from equipoise.elastic.planning import plan_change, plan_recovery, rehearse
 from equipoise.elastic.roster import Roster, sort_names
 from equipoise.elastic.service import ScaleReport
 from equipoise.elastic.spec import ServiceSpec
+from equipoise.errors import MembershipError
 
 
 def make_plan(change: Change, roster: Roster, spec: ServiceSpec, generation: int) -> MembershipPlan:
@@ -34,6 +35,11 @@ def make_plan(change: Change, roster: Roster, spec: ServiceSpec, generation: int
             backup=spec.host_backup,
             nodes=nodes,
         )
+    for one in serving[1:]:
+        if one.told["holding"]["fingerprints"] != serving[0].told["holding"]["fingerprints"]:
+            raise MembershipError(
+                f"{one.name} and {serving[0].name} do not agree on where experts are"
+            )
     names = {record.name for record in serving} - set(change.leaving) | set(change.joining)
     members = sort_names(names)
     return plan_change(

@@ -8,7 +8,7 @@ What ranks are told, and whose word ends each stage:
 | describing | serving ranks: pause balancing, say what you hold | each `holding` |
 | preparing | all: the plan | members `switched`, leavers `left`: the decision is theirs |
 | aborting | serving ranks: abort; newcomers: stop | each `aborted` |
-| registering | nothing: their steps fail | each survivor `lost` |
+| registering | survivors: it is over, if their steps have not failed | each survivor `lost` |
 | retiring | nothing: they close what served before | members `retired`, leavers gone |
 
 Whatever fails before the decision leaves the serving generation as it is; a death in it, or behind
@@ -20,8 +20,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from equipoise.elastic.change_plans import (
@@ -31,37 +30,15 @@ from equipoise.elastic.change_plans import (
     make_plan,
 )
 from equipoise.elastic.channel import Message
-from equipoise.elastic.orders import STAGE_ENDS, Change, settle_names
+from equipoise.elastic.orders import STAGE_ENDS, Change, Hands, settle_names
 from equipoise.elastic.placing import order_by_node
+from equipoise.elastic.respawn import MOST_RECOVERIES, Recoveries, Respawn
 from equipoise.elastic.roster import RankRecord, Roster
 from equipoise.elastic.service import Busy, Phase, ScaleReport
 from equipoise.elastic.spec import ServiceSpec
 from equipoise.errors import ConfigError, EquipoiseError, MembershipError
 
 logger = logging.getLogger(__name__)
-
-MOST_RECOVERIES = 3
-"""Recoveries in a row, with no step served between them, after which a service gives up."""
-
-
-@dataclass(frozen=True)
-class Hands:
-    """What a change needs done by the controller.
-
-    Attributes:
-        launch: start a rank of that name.
-        release: take a rank's requests back, to be run elsewhere.
-        call_off: have the store call off the change to a generation, for a reason; False if the
-            change stands.
-        give_up: end the service, with the reason.
-        count_steps: forward passes that ranks have served so far.
-    """
-
-    launch: Callable[[str], RankRecord]
-    release: Callable[[RankRecord], None]
-    call_off: Callable[[int, str], bool]
-    give_up: Callable[[str], None]
-    count_steps: Callable[[], int]
 
 
 class Changes:
@@ -92,8 +69,8 @@ class Changes:
         self._current: Change | None = None
         self._queue: deque[Change] = deque()
         self._wanted = spec.num_ranks
-        self._steps_at_recovery = -1
-        self._num_in_a_row = 0
+        self._respawn = Respawn(spec.respawn_tries, spec.respawn_s)
+        self._recoveries = Recoveries()
 
     @property
     def is_idle(self) -> bool:
@@ -170,6 +147,7 @@ class Changes:
         change = self._current
         was_serving = record.number is not None
         record.number = None
+        self._respawn.note_death(record.name, time.monotonic())
         if change is not None:
             change.awaited.discard(record.name)
         if is_expected:
@@ -240,9 +218,7 @@ class Changes:
             self._describe(change)
             return
         if not change.joining and not change.leaving:
-            change.answer.set_result(
-                describe_change(change, self._roster, self.generation, done=True)
-            )
+            change.answer.set_result(self._report(change))
             return
         self._current = change
         self.phase, self.reason = "preparing", str(change)
@@ -361,15 +337,24 @@ class Changes:
         self._advance(change)
 
     def _finish(self, change: Change) -> None:
+        self._count(change)
+        self._end(change, self._report(change))
+
+    def _report(self, change: Change) -> ScaleReport:
+        """What a change has done."""
+        return describe_change(change, self._roster, self.generation, done=True)
+
+    def _count(self, change: Change) -> None:
+        """All members of its generation serve."""
         if change.kind == "recover":
             self.num_recoveries += 1
         elif change.kind == "scale":
             self.num_scalings += 1
-            self._wanted = len(self._roster.serving())
-        self._end(change, describe_change(change, self._roster, self.generation, done=True))
-        missing = self._wanted - len(self._roster.serving())
-        if change.kind == "recover" and self._spec.respawn and missing > 0:
-            self._queue.appendleft(Change("scale", to=self._wanted))
+            if change.is_respawn:
+                self._respawn.note_came(change.joining, time.monotonic())
+            else:
+                self._wanted = change.to or self._wanted - len(change.leaving)
+                self._respawn.forget()
 
     def _abort(self, change: Change, why: str) -> None:
         """Call a change off; where it is decided already, it goes on."""
@@ -421,7 +406,13 @@ class Changes:
                 # The next generation stands: its members switch, and find out there.
                 self._advance(before)
                 return
-            if before.kind == "scale":
+            if before.stage == "retiring":
+                self._count(before)
+                if not before.answer.done():
+                    before.answer.set_result(self._report(before))
+            elif before.kind == "scale":
+                if before.is_respawn:
+                    self._respawn.note_failure(time.monotonic())
                 for name in before.joining:
                     if name not in before.switched:
                         self._end_newcomer(name, why)
@@ -432,6 +423,10 @@ class Changes:
         self.phase, self.reason = "preparing", str(change)
         logger.warning("%s", self.reason)
         change.deadline = time.monotonic() + self._spec.timeout_s + self._spec.silence_s
+        # Whoever was given up may be cut off from here alone, and their steps go on.
+        for one in self._roster.serving():
+            if not one.is_lost:
+                one.tell({"do": "over", "generation": one.generation, "reason": why})
         self._advance(change)
 
     def _recover(self, change: Change) -> None:
@@ -440,10 +435,8 @@ class Changes:
             self._end(change, MembershipError(change.why))
             self._hands.give_up(f"no rank is left: {change.why}")
             return
-        steps = self._hands.count_steps()
-        self._num_in_a_row = self._num_in_a_row + 1 if steps == self._steps_at_recovery else 1
-        self._steps_at_recovery = steps
-        if self._num_in_a_row > MOST_RECOVERIES:
+        names = [record.name for record in survivors]
+        if not self._recoveries.may_try(self._hands.count_steps(), names):
             self._end(change, MembershipError(change.why))
             self._hands.give_up(f"{MOST_RECOVERIES} recoveries in a row failed: {change.why}")
             return
@@ -460,13 +453,19 @@ class Changes:
                 self.phase, self.reason = "failed", str(outcome)
             logger.warning("%s", outcome)
             change.answer.set_exception(outcome)
+            if change.is_respawn:
+                self._respawn.note_failure(time.monotonic())
         elif not change.answer.done():
             change.answer.set_result(outcome)
         serving = [record.name for record in self._roster.serving()]
         self._tell(serving, {"do": "pause", "paused": False})
 
     def start_next(self) -> None:
-        """Take up what waits, if nothing is under way."""
+        """Take up what waits, if nothing is under way; first of all, replace the dead."""
+        num_serving = len(self._roster.serving())
+        is_short = self._spec.respawn and 0 < num_serving < self._wanted
+        if self._current is None and is_short and self._respawn.may_try(time.monotonic()):
+            self._queue.appendleft(Change("scale", to=self._wanted, is_respawn=True))
         while self._current is None and self._queue:
             change = self._queue.popleft()
             try:
@@ -476,6 +475,7 @@ class Changes:
 
     def _note_serving(self, record: RankRecord, message: Message) -> None:
         record.state, record.number = "serving", int(message["number"])
+        record.generation = int(message["generation"])
         record.is_lost = False
         if record.number == 0:
             self.placements = message["placements"]

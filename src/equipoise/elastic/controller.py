@@ -20,10 +20,10 @@ from functools import partial
 from typing import Any, TypeVar
 
 from equipoise.elastic.change_store import call_off
-from equipoise.elastic.changes import Changes, Hands
+from equipoise.elastic.changes import Changes
 from equipoise.elastic.channel import Channel, ChannelClosed, Listener, Message
 from equipoise.elastic.launcher import Launcher, RankSeat
-from equipoise.elastic.orders import Change
+from equipoise.elastic.orders import Change, Hands
 from equipoise.elastic.requests import Delivery, RequestTable, read_delta
 from equipoise.elastic.roster import RankRecord, Roster, describe_exit
 from equipoise.elastic.service import (

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
 from equipoise.elastic.membership import MembershipPlan
+from equipoise.elastic.roster import RankRecord
 from equipoise.elastic.service import ScaleReport
 from equipoise.errors import ConfigError
 
@@ -28,6 +29,26 @@ STAGE_ENDS: Mapping[Stage, tuple[str, ...]] = MappingProxyType(
 """Which words end a rank's part in each stage."""
 
 
+@dataclass(frozen=True)
+class Hands:
+    """What a change needs done by the controller.
+
+    Attributes:
+        launch: start a rank of that name.
+        release: take a rank's requests back, to be run elsewhere.
+        call_off: have the store call off the change to a generation, for a reason; False if the
+            change stands.
+        give_up: end the service, with the reason.
+        count_steps: forward passes that ranks have served so far.
+    """
+
+    launch: Callable[[str], RankRecord]
+    release: Callable[[RankRecord], None]
+    call_off: Callable[[int, str], bool]
+    give_up: Callable[[str], None]
+    count_steps: Callable[[], int]
+
+
 @dataclass
 class Change:
     """A change of the membership, from the asking to its end. Owner: the controller's thread.
@@ -37,6 +58,7 @@ class Change:
         to: ranks that there shall be, as asked for.
         remove: names that shall leave, as asked for.
         dry_run: whether it is only rehearsed.
+        is_respawn: whether it replaces ranks that died, without having been asked for.
         answer: gets the report, or the error.
         stage: how far it is.
         joining: names of newcomers.
@@ -55,6 +77,7 @@ class Change:
     to: int | None = None
     remove: tuple[str, ...] = ()
     dry_run: bool = False
+    is_respawn: bool = False
     answer: Future[ScaleReport] = field(default_factory=Future)
     stage: Stage = "launching"
     joining: list[str] = field(default_factory=list)

@@ -136,6 +136,7 @@ class RankLoop:
             "describe": self._ask,
             "prepare": self._prepare,
             "abort": self._abort,
+            "over": self._end_generation,
             "stop": self._stop,
             "wake": self._ignore,
             "orphaned": self._go_on_alone,
@@ -215,7 +216,13 @@ class RankLoop:
                 state.rearrange()
         if self._is_asked and meeting.is_paused and not state.is_rebalancing:
             self._is_asked = False
-            self._link.say({"say": "holding", "serving": self._describe().to_json()})
+            self._link.say(
+                {
+                    "say": "holding",
+                    "serving": self._describe().to_json(),
+                    "fingerprints": self._fingerprint(),
+                }
+            )
 
     def _tell(self, duty: Duty, result: StepResult) -> None:
         """Say what the step gave, and go on."""
@@ -341,6 +348,13 @@ class RankLoop:
         if self._next is not None:
             self._next.abort(message["reason"])
 
+    def _end_generation(self, message: Message) -> None:
+        """Ranks of it were given up; this rank's steps may go well nevertheless."""
+        duty, is_lost = self._duty, self._lost_by is not None
+        if duty is None or is_lost or duty.generation != message["generation"]:
+            return
+        raise MembershipError(message["reason"])
+
     def _forget_next(self, reason: str) -> None:
         """The serving generation goes on; a newcomer has none."""
         if self._next is None:
@@ -379,6 +393,11 @@ class RankLoop:
     def _describe(self) -> Serving:
         assert self._duty is not None
         return describe(self._duty.parallel, self._duty.names, only=self._name)
+
+    def _fingerprint(self) -> list[str]:
+        """Of the placements that this rank goes by."""
+        assert self._duty is not None
+        return [one.maps.placement.fingerprint() for one in self._duty.parallel.spread.sets]
 
     def _submit(self, message: Message) -> None:
         engine = self._find_engine()

@@ -25,6 +25,7 @@ class RankRecord:
         has_called: whether it has ever been heard of.
         is_warm: whether it has loaded what serving needs.
         number: in the serving generation; None while it is in none.
+        generation: that it has said it serves in.
         channel: to it; None before it has called, and after it has gone.
         facts: what its last sign of life said.
         heard_at: when something came from it last, monotonic.
@@ -44,6 +45,7 @@ class RankRecord:
     has_called: bool = False
     is_warm: bool = False
     number: int | None = None
+    generation: int = -1
     channel: Channel | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     heard_at: float = field(default_factory=time.monotonic)

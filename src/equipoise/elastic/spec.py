@@ -53,6 +53,8 @@ class ServiceSpec:
         orphan_s: how long ranks that have lost their controller serve on what they have and call
             for it; then they end.
         respawn: whether a rank that died is replaced.
+        respawn_tries: replacements that fail in a row, after which no more are tried.
+        respawn_s: between the first that fails and the next try; doubled each time.
         host_backup: experts that ranks keep in host memory, for when their rank dies.
         interface: address that the channel and the store listen on; whoever reaches it and knows
             the token is trusted.
@@ -77,12 +79,14 @@ class ServiceSpec:
     idle_tick_s: float = 0.05
     orphan_s: float = 10.0
     respawn: bool = False
+    respawn_tries: int = 5
+    respawn_s: float = 1.0
     host_backup: HostBackup = "none"
     interface: str = "127.0.0.1"
     faults: tuple[Fault, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("num_ranks", "max_batch_size", "max_len", "queue_limit"):
+        for name in ("num_ranks", "max_batch_size", "max_len", "queue_limit", "respawn_tries"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in _DURATIONS:
@@ -126,4 +130,5 @@ _DURATIONS = (
     "silence_s",
     "idle_tick_s",
     "orphan_s",
+    "respawn_s",
 )

@@ -1,0 +1,52 @@
+"""When replacements are tried again, and when no more: no endless loops of ranks that die."""
+
+from __future__ import annotations
+
+from equipoise.elastic.respawn import MOST_RECOVERIES, STEADY_S, Recoveries, Respawn
+
+
+def test_waits_double_after_each_failure_and_end() -> None:
+    respawn = Respawn(3, 1.0)
+    assert respawn.may_try(0.0)
+    respawn.note_failure(100.0)
+    assert not respawn.may_try(100.9)
+    assert respawn.may_try(101.0)
+    respawn.note_failure(110.0)
+    assert not respawn.may_try(111.9)
+    assert respawn.may_try(112.0)
+    respawn.note_failure(120.0)
+    assert not respawn.may_try(1e9)
+    # Somebody who asks for a change that is done then says that it is worth a try.
+    respawn.forget()
+    assert respawn.may_try(120.0)
+
+
+def test_a_replacement_that_dies_at_once_counts_as_one_that_did_not_come() -> None:
+    respawn = Respawn(2, 1.0)
+    respawn.note_came(["rank-1", "rank-2"], 10.0)
+    respawn.note_death("rank-0", 10.5)
+    assert respawn.may_try(10.5)
+    respawn.note_death("rank-1", 11.0)
+    assert not respawn.may_try(11.0)
+    respawn.note_came(["rank-1"], 13.0)
+    respawn.note_death("rank-1", 13.1)
+    assert not respawn.may_try(1e9)
+
+
+def test_one_that_served_for_a_while_ends_the_count() -> None:
+    respawn = Respawn(2, 1.0)
+    respawn.note_failure(0.0)
+    respawn.note_came(["rank-1"], 2.0)
+    respawn.note_death("rank-1", 2.0 + STEADY_S)
+    assert respawn.may_try(2.0 + STEADY_S)
+    respawn.note_failure(20.0)
+    assert respawn.may_try(21.0)
+
+
+def test_recoveries_without_a_step_end_unless_fewer_are_left_each_time() -> None:
+    recoveries = Recoveries()
+    for _ in range(MOST_RECOVERIES):
+        assert recoveries.may_try(7, ["a", "b"])
+    assert not recoveries.may_try(7, ["a", "b"])
+    assert recoveries.may_try(7, ["a"])
+    assert recoveries.may_try(8, ["a"])
