@@ -83,15 +83,23 @@ def test_a_rank_without_requests_keeps_step(saved: tuple[Path, Any], ranks: Thre
     plain.set_experts_implementation("batched_mm")
 
     def serve(group: RankGroup) -> Any:
-        parallel = parallelize(directory, group, CONFIG)
+        with torch.inference_mode(group.rank == 3):
+            parallel = parallelize(directory, group, CONFIG)
         parallel.model.set_experts_implementation("batched_mm")
         tokens = parallel.generate(**make_request(1)) if group.rank == 1 else parallel.generate()
+        # Whatever was made in inference mode is written out of it, and the other way round.
+        with torch.inference_mode(group.rank == 0):
+            parallel.state.rearrange()
+        parallel.step()
+        after = parallel.generate(**make_request(group.rank))
         parallel.close()
-        return tokens
+        return tokens, after
 
     served = ranks(serve)
-    assert [tokens is None for tokens in served] == [True, False, True, True]
-    assert torch.equal(served[1], plain.generate(**make_request(1)))
+    assert [tokens is None for tokens, _ in served] == [True, False, True, True]
+    assert torch.equal(served[1][0], plain.generate(**make_request(1)))
+    for rank, (_, after) in enumerate(served):
+        assert torch.equal(after, plain.generate(**make_request(rank)))
 
 
 def test_router_logits_and_hooks(saved: tuple[Path, Any], ranks: ThreadRanks) -> None:

@@ -83,14 +83,15 @@ class Accounts:
         """Count the step that the models' windows took last. Collective: none; no host sync."""
         for model in models:
             if self._config.log_balancedness:
-                zeros = torch.zeros_like(model.maps.replica_counts)
-                self._since_log.setdefault(model.name, zeros).add_(model.window.newest())
+                if model.name not in self._since_log:
+                    self._since_log[model.name] = _make_zeros(model)
+                self._since_log[model.name].add_(model.window.newest())
             if model.name in self._since_commit:
                 self._since_commit[model.name][1].add_(model.window.newest())
 
     def open(self, model: EplbModelState, outcome: RebalanceOutcome) -> None:
         """A rebalance has ended: what comes from here on shows what it has brought."""
-        self._since_commit[model.name] = (outcome, torch.zeros_like(model.maps.replica_counts))
+        self._since_commit[model.name] = (outcome, _make_zeros(model))
 
     def collect(
         self, models: Iterable[EplbModelState], step: int, *, begins: bool
@@ -118,6 +119,12 @@ class Accounts:
                     del self._since_commit[model.name]
                     measures.append(Measure(step, model.name, load, model.placement, outcome))
         return tuple(measures)
+
+
+def _make_zeros(model: EplbModelState) -> Tensor:
+    """[L, E] int64, to be added to at steps in and out of inference mode."""
+    with torch.inference_mode(False):
+        return torch.zeros_like(model.maps.replica_counts)
 
 
 def sum_measures(

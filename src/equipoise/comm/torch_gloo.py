@@ -192,7 +192,9 @@ class TorchDistGlooStagedEplbCommunicator(QueuedCommunicator[Queued]):
     def _grow(self, pool: Tensor, num_bytes: int) -> Tensor:
         if pool.numel() >= num_bytes:
             return pool
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._is_cuda)
+        # Later exchanges may be out of the inference mode that this one is in.
+        with torch.inference_mode(False):
+            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._is_cuda)
 
     def _release(self) -> None:
         self._group = None

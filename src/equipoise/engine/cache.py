@@ -103,6 +103,7 @@ class KVCache:
         values[rows, :, positions] = value[0].transpose(0, 1)
         return keys, values
 
+    @torch.inference_mode()
     def move(self, source: int, into: int, length: int) -> None:
         """Make the first tokens of one row a copy of another's. Collective: none."""
         for pair in self._layers.values():

@@ -77,11 +77,11 @@ class Lockstep:
         self._group.all_reduce(flag, "max")
         return bool(flag.item())
 
-    @torch.inference_mode()
     def _call_with_nothing(self) -> None:
         device = self._group.device
         nothing = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        with self._spread.route(torch.zeros(1, dtype=torch.bool, device=device), 0) as model:
+        nobody = torch.zeros(1, dtype=torch.bool, device=device)
+        with torch.inference_mode(), self._spread.route(nobody, 0) as model:
             model(input_ids=nothing, use_cache=False)
         self._close_step()
 
