@@ -145,3 +145,24 @@ def test_spans_are_copied_whatever_their_alignment() -> None:
         for start, size, land in zip(starts, sizes, landing, strict=True):
             wanted[land : land + size] = source[start : start + size]
         assert torch.equal(target, wanted)
+
+
+@pytest.mark.gpu
+def test_copies_made_on_one_stream_run_on_another_as_they_were_made() -> None:
+    device = torch.device("cuda", 0)
+    source = torch.arange(1 << 16, device=device, dtype=torch.int64).view(torch.uint8)
+    target = torch.zeros_like(source)
+    half = source.numel() // 2
+    halves = np.array([half, half])
+    here = Spans(source.data_ptr() + np.array([0, half]), halves)
+    there = Spans(target.data_ptr() + np.array([half, 0]), halves)
+    torch.cuda.synchronize(device)
+    slow = torch.cuda.Stream(device)
+    with torch.cuda.stream(slow):
+        # What tells the kernel where to copy comes to the GPU behind this.
+        torch.cuda._sleep(1 << 29)
+        copies = SpanCopies(here, there, device, (source, target))
+    assert not slow.query()
+    copies.run()
+    torch.cuda.current_stream(device).synchronize()
+    assert torch.equal(target, torch.cat([source[half:], source[:half]]))

@@ -77,12 +77,16 @@ class KernelTable:
         self._num_wide = tables[0].shape[1]
         table = np.concatenate([each.ravel() for each in tables])
         self._table: Tensor = torch.from_numpy(table).pin_memory().to(device, non_blocking=True)
+        # Whoever launches may do so on another stream, and sooner than this one has brought it.
+        self._brought = torch.cuda.current_stream(device).record_event()
 
     def launch(self, part: int, *, gently: bool) -> None:
         """Enqueue the copies of a part on the current stream."""
         device = self._table.device
+        stream = torch.cuda.current_stream(device)
+        stream.wait_event(self._brought)
         # Another stream may have made it: it must outlive this one's use of it.
-        self._table.record_stream(torch.cuda.current_stream(device))
+        self._table.record_stream(stream)
         rows = self._table[: 3 * self._num_wide], self._table[3 * self._num_wide :]
         with torch.cuda.device(device):
             for kernel, columns, starts in zip(
