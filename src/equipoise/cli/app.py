@@ -9,6 +9,8 @@ import typer
 from equipoise import __version__
 from equipoise.cli.bench_dispatch import bench_dispatch
 from equipoise.cli.bench_elastic import bench_elastic
+from equipoise.cli.bench_layer import bench_layer
+from equipoise.cli.bench_load import bench_load
 from equipoise.cli.bench_plan import bench_plan
 from equipoise.cli.bench_record import bench_record
 from equipoise.cli.bench_recovery import bench_recovery
@@ -83,6 +85,8 @@ bench = typer.Typer(
 app.add_typer(bench, name="bench", help="Measure what this machine does, beside what limits it.")
 bench.command("dispatch")(bench_dispatch)
 bench.command("elastic")(bench_elastic)
+bench.command("layer")(bench_layer)
+bench.command("load")(bench_load)
 bench.command("plan")(bench_plan)
 bench.command("record")(bench_record)
 bench.command("serve")(bench_serve)

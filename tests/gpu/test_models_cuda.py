@@ -1,0 +1,175 @@
+"""Families on GPUs: logits of the plain model on the same GPU, and checkpoints straight to it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from equipoise import EPLBConfig, ParallelModel, parallelize
+from equipoise.comm.groups import RankGroup
+from equipoise.models.read_ahead import ReadAhead, Span
+from tests.models.test_checkpoint import find_family
+from tests.models.test_export import read_bytes
+from tests.models.tiny import VOCABULARY, make_tiny, run
+from tests.ranks import Rank, processes
+
+FAMILIES = (
+    "DeepseekV3Experts",  # shared experts, dense layers, experts in groups
+    "Glm4MoeExperts",
+    "GptOssExperts",  # biases, interleaved, transposed
+    "MiniMaxM2Experts",
+    "MixtralExperts",
+    "OlmoeExperts",
+    "Qwen3MoeExperts",
+)
+CHECKPOINTS = ("DeepseekV3Experts", "GptOssExperts", "MixtralExperts")
+REBALANCES = 3
+
+
+def configure(communicator: str) -> EPLBConfig:
+    return EPLBConfig(
+        window_size=1,
+        step_interval=1,
+        num_redundant_experts=2,
+        policy="deepseek",
+        communicator=communicator,
+        use_async=False,
+    )
+
+
+def draw_tokens(step: int, rank: int, device: torch.device) -> torch.Tensor:
+    random = torch.Generator().manual_seed(step)
+    # Few kinds of token, others at each step, so that experts are loaded unevenly.
+    first = VOCABULARY // 5 * (step % 4) + 3
+    tokens = torch.randint(first, first + 12, (2, 40 + 8 * rank), generator=random)
+    return tokens.to(device)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("communicator", ["nixl", "torch_nccl"])
+@processes(2, timeout_s=58)
+def test_families_have_the_plain_models_logits(
+    rank: Rank, communicator: str, dtype: torch.dtype
+) -> None:
+    if communicator == "nixl":
+        pytest.importorskip("nixl_cu13")
+    group = rank.make_group(device="cuda", device_group="nccl")
+    for experts in FAMILIES:
+        exact = make_tiny(find_family(experts)).to(group.device)
+        plain = copy.deepcopy(exact).to(dtype)
+        parallel = parallelize(copy.deepcopy(plain), group, configure(communicator))
+        moves = 0
+        for step in range(REBALANCES + 1):
+            tokens = draw_tokens(step, group.rank, group.device)
+            for kernels in ("grouped_mm", "batched_mm"):
+                compare_logits(parallel, plain, exact, tokens, kernels, experts)
+            moves += sum(outcome.moves for outcome in parallel.step())
+        assert moves > 0, experts
+        parallel.close()
+    group.close()
+
+
+def compare_logits(
+    parallel: ParallelModel,
+    plain: Any,
+    exact: Any,
+    tokens: torch.Tensor,
+    kernels: str,
+    experts: str,
+) -> None:
+    """In fp32 alike; in half precision as near to the exact ones as the plain model is."""
+    plain.set_experts_implementation(kernels)
+    parallel.model.set_experts_implementation(kernels)
+    with parallel.route():
+        got = run(parallel.model, tokens).float()
+    want = run(plain, tokens).float()
+    assert want.isfinite().all()
+    assert want.std() > 0.01
+    if plain.dtype == torch.float32:
+        assert (got - want).abs().max() <= 2e-5 * max(1.0, float(want.abs().max())), experts
+        return
+    truth = run(exact, tokens)
+    # Where rounding moves a token to another expert its logits change, in the plain model too: so
+    # most tokens are looked at, and none may be off by more than the worst of the plain model.
+    ours, own = (got - truth).abs().amax(-1), (want - truth).abs().amax(-1)
+    print(f"{experts} {kernels} {plain.dtype}: {ours.median():.2e} {own.median():.2e}")
+    assert ours.median() <= 1.5 * own.median(), experts
+    assert ours.max() <= 2 * own.max() + 1e-3, experts
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@processes(2, timeout_s=58)
+def test_checkpoints_go_straight_to_their_gpu_and_back(rank: Rank, dtype: torch.dtype) -> None:
+    group = rank.make_group(device="cuda", device_group="nccl")
+    for experts in CHECKPOINTS:
+        source, target = rank.path / experts, rank.path / f"{experts}-again"
+        if group.rank == 0:
+            make_tiny(find_family(experts)).to(dtype).save_pretrained(
+                source, max_shard_size="100KB"
+            )
+        group.barrier()
+        plain = make_tiny(find_family(experts)).to(dtype)
+        parallel = parallelize(source, group, configure("torch_gloo"))
+        assert parallel.model.dtype == dtype
+        assert parallel.checkpoint is not None
+        check_weights(parallel, plain, group)
+        shared, read = parallel.checkpoint.shared_bytes, parallel.checkpoint.bytes_read
+        assert shared < read < sum(t.num_bytes for t in parallel.checkpoint.stored.values())
+        for step in range(REBALANCES):
+            with parallel.route() as model:
+                run(model, draw_tokens(step, group.rank, group.device))
+            parallel.step()
+        check_weights(parallel, plain, group)
+        parallel.to_checkpoint(target)
+        assert read_bytes(target) == read_bytes(source)
+        parallel.close()
+    group.close()
+
+
+def check_weights(parallel: ParallelModel, plain: Any, group: RankGroup) -> None:
+    whole = plain.state_dict()
+    (one,) = parallel.spread.sets
+    num_slots = one.maps.placement.topology.slots_per_rank
+    mine = one.maps.placement.slot_to_expert[:, group.rank * num_slots :][:, :num_slots]
+    per_expert = set()
+    for layer, weights, held in zip(one.layers, one.weights, mine, strict=True):
+        for name, slots in zip(layer.full_names(), weights, strict=True):
+            per_expert.add(name)
+            assert slots.device == group.device
+            for slot, expert in enumerate(held):
+                if expert >= 0:
+                    assert torch.equal(slots[slot].cpu(), whole[name][expert]), name
+    for name, tensor in parallel.model.state_dict().items():
+        if name not in per_expert:
+            assert tensor.device == group.device
+            # Some stay in fp32 whatever the rest is in.
+            assert torch.equal(tensor.cpu().to(whole[name].dtype), whole[name]), name
+
+
+@pytest.mark.gpu
+def test_what_is_read_ahead_is_whole_while_the_gpu_works(tmp_path: Path) -> None:
+    """Memory that work on the GPU still reads or writes is given out again at once."""
+    device = torch.device("cuda", 0)
+    data = torch.randint(256, (40_000_000,), dtype=torch.uint8)
+    (tmp_path / "bytes").write_bytes(data.numpy().tobytes())
+    random = torch.Generator().manual_seed(0)
+    ends = torch.randint(40_000_000, (60, 2), generator=random).sort(1).values.tolist()
+    ahead = ReadAhead(device, num_threads=4, chunk_bytes=1 << 20, ahead_bytes=64 << 20)
+    matrix = torch.randn(2048, 2048, device=device)
+    wrong = torch.zeros(1, dtype=torch.int64, device=device)
+    whole = data.to(device)
+    spans = (Span(tmp_path / "bytes", begin, end - begin) for begin, end in ends)
+    for tensor, (begin, end) in zip(ahead.read(spans), ends, strict=True):
+        for _ in range(20):
+            matrix = (matrix @ matrix).clamp(-1, 1)
+        wrong += (tensor != whole[begin:end]).sum()
+        # Written after it was compared, before it goes back.
+        tensor.fill_(7)
+    assert wrong.item() == 0
+    ahead.close()
