@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -151,8 +152,8 @@ def move_about(group: RankGroup, wire: str, num_rebalances: int) -> None:
 
 
 def soak(group: RankGroup, wire: str, hidden_size: int, num_rebalances: int) -> None:
-    """As `move_about`, thousands of times: on a GPU every byte is compared there, and only at the
-    end is it asked how that went. Now and then the communicator is replaced by another.
+    """As `move_about`, thousands of times: on a GPU every byte is compared there, and only now and
+    then is it asked how that went. Then the communicator is replaced by another, too.
 
     Collective: every rank of the group.
     """
@@ -164,6 +165,7 @@ def soak(group: RankGroup, wire: str, hidden_size: int, num_rebalances: int) -> 
     communicator = create_eplb_communicator(group, wire, weights)
     wrong = torch.zeros(num_rebalances, dtype=torch.bool, device=group.device)
     period = max(1, num_rebalances // 4)
+    began = time.monotonic()
     held: list[dict[str, int]] = []
     for seed in range(num_rebalances):
         rng = np.random.default_rng(seed)
@@ -183,11 +185,14 @@ def soak(group: RankGroup, wire: str, hidden_size: int, num_rebalances: int) -> 
         standing = target
         if seed % period == period - 1:
             held.append(count_held(group.device, communicator))
+            assert not wrong.any(), wrong.nonzero().flatten().tolist()[:20]
+            if group.rank == 0:
+                seconds = time.monotonic() - began
+                print(f"{wire}, {hidden_size}: {seed + 1} in {seconds:.1f} s", held[-1], flush=True)
             communicator.close()
             if seed + 1 < num_rebalances:
                 communicator = create_eplb_communicator(group, wire, weights)
     communicator.close()
-    assert not wrong.any(), wrong.nonzero().flatten().tolist()[:20]
     # What the first few took, once, stays.
     for name, before in held[min(1, len(held) - 1)].items():
         assert held[-1][name] <= before + ROOM.get(name, 0), (name, held)

@@ -61,10 +61,7 @@ def test_every_slot_holds_what_the_map_says(rank: Rank, wire: str) -> None:
 def test_thousands_of_rebalances_leave_nothing_behind(
     rank: Rank, wire: str, hidden_size: int
 ) -> None:
-    began = time.monotonic()
     soak(make_group(rank, wire), wire, hidden_size, NUM_REBALANCES)
-    if rank.rank == 0:
-        print(f"{wire}, {hidden_size}: {NUM_REBALANCES} in {time.monotonic() - began:.1f} s")
 
 
 @pytest.mark.multi_gpu
