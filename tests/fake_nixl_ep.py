@@ -51,6 +51,7 @@ class FakeKernels:
     """Makes fake buffers."""
 
     index_dtype = torch.int64
+    connects_beside_dispatch = True
 
     def __init__(self, fabric: FakeFabric) -> None:
         self.fabric = fabric

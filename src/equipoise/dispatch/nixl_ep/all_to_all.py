@@ -56,9 +56,9 @@ class NixlEPAll2AllManager:
     indices, by rank. A rank is absent, then staged (connected, but masked: nothing is sent to it
     or waited for), then a member (unmasked), then staged again, then absent.
 
-    Owner: any thread; a lock stands before the state and the buffer. `stage` goes on beside
-    dispatches, which NIXL-EP allows where ranks stay masked. But `disconnect` waits for the device:
-    the thread that dispatches calls it, between two steps.
+    Owner: any thread; a lock stands before the state and the buffer. But `disconnect`, and `stage`
+    with a NIXL-EP that does not allow it beside dispatches, wait for the device and for peers: the
+    thread that dispatches calls them, between two steps.
 
     Args:
         max_ranks: most ranks at a time, leavers that are still connected included.
@@ -112,6 +112,11 @@ class NixlEPAll2AllManager:
     def index_dtype(self) -> torch.dtype:
         """Of slot ids, as the kernels want them."""
         return self._kernels.index_dtype
+
+    @property
+    def connects_beside_dispatch(self) -> bool:
+        """Whether `stage` may go on while the generation that serves dispatches."""
+        return self._kernels.connects_beside_dispatch
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -208,13 +213,22 @@ class NixlEPAll2AllManager:
         Args:
             group: of the generation; metadata go through its store.
             members: its indices, by rank.
-        Collective: every rank of the generation, any thread, one at a time of a process.
+        Collective: every rank of the generation, one thread of each at a time; between the same two
+            steps of those that serve, unless it `connects_beside_dispatch`.
         Raises: MembershipError if an index is not of this buffer, or a rank does not come in time;
             then nothing was connected.
         """
         with self._hold():
             buffer = self._opened()
             self._check_members(members)
+        if self.connects_beside_dispatch:
+            self._stage(buffer, group, members)
+            return
+        with self._hold():
+            self._synchronize()
+            self._stage(buffer, group, members)
+
+    def _stage(self, buffer: Buffer, group: RankGroup, members: Sequence[int]) -> None:
         # Rank 0's word sets this round's keys apart: another buffer may have left its own here.
         said = group.all_gather(torch.tensor([secrets.randbits(62)]))
         fresh = sorted(set(members) - self._connected - {self.index})
@@ -223,7 +237,6 @@ class NixlEPAll2AllManager:
         metadata = GenerationMetadata(
             group.store, f"nixl_ep/{int(said[0]):x}", self.index, self.timeout
         )
-        # Without the lock: dispatches of the generation that serves go on meanwhile.
         self._connect(buffer, fresh, metadata)
         with self._hold():
             self._connected.update(fresh)

@@ -192,9 +192,10 @@ class NixlEPDispatcher(TokenDispatcher):
         return self._slot_dtype
 
     def prepare(self, hidden_TD: Tensor, slot_TK: Tensor) -> None:
-        """As the contract says: connect this generation's ranks, and leave them masked."""
+        """As the contract says: connect the ranks and leave them masked, if it can."""
         del hidden_TD, slot_TK
-        self._manager.stage(self._group, self.members)
+        if self._manager.connects_beside_dispatch:
+            self._manager.stage(self._group, self.members)
 
     def enter(self) -> None:
         """Connect this generation's ranks and serve it; the first dispatch does it otherwise.

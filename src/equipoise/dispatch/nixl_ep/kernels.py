@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
 import torch
@@ -86,6 +87,10 @@ class Kernels(Protocol):
     def index_dtype(self) -> torch.dtype:
         """Of slot ids."""
 
+    @property
+    def connects_beside_dispatch(self) -> bool:
+        """Whether ranks may be connected, and left masked, while others' tokens travel."""
+
     def count_bytes(self, max_tokens: int, hidden_size: int, num_ranks: int, slots: int) -> int:
         """Device memory that a buffer of this shape needs, in bytes, but for a fixed workspace."""
 
@@ -108,6 +113,15 @@ class NixlEPKernels:
         """As the protocol says."""
         dtype: torch.dtype = self.module.topk_idx_t
         return dtype
+
+    @property
+    def connects_beside_dispatch(self) -> bool:
+        """From 1.5.1 on, as it says; with 1.4.0 a rank that serves meanwhile ends by a fault."""
+        try:
+            release = version(self.module.__name__.replace("_ep_", "-")).split(".")[:3]
+        except PackageNotFoundError:
+            return False
+        return [int(part) for part in release if part.isdecimal()] >= [1, 5, 1]
 
     def count_bytes(self, max_tokens: int, hidden_size: int, num_ranks: int, slots: int) -> int:
         """As the protocol says."""
