@@ -212,16 +212,28 @@ def test_torch_agrees_with_reference_on_random_exchanges(rank: Rank) -> None:
     group.close()
 
 
+def check_two_micro_batches(
+    dispatcher: TokenDispatcher, group: RankGroup, topology: Topology
+) -> None:
+    """Both are dispatched before either is combined."""
+    both = [
+        tuple(
+            each.to(group.device) for each in make_inputs(case, topology, group.rank, torch.float32)
+        )
+        for case in ("plain", "padding")
+    ]
+    sent = [dispatcher.dispatch(hidden, slots) for hidden, slots, _ in both]
+    outputs = [compute(one, topology.slots_per_rank * group.rank) for one in sent]
+    for inputs, dispatched, output in zip(both, sent, outputs, strict=True):
+        combined = dispatcher.combine(output, inputs[2], dispatched)
+        assert torch.equal(combined, reference_of(*inputs, topology))
+
+
 @processes(2)
 def test_torch_has_two_micro_batches_in_flight(rank: Rank) -> None:
     topology = Topology(2, 4)
     group = rank.make_group()
-    dispatcher = create_dispatcher("torch", group, topology)
-    both = [make_inputs(case, topology, rank.rank, torch.float32) for case in ("plain", "padding")]
-    sent = [dispatcher.dispatch(hidden, slots) for hidden, slots, _ in both]
-    outputs = [compute(dispatched, 4 * rank.rank) for dispatched in sent]
-    for inputs, dispatched, output in zip(both, sent, outputs, strict=True):
-        assert torch.equal(dispatcher.combine(output, inputs[2], dispatched), expect(*inputs))
+    check_two_micro_batches(create_dispatcher("torch", group, topology), group, topology)
     group.barrier()
     group.close()
 
@@ -242,7 +254,7 @@ def test_nixl_ep_brings_home_what_one_process_computes(num_ranks: int) -> None:
         dispatcher = create_dispatcher(NixlEPOptions(manager, 512, HIDDEN), group, topology)
         check_cases(dispatcher, topology, rank, torch.bfloat16, is_exact=False)
         check_random_exchanges(
-            dispatcher, group, topology, torch.bfloat16, most=512, num_draws=6, is_exact=False
+            dispatcher, group, topology, torch.bfloat16, most=256, num_draws=4, is_exact=False
         )
         group.barrier()
         manager.close()

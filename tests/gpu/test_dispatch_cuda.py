@@ -33,6 +33,7 @@ from tests.contracts.test_dispatch import (
     HIDDEN,
     check_cases,
     check_random_exchanges,
+    check_two_micro_batches,
     compute,
     make_inputs,
 )
@@ -126,6 +127,7 @@ def test_torch_brings_home_what_one_process_computes(
             combined.append(one.combine(compute(dispatched, first_slot), inputs[2], dispatched))
         assert torch.equal(*combined), case
     check_random_exchanges(dispatcher, group, topology, dtype, most=4096)
+    check_two_micro_batches(dispatcher, group, topology)
     group.barrier()
     group.close()
 
