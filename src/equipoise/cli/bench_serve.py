@@ -1,8 +1,8 @@
-"""`equipoise bench serve`: what HTTP costs."""
+"""`equipoise bench serve`: what HTTP costs, and what clients see of changes and deaths."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -10,9 +10,12 @@ from equipoise.cli.bench import JsonPath, check_json_path, show_outcome
 from equipoise.errors import ConfigError
 
 if TYPE_CHECKING:
+    from equipoise.bench.outcome import BenchOutcome
     from equipoise.elastic.service import Service
 
-_COLUMNS = (
+Case = Literal["overhead", "scale", "kill"]
+_SIZES = {"scale": "2,4,3,5,2", "kill": "3"}
+_OVERHEAD_COLUMNS = (
     ("case", "case"),
     ("alone, tokens/s", "alone_tokens_per_s"),
     ("HTTP, tokens/s", "http_tokens_per_s"),
@@ -22,23 +25,78 @@ _COLUMNS = (
     ("goal", "goal"),
     ("met", "met"),
 )
+_TRAFFIC_COLUMNS = (
+    ("what", "what"),
+    ("value", "value"),
+    ("unit", "unit"),
+    ("median", "median_ms"),
+    ("longest", "longest_ms"),
+    ("goal", "goal"),
+    ("met", "met"),
+)
+_OVERHEAD, _TRAFFIC = "Overhead", "Scale and kill"
 
 
 def bench_serve(
-    ranks: Annotated[int, typer.Option(help="Processes that share the experts.")] = 1,
-    streams: Annotated[int, typer.Option(help="Requests at once.")] = 32,
-    tokens: Annotated[int, typer.Option(help="Of each answer.")] = 128,
-    rounds: Annotated[int, typer.Option(help="With HTTP and without, in turns.")] = 5,
+    case: Annotated[
+        Case, typer.Option(help="HTTP's overhead; or ranks that come and go, or are killed.")
+    ] = "overhead",
+    ranks: Annotated[
+        int, typer.Option(help="Processes that share the experts.", rich_help_panel=_OVERHEAD)
+    ] = 1,
+    streams: Annotated[int, typer.Option(help="Requests at once.", rich_help_panel=_OVERHEAD)] = 32,
+    rounds: Annotated[
+        int, typer.Option(help="With HTTP and without, in turns.", rich_help_panel=_OVERHEAD)
+    ] = 5,
+    tokens: Annotated[int | None, typer.Option(help="Of each answer.  [128; 24]")] = None,
+    sizes: Annotated[
+        str | None,
+        typer.Option(help="Numbers of ranks.  [2,4,3,5,2; 3]", rich_help_panel=_TRAFFIC),
+    ] = None,
+    requests: Annotated[int, typer.Option(help="At least.", rich_help_panel=_TRAFFIC)] = 2000,
+    clients: Annotated[int, typer.Option(help="At once.", rich_help_panel=_TRAFFIC)] = 16,
+    kills: Annotated[int, typer.Option(help="Deaths.", rich_help_panel=_TRAFFIC)] = 5,
+    every: Annotated[
+        float, typer.Option(help="Seconds between two, at least.", rich_help_panel=_TRAFFIC)
+    ] = 20.0,
+    launcher: Annotated[
+        Literal["local", "ray"], typer.Option(help="Starts ranks.", rich_help_panel=_TRAFFIC)
+    ] = "local",
+    ray_address: Annotated[
+        str, typer.Option(help="HOST:PORT of a cluster.", rich_help_panel=_TRAFFIC)
+    ] = "auto",
     json_path: JsonPath = None,
 ) -> None:
-    """Compare tokens per second by HTTP with those of the service alone, on the bundled model."""
+    """Measure a server of the bundled model: by itself, and while its ranks change or die."""
     check_json_path(json_path)
-    from equipoise.bundled import model_directory
     from equipoise.cli.serve_start import check_packages
-    from equipoise.elastic.spec import ServiceSpec
 
     check_packages()
+    if case == "overhead":
+        outcome = _measure_overhead(ranks, streams, 128 if tokens is None else tokens, rounds)
+        show_outcome(outcome, _OVERHEAD_COLUMNS, json_path)
+        return
+    from equipoise.server.traffic import TrafficSpec, measure_traffic
+
+    on_ray = ("--launcher=ray", f"--ray-address={ray_address}") if launcher == "ray" else ()
+    spec = TrafficSpec(
+        case=case,
+        sizes=_read_sizes(sizes or _SIZES[case]),
+        num_kills=kills,
+        every_s=every,
+        num_requests=requests,
+        num_clients=clients,
+        num_tokens=24 if tokens is None else tokens,
+        options=on_ray,
+    )
+    outcome = measure_traffic(spec, lambda text: typer.echo(text, err=True))
+    show_outcome(outcome, _TRAFFIC_COLUMNS, json_path)
+
+
+def _measure_overhead(ranks: int, streams: int, tokens: int, rounds: int) -> BenchOutcome:
+    from equipoise.bundled import model_directory
     from equipoise.elastic.controller import Controller
+    from equipoise.elastic.spec import ServiceSpec
     from equipoise.launch.processes import LocalLauncher
     from equipoise.server.overhead import PROMPT, OverheadSpec, measure_overhead
 
@@ -58,7 +116,13 @@ def bench_serve(
         controller.start()
         return controller
 
-    outcome = measure_overhead(
+    return measure_overhead(
         make_service, OverheadSpec(streams, tokens, rounds), {"ranks": ranks, "model": "bundled"}
     )
-    show_outcome(outcome, _COLUMNS, json_path)
+
+
+def _read_sizes(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"--sizes {text}: must be numbers with commas between, like 2,4,2")
+    return tuple(map(int, parts))

@@ -287,6 +287,8 @@ def _serve(
         return controller
 
     def give_up() -> None:
+        # First: a controller that is about to be made starts nothing either.
+        launcher.close()
         for controller in made:
             controller.close()
 
