@@ -75,7 +75,7 @@ def test_ranks_come_and_go_under_load_and_the_end_is_in_good_order(
         with pytest.raises(ServerRefused, match="it takes the admin key"):
             ServerClient(url, {API_KEY: KEYS.api}).scale(to=3)
         monkeypatch.setenv(API_KEY, KEYS.api)
-        shown = run_command("top", url)
+        shown = run_command("top", "--url", url)
         assert (shown.code, "rank-2" in shown.out) == (0, True)
         _end(process, url)
     ended = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
@@ -91,6 +91,12 @@ def _kill(client: ServerClient, name: str) -> None:
     wait_until(lambda: find()["running"] > 0)
     os.kill(find()["pid"], signal.SIGKILL)
     wait_until(lambda: client.status()["totals"]["recoveries"] == 1)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """SIGTERM, with nothing in flight."""
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
 
 
 def _end(process: subprocess.Popen[str], url: str) -> None:
@@ -135,10 +141,14 @@ BAD = {
     ("--drain-timeout=0",): "drain_timeout_s must be above 0, got 0.0",
     ("nowhere",): "nowhere: no such directory; a model is a Hugging Face checkpoint directory",
     ("--policy=fortune",): "no policy 'fortune': there are deepseek, flow",
+    ("--no-balance", "--step-interval=4"): "--no-balance makes no plans, and --step-interval says",
     ("--colour",): "unknown argument '--colour'",
     ("--eplb-config.windw_size", "3"): "--eplb-config.windw_size: unknown option 'windw_size'",
     ("--eplb-config.window_size", "3", "nowhere"): "nowhere: no such directory",
     ("--log=/nowhere/log",): "--log /nowhere/log: cannot be written: No such file or directory",
+    ("--launcher=torchrun",): "--launcher torchrun: this process is none of torchrun's: torchrun ",
+    ("--interface=eth99",): "eth99: is no interface of this host: there are ",
+    ("--launcher=ray", "--state=x"): "--state is for ranks of this machine: with ray they end too",
     ("--redundant-experts=3",): "32 experts and 3 redundant ones make 35 slots",
 }
 
@@ -166,9 +176,9 @@ def test_a_taken_port_is_said_before_anything_is_loaded() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("ftp://x",), "ftp://x: is no address of a server, like http://127.0.0.1:8000"),
-        (("127.0.0.1:8000",), "127.0.0.1:8000: is no address of a server"),
-        (("http://127.0.0.1:1",), "http://127.0.0.1:1: does not answer: Connection refused"),
+        (("--url=ftp://x",), "ftp://x: is no address of a server, like http://127.0.0.1:8000"),
+        (("--url=127.0.0.1:8000",), "127.0.0.1:8000: is no address of a server"),
+        (("--url=http://127.0.0.1:1",), "http://127.0.0.1:1: does not answer: Connection refused"),
         (("--interval=0",), "--interval must be at least 0.1 s, got 0"),
     ],
 )
