@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from equipoise.bench.step import compare_steps
 from equipoise.bench.step_case import BUNDLED, Compared, ExpertTime, Setting, StepSpec, Timed
-from equipoise.bench.step_model import Routes, build_model, read_shares
+from equipoise.bench.step_loads import read_shares
+from equipoise.bench.step_model import Routes, build_model
 from equipoise.cli.app import app
 from equipoise.config import EPLBConfig
 from equipoise.engine.graphs import _round_up
@@ -62,8 +63,11 @@ def test_a_prediction_is_the_slowest_ranks_of_each_layer() -> None:
     """Two steps of one layer: ranks with 10 and 30 rows in 2 and 4 slots, and 20 and 20 in 3."""
     rows = np.array([[[10, 30]], [[20, 20]]])
     slots = np.array([[[2, 4]], [[3, 3]]])
-    timed = Timed(np.ones(2), 0, rows, slots)
-    assert ExpertTime(1.0, 0.1, 10.0, 0.0).predict(timed) == pytest.approx((44 + 33) / 2)
+    timed = Timed(np.ones(2), np.zeros(2), 0, rows, slots)
+    expert_time = ExpertTime(1.0, 0.1, 10.0, 0.0)
+    assert expert_time.predict(timed, 2) == pytest.approx((44 + 33) / 2)
+    # Of one device they compute one after the other.
+    assert expert_time.predict(timed, 1) == pytest.approx((22 + 44 + 33 + 33) / 2)
 
 
 def test_tokens_go_to_experts_as_often_as_their_shares_say() -> None:
@@ -95,5 +99,11 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             replace(SMALL, **changes)
-    result = CliRunner().invoke(app, ["bench", "step", "--case", "nap"])
-    assert isinstance(result.exception, ConfigError)
+    for words, message in (
+        (["--case", "nap"], "--case: there are prefill"),
+        (["--kind", "nonsense"], "--kind: the trace has gpqa_main"),
+        (["--eplb-config", '{"window_size": 3}'], "window_size is the bench's own"),
+    ):
+        result = CliRunner().invoke(app, ["bench", "step", "--device", "cpu", *words])
+        assert isinstance(result.exception, ConfigError)
+        assert str(result.exception).startswith(message) or message in str(result.exception)

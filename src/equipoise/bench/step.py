@@ -18,12 +18,14 @@ from equipoise.bench.step_case import (
     StepSpec,
     Timed,
 )
+from equipoise.bench.step_loads import read_shares
 from equipoise.launch.local import run_local
 from equipoise.launch.seats import assign_local_seats
 
 _JOB = "equipoise.bench.step_rank:measure_steps"
 _PACKAGES = ("torch", "transformers", "nixl-cu13")
 _PERCENTILES = (50, 90, 99)
+_LIMITS = ("max_bytes_per_s", "max_bytes_per_step", "max_layers_per_step")
 
 _PREFILL_TOKENS, _STALL_STEPS = 4096, 2000
 """What the goals are for."""
@@ -50,19 +52,23 @@ def compare_steps(
         on_said: called with each case as it is done.
     Collective: none; starts the ranks, and leaves none.
     Raises: JobFailed, naming the rank, if one fails or dies; ConfigError if there is no GPU where
-        one is asked for.
+        one is asked for, or the trace has no such text.
     """
+    # What it refuses is said before a rank starts.
+    read_shares(spec.size, spec.kind)
     heard: list[StepSaid] = []
 
     def hear(said: StepSaid) -> None:
         heard.append(said)
         on_said(said)
 
-    run_local(spec, assign_local_seats(spec.num_ranks, spec.device), hear, job=_JOB)
+    seats = assign_local_seats(spec.num_ranks, spec.device)
+    num_devices = len({seat.device for seat in seats}) if spec.device == "cuda" else len(seats)
+    run_local(spec, seats, hear, job=_JOB)
     (setting,) = (said for said in heard if isinstance(said, Setting))
     compared = [said for said in heard if isinstance(said, Compared)]
     left_out = [said for said in heard if isinstance(said, LeftOut)]
-    rows = [row for said in compared for row in _make_rows(said, spec)]
+    rows = [row for said in compared for row in _make_rows(said, spec, num_devices)]
     notes = [f"{said.case}: not measured, it needs {said.reason}." for said in left_out]
     notes += [_say_gain(row) for row in rows if "predicted_s" in row]
     if spec.device == "cpu":
@@ -77,6 +83,7 @@ def compare_steps(
         name="step",
         setting={
             "ranks": spec.num_ranks,
+            "devices": num_devices,
             "device": setting.device,
             "dtype": setting.dtype,
             "layers": spec.size.num_layers,
@@ -89,6 +96,8 @@ def compare_steps(
             "steps": spec.num_steps,
             "stall_steps": spec.num_stall_steps,
             "kind": spec.kind,
+            "policy": spec.balancing.policy,
+            **spec.balancing.model_dump(include=set(_LIMITS)),
             "dispatcher": spec.dispatcher,
             "communicator": setting.communicator,
             "seed": spec.seed,
@@ -100,7 +109,7 @@ def compare_steps(
     )
 
 
-def _make_rows(said: Compared, spec: StepSpec) -> list[Row]:
+def _make_rows(said: Compared, spec: StepSpec, num_devices: int) -> list[Row]:
     labels = {
         "prefill": ("as it came", "balanced"),
         "decode": ("as it came", "balanced"),
@@ -112,7 +121,7 @@ def _make_rows(said: Compared, spec: StepSpec) -> list[Row]:
         _describe(said, label, timed)
         for label, timed in zip(labels, (said.off, said.on), strict=True)
     ]
-    judged = _judge(said, rows[0], rows[1], spec)
+    judged = _judge(said, rows[0], rows[1], spec, num_devices)
     return [*rows, judged]
 
 
@@ -125,6 +134,8 @@ def _describe(said: Compared, label: str, timed: Timed) -> Row:
         "num_steps": len(timed.step_s),
         **{f"p{p}_s": float(v) for p, v in zip(_PERCENTILES, values, strict=True)},
         "mean_s": float(timed.step_s.mean()),
+        "balance_mean_s": float(timed.balance_s.mean()),
+        "balance_p99_s": float(np.percentile(timed.balance_s, 99)),
     }
     most, mean = timed.rank_tokens.max(axis=2).sum(), timed.rank_tokens.mean(axis=2).sum()
     if mean > 0:
@@ -132,11 +143,11 @@ def _describe(said: Compared, label: str, timed: Timed) -> Row:
     return row
 
 
-def _judge(said: Compared, off: Row, on: Row, spec: StepSpec) -> Row:
+def _judge(said: Compared, off: Row, on: Row, spec: StepSpec, num_devices: int) -> Row:
     row: Row = {"case": said.case, "moves": said.moves, "rebalances": said.rebalances}
     match said.case:
         case "prefill" | "decode":
-            return _judge_gain(said, spec, row)
+            return _judge_gain(said, spec, num_devices, row)
         case "recorder":
             row |= {"what": "cost of counting, share of a step"}
             row["value"] = on["p50_s"] / off["p50_s"] - 1
@@ -151,10 +162,11 @@ def _judge(said: Compared, off: Row, on: Row, spec: StepSpec) -> Row:
             return with_goal(row, "value", 1.5)
 
 
-def _judge_gain(said: Compared, spec: StepSpec, row: Row) -> Row:
+def _judge_gain(said: Compared, spec: StepSpec, num_devices: int, row: Row) -> Row:
     expert_time = said.expert_time
     assert expert_time is not None
-    predicted = expert_time.predict(said.off) - expert_time.predict(said.on)
+    before_s, after_s = (expert_time.predict(one, num_devices) for one in (said.off, said.on))
+    predicted = before_s - after_s
     pairs = said.off.step_s - said.on.step_s
     gained = float(np.median(pairs))
     spread = float(np.subtract(*np.percentile(pairs, (75, 25))))
@@ -175,6 +187,7 @@ def _judge_gain(said: Compared, spec: StepSpec, row: Row) -> Row:
         },
     }
     is_full = spec.size == SCALED and spec.prefill_tokens == _PREFILL_TOKENS
+    is_full = is_full and num_devices == spec.num_ranks
     if has_value and is_full:
         return with_goal(row, "value", 0.9)
     return row

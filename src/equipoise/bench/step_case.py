@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
+from equipoise.config import EPLBConfig
 from equipoise.errors import ConfigError
 from equipoise.topology import FloatArray
 
@@ -41,6 +44,9 @@ class ModelSize:
     vocabulary: int
 
 
+_ALL_ANEW = EPLBConfig(policy="deepseek")
+"""It plans from nothing, so that every rebalance moves much."""
+
 BUNDLED = ModelSize(4, 32, 4, 128, 48, 4, 2, 32, 384)
 SCALED = ModelSize(24, 128, 8, 2048, 768, 32, 4, 128, 4096)
 
@@ -62,6 +68,8 @@ class StepSpec:
         num_stall_steps: of each kind in the case of rebalances back to back.
         dispatcher: what tokens travel by.
         communicator: what experts travel by.
+        balancing: options of the model that is rebalanced back to back; when, and by what wire, are
+            the bench's.
         seed: of weights, tokens and routes.
         timeout_s: longest wait for another rank.
     Raises: ConfigError.
@@ -79,6 +87,7 @@ class StepSpec:
     num_stall_steps: int = 200
     dispatcher: str = "torch"
     communicator: str = "auto"
+    balancing: EPLBConfig = _ALL_ANEW
     seed: int = 0
     timeout_s: float = 60.0
 
@@ -109,12 +118,14 @@ class Timed:
 
     Attributes:
         step_s: [steps] float64, wall seconds of the slowest rank.
+        balance_s: [steps] float64, of these in the balancer's step, on the slowest rank.
         num_tokens: of all ranks and steps.
         rank_tokens: [steps, L, R] int64, rows that each rank's experts computed.
         occupied: [steps, L, R] int64, its slots that had any.
     """
 
     step_s: FloatArray
+    balance_s: FloatArray
     num_tokens: int
     rank_tokens: FloatArray
     occupied: FloatArray
@@ -136,10 +147,17 @@ class ExpertTime:
     slot_s: float
     worst: float
 
-    def predict(self, timed: Timed) -> float:
-        """Seconds of all layers' experts in a step, mean over steps; the slowest rank counts."""
+    def predict(self, timed: Timed, num_devices: int) -> float:
+        """Seconds of all layers' experts in a step, mean over steps; the slowest device counts.
+
+        Args:
+            timed: what came to the ranks.
+            num_devices: that the ranks take turns over; those of one compute one after the other.
+        Collective: none.
+        """
         seconds = self.fixed_s + self.token_s * timed.rank_tokens + self.slot_s * timed.occupied
-        return float(seconds.max(axis=2).sum(axis=1).mean())
+        by_device = [seconds[:, :, first::num_devices].sum(2) for first in range(num_devices)]
+        return float(np.max(by_device, axis=0).sum(axis=1).mean())
 
 
 @dataclass(frozen=True)

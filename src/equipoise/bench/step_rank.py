@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ from equipoise.bench.step_case import (
     StepSpec,
     Timed,
 )
-from equipoise.bench.step_model import Routes, build_model, measure_experts, read_shares
+from equipoise.bench.step_loads import read_shares
+from equipoise.bench.step_model import Routes, build_model, measure_experts
 from equipoise.comm.groups import RankGroup
 from equipoise.config import EPLBConfig
 from equipoise.dispatch import create_dispatcher
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 
 BLOCK_STEPS = 50
 _WARM_STEPS, _FILL_STEPS = 5, 10
-_DECODE_PROMPT, _DECODE_TOKENS = 1, 120
-"""Rows are replaced all at once: one step in 120 takes prompts. All lengths are of one graph."""
+_DECODE_PROMPT, _DECODE_TOKENS = 1, 500
+"""Rows are replaced all at once: one step in 500 takes prompts, so that no percentile shows it."""
 _NEVER = 1 << 40
 
 Fed = tuple[Engine, Callable[[], None]]
@@ -85,6 +86,7 @@ class _Tally:
 
     Attributes:
         step_s: wall seconds of each.
+        balance_s: of these in the balancer's step.
         num_tokens: of all.
         counts: of each [L, P], where loads are kept.
         moves: experts that travelled meanwhile.
@@ -92,6 +94,7 @@ class _Tally:
     """
 
     step_s: list[float] = field(default_factory=list)
+    balance_s: list[float] = field(default_factory=list)
     num_tokens: int = 0
     counts: list[Tensor] = field(default_factory=list)
     moves: int = 0
@@ -100,6 +103,7 @@ class _Tally:
     def add(self, result: StepResult) -> None:
         figures = result.figures
         self.step_s.append(figures.step_s)
+        self.balance_s.append(figures.balance_s)
         self.num_tokens += figures.num_tokens
         self.counts += [load.slot_count for load in figures.loads]
         self.note(result.outcomes)
@@ -119,22 +123,18 @@ class _Bench:
         self._manager: NixlEPAll2AllManager | None = None
         self._random = np.random.default_rng(spec.seed + group.rank)
         self._num_requests = 0
-        # The policy plans from nothing, so that every rebalance moves much.
-        self.parallel, self._routes = self._spread(EPLBConfig(policy="deepseek", **self._given))
-
-    @property
-    def _given(self) -> dict[str, Any]:
-        """Options of balancing that all cases have."""
-        spec = self._spec
-        return {
-            "window_size": spec.num_steps,
-            "step_interval": _NEVER,
-            "communicator": spec.communicator,
-        }
+        self.parallel, self._routes = self._spread(spec.balancing)
 
     def _spread(self, config: EPLBConfig) -> tuple[ParallelModel, Routes]:
         """A model of its own, experts in order; all have the same weights and routes."""
         spec = self._spec
+        config = config.model_copy(
+            update={
+                "window_size": spec.num_steps,
+                "step_interval": _NEVER,
+                "communicator": spec.communicator,
+            }
+        )
         model = build_model(spec.size, self._dtype, self._group.device, spec.seed)
         parallel = parallelize(model, self._group, config, dispatcher=self._make_dispatcher)
         shares = read_shares(spec.size, spec.kind)
@@ -227,7 +227,7 @@ class _Bench:
 
     def _compare_placements(self, case: CaseName, make: Callable[[ParallelModel], Fed]) -> Compared:
         """Steps with experts in order and steps of a balanced model, by turns."""
-        balanced, _ = self._spread(EPLBConfig(use_async=False, **self._given))
+        balanced, _ = self._spread(EPLBConfig(use_async=False))
         try:
             sides = make(self.parallel), make(balanced)
             tallies, between = (_Tally(), _Tally()), _Tally()
@@ -297,15 +297,16 @@ class _Bench:
 
     def _merge(self, tally: _Tally) -> Timed:
         """The figures of all ranks."""
-        step_s = torch.tensor(tally.step_s, dtype=torch.float64)
+        seconds = torch.tensor([tally.step_s, tally.balance_s], dtype=torch.float64)
         num_tokens = torch.tensor(tally.num_tokens)
         slot_count = torch.stack(tally.counts).cpu()
-        self._group.all_reduce(step_s, "max")
+        self._group.all_reduce(seconds, "max")
         self._group.all_reduce(num_tokens)
         self._group.all_reduce(slot_count)
         by_rank = slot_count.view(*slot_count.shape[:2], self._group.size, -1)
         return Timed(
-            step_s=step_s.numpy(),
+            step_s=seconds[0].numpy(),
+            balance_s=seconds[1].numpy(),
             num_tokens=int(num_tokens),
             rank_tokens=by_rank.sum(3).numpy(),
             occupied=(by_rank > 0).sum(3).numpy(),

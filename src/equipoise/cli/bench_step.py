@@ -11,10 +11,14 @@ import typer
 
 from equipoise.cli.bench import JsonPath, check_json_path, show_outcome
 from equipoise.cli.bench_transfer import Device, count_gpus
+from equipoise.config_sources import parse_flags, resolve_config
+from equipoise.errors import ConfigError
 
 if TYPE_CHECKING:
     from equipoise.bench.step_case import StepSaid
+    from equipoise.config import EPLBConfig
 
+_OWN = {"window_size": "", "step_interval": "", "communicator": ": see --communicator"}
 _COLUMNS = (
     ("case", "case"),
     ("what", "what"),
@@ -55,6 +59,10 @@ def bench_step(
         str, typer.Option(help="What tokens travel by: torch, or nixl_ep on GPUs.")
     ] = "torch",
     communicator: Annotated[str, typer.Option(help="Wire for weights.")] = "auto",
+    eplb_config: Annotated[
+        str | None,
+        typer.Option(help="JSON of options of balancing, for rebalances back to back."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of weights, tokens and routes.")] = 0,
     timeout: Annotated[float, typer.Option(help="Longest wait for another rank, in s.")] = 60.0,
     json_path: JsonPath = None,
@@ -81,10 +89,23 @@ def bench_step(
         num_stall_steps=_or(stall_steps, 2000 if on_gpus else 200),
         dispatcher=dispatcher,
         communicator=communicator,
+        balancing=_read_options(eplb_config),
         seed=seed,
         timeout_s=timeout,
     )
     show_outcome(compare_steps(spec, _say_done), _COLUMNS, json_path)
+
+
+def _read_options(eplb_config: str | None) -> EPLBConfig:
+    from equipoise.bench.step_case import StepSpec
+
+    flags = parse_flags(eplb_config, [])
+    for key, value in StepSpec().balancing.model_dump(exclude_defaults=True).items():
+        flags.setdefault(key, ("default", value))
+    for key, flag in _OWN.items():
+        if key in flags:
+            raise ConfigError(f"--eplb-config: {key} is the bench's own{flag}")
+    return resolve_config(environment={}, flags=flags).config
 
 
 def _say_done(said: StepSaid) -> None:
