@@ -72,6 +72,7 @@ def make_rebalance(step: int, placement: Placement, moves: int = 2) -> Rebalance
         bytes=1000 * moves,
         plan_s=0.012,
         transfer_s=0.3,
+        forward_s=0.01,
         balancedness_before=np.array([0.5, 1.0]),
         balancedness_after=np.array([1.0, 1.0]),
         placement=placement,

@@ -370,7 +370,7 @@ def test_a_small_run_tells_each_rebalance(small_run: tuple[Done, Path]) -> None:
     assert [each["planned_step"] for each in rebalances] == [each["step"] for each in rebalances]
     assert set(rebalances[0]) == {
         "planned_step", "step", "moves", "local_moves", "bytes", "plan_s", "transfer_s",
-        "balancedness_before", "balancedness_after",
+        "forward_s", "balancedness_before", "balancedness_after",
     }  # fmt: skip
     # In bytes: three matrices of 128 x 48 float32 to an expert.
     assert [each["bytes"] for each in rebalances] == [
@@ -432,10 +432,9 @@ def test_a_signal_ends_all_ranks_and_leaves_nothing(
         else:
             process.send_signal(number)
         _, errors = process.communicate(timeout=60)
-        assert (process.returncode, errors) == (
-            status,
-            f"equipoise: {word}; all ranks have ended\n",
-        )
+        # On a slow machine it has said that a policy is compiled.
+        *_, said = errors.splitlines()
+        assert (process.returncode, said) == (status, f"equipoise: {word}; all ranks have ended")
         wait_until_alone(process.pid, began + 60.0)
     assert list_files(tmp_path) == []
 
@@ -448,7 +447,8 @@ def test_a_killed_rank_ends_the_job_and_is_named(tmp_path: Path) -> None:
         ranks = [pid for child in list_children(process.pid) for pid in list_children(child)]
         os.kill(ranks[1], signal.SIGKILL)
         _, errors = process.communicate(timeout=60)
-        assert (process.returncode, errors) == (1, "equipoise: rank 1 was killed by SIGKILL\n")
+        *_, said = errors.splitlines()
+        assert (process.returncode, said) == (1, "equipoise: rank 1 was killed by SIGKILL")
         wait_until_alone(process.pid, began + 60.0)
     assert list_files(tmp_path) == []
 

@@ -170,6 +170,7 @@ def test_the_json_has_what_was_promised() -> None:
                 "bytes": 2000,
                 "plan_s": 0.012,
                 "transfer_s": 0.3,
+                "forward_s": 0.01,
                 "balancedness_before": 0.75,
                 "balancedness_after": 1.0,
             }

@@ -287,6 +287,7 @@ def _make_rebalance_record(outcome: RebalanceOutcome) -> RebalanceRecord:
         bytes=outcome.bytes,
         plan_s=outcome.plan_s,
         transfer_s=outcome.transfer_s,
+        forward_s=outcome.forward_s,
         balancedness_before=outcome.balancedness_before,
         balancedness_after=outcome.balancedness_after,
         placement=outcome.placement,

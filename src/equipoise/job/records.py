@@ -112,6 +112,7 @@ class RebalanceRecord:
         bytes: bytes that travelled between ranks.
         plan_s: seconds for reducing the load and planning, slowest rank.
         transfer_s: seconds for moving and committing, slowest rank.
+        forward_s: seconds that it took of rank 0's forward thread, in the balancer's steps.
         balancedness_before: [L] float64, standing placement on the window's load.
         balancedness_after: [L] float64, new placement on the same load.
         placement: the new one.
@@ -125,6 +126,7 @@ class RebalanceRecord:
     bytes: int
     plan_s: float
     transfer_s: float
+    forward_s: float
     balancedness_before: FloatArray
     balancedness_after: FloatArray
     placement: Placement

@@ -108,6 +108,7 @@ def _make_rebalance(record: RebalanceRecord) -> dict[str, Any]:
         "bytes": record.bytes,
         "plan_s": record.plan_s,
         "transfer_s": record.transfer_s,
+        "forward_s": record.forward_s,
         "balancedness_before": float(record.balancedness_before.mean()),
         "balancedness_after": float(record.balancedness_after.mean()),
     }
