@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
@@ -17,11 +21,15 @@ from equipoise.dispatch.base import TokenDispatcher
 from equipoise.engine.engine import Engine, EngineLimits
 from equipoise.engine.requests import Request, SamplingParams
 from equipoise.models.loading import load_model, load_tokenizer
-from equipoise.models.parallel import MakeDispatcher, parallelize
+from equipoise.models.parallel import MakeDispatcher, ParallelModel, parallelize
 from equipoise.topology import Topology
 from tests.ranks import Rank, processes
 
 MAX_NEW = 24
+NUM_REQUESTS = 150
+"""Of each rank, of those that come and go."""
+LEAK_REQUESTS = 5000
+"""Of each rank."""
 
 
 def serve(
@@ -131,6 +139,13 @@ def test_a_gpu_each_over_nccl(rank: Rank, dtype: torch.dtype) -> None:
 @processes(2, timeout_s=58)
 def test_decode_in_graphs_over_nixl_ep(rank: Rank) -> None:
     """Experts move under the graphs, and what they do is followed."""
+    with make_nixl_ep(rank) as make:
+        engine = serve(rank, torch.bfloat16, "nccl", make)
+        assert engine._forward._graphs._captured
+
+
+@contextmanager
+def make_nixl_ep(rank: Rank) -> Iterator[MakeDispatcher]:
     pytest.importorskip("nixl_ep_cu13")
     from equipoise.dispatch.nixl_ep.all_to_all import NixlEPAll2AllManager
     from equipoise.dispatch.nixl_ep.dispatcher import NixlEPOptions
@@ -142,6 +157,126 @@ def test_decode_in_graphs_over_nixl_ep(rank: Rank) -> None:
     def make(group: RankGroup, topology: Topology) -> TokenDispatcher:
         return create_dispatcher(options, group, topology)
 
-    engine = serve(rank, torch.bfloat16, "nccl", make)
-    assert engine._forward._graphs._captured
+    yield make
     manager.close()
+
+
+@pytest.mark.multi_gpu
+@processes(2, timeout_s=58)
+def test_hundreds_that_come_and_go_get_the_plain_models_tokens(rank: Rank) -> None:
+    """300 requests, rebalances in the background over what `auto` takes, in fp32.
+
+    Some come in each step; now and then some are handed over and come again, and some cancelled.
+    """
+    group = rank.make_group(device="cuda", device_group="nccl")
+    config = EPLBConfig(window_size=4, step_interval=4, policy="deepseek")
+    parallel = parallelize(model_directory(), group, config, dtype=torch.float32, attention="sdpa")
+    engine = Engine(parallel, EngineLimits(12, 256 + MAX_NEW, prefill_chunk=100, keep_logits=True))
+    requests = draw_requests(rank.rank, NUM_REQUESTS)
+    waiting, cancelled, num_moves = list(requests), set(), 0
+    goes_on, number = torch.tensor([1]), 0
+    while goes_on:
+        engine.submit(*waiting[: 1 + number % 3])
+        del waiting[: 1 + number % 3]
+        if number % 11 == 7:
+            back = engine.evict([request.id for request in requests[number % 5 :: 7]])
+            waiting[2:2] = back
+        if number % 17 == 5:
+            before, begun = engine.num_requests, [r.id for r in requests if r.generated]
+            engine.cancel(begun[-1] if begun else "nobody")
+            if engine.num_requests < before:
+                cancelled.add(begun[-1])
+        num_moves += sum(outcome.moves for outcome in engine.step().outcomes)
+        goes_on = torch.tensor([int(bool(waiting) or engine.has_work)])
+        group.all_reduce(goes_on, "max")
+        number += 1
+    kept = [request for request in requests if request.id not in cancelled]
+    assert len(kept) > NUM_REQUESTS * 3 // 4
+    assert num_moves > 0
+    compare_exactly(kept, group.device)
+    parallel.close()
+    group.close()
+
+
+def draw_requests(seed: int, number: int) -> list[Request]:
+    """Mixed lengths of the bundled texts."""
+    tokenizer = load_tokenizer(model_directory())
+    texts = [text for kind in KINDS for text in excerpts(kind, number // len(KINDS) + 1, 200)]
+    return [
+        Request(
+            f"{seed}/{index}",
+            tuple(
+                tokenizer(texts[(index * 7 + seed) % len(texts)][: 4 + 9 * index % 190])[
+                    "input_ids"
+                ]
+            ),
+            SamplingParams(max_new_tokens=1 + index % MAX_NEW),
+        )
+        for index in range(number)
+    ]
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.timeout(120)
+@processes(2, timeout_s=110)
+def test_nothing_is_left_of_ten_thousand_requests(rank: Rank) -> None:
+    """Decode in graphs over nixl_ep, experts moving in the background."""
+    with make_nixl_ep(rank) as make:
+        group = rank.make_group(device="cuda", device_group="nccl")
+        config = EPLBConfig(window_size=16, step_interval=16, policy="deepseek")
+        parallel = parallelize(
+            model_directory(), group, config, dtype=torch.bfloat16, dispatcher=make
+        )
+        engine = Engine(parallel, EngineLimits(32, 16, prefill_chunk=64))
+        # The first half makes what stays: graphs, pools, caches of the interpreter.
+        first, second = (serve_many(engine, parallel, LEAK_REQUESTS // 2) for _ in range(2))
+        assert second.device_bytes - first.device_bytes < 1 << 20
+        assert second.num_objects - first.num_objects < 500
+        assert second.num_files <= first.num_files
+        assert second.num_threads <= first.num_threads
+        assert engine.num_requests == 0
+        parallel.close()
+        group.close()
+
+
+class Taken(NamedTuple):
+    """What a rank's process holds."""
+
+    device_bytes: int
+    num_objects: int
+    num_files: int
+    num_threads: int
+
+
+def serve_many(engine: Engine, parallel: ParallelModel, number: int) -> Taken:
+    group, state = parallel.state.group, parallel.state
+    waiting = [
+        Request(
+            str(index),
+            (2 + index % 90, 5, 7),
+            SamplingParams(max_new_tokens=1 + index % 4, temperature=index % 2, seed=index),
+        )
+        for index in range(number)
+    ]
+    goes_on = torch.tensor([1])
+    while goes_on:
+        room = 40 - engine.num_requests
+        engine.submit(*waiting[:room])
+        del waiting[:room]
+        if len(waiting) % 5 == 0 and waiting:
+            engine.cancel(str(int(waiting[0].id) - 1))
+        engine.step()
+        goes_on = torch.tensor([int(bool(waiting) or engine.has_work)])
+        group.all_reduce(goes_on, "max")
+    state.pause()
+    while state.is_rebalancing:
+        engine.tick()
+    state.resume()
+    gc.collect()
+    torch.cuda.synchronize(group.device)
+    return Taken(
+        torch.cuda.memory_allocated(group.device),
+        len(gc.get_objects()),
+        len(list(Path("/proc/self/fd").iterdir())),
+        len(list(Path("/proc/self/task").iterdir())),
+    )
