@@ -33,13 +33,13 @@ def make_wide_plan() -> TransferPlan:
 
 def cut(config: EPLBConfig, rank: int = 0) -> list[ChunkSize]:
     plan = make_wide_plan()
-    pairs = list(cut_plan(plan, rank, np.full(LAYERS, EXPERT_BYTES), config))
-    layers = np.concatenate([share.layers for share, _ in pairs])
+    shares, sizes = cut_plan(plan, rank, np.full(LAYERS, EXPERT_BYTES), config)
+    layers = np.concatenate(shares.chunks)
     assert layers.tolist() == list(range(LAYERS)), "each layer that differs, once"
-    for share, size in pairs:
+    for share, size in zip(shares, sizes, strict=True):
         assert size.num_layers == len(share.layers)
         assert share.num_bytes <= size.num_bytes
-    return [size for _, size in pairs]
+    return sizes
 
 
 def test_without_limits_small_layers_go_together() -> None:

@@ -393,6 +393,7 @@ def test_figures_appear_on_the_callers_registry(rank: Rank) -> None:
     lines = generate_latest(registry).decode().splitlines()
     for name, value in (
         ("equipoise_steps_total", 1.0),
+        ("equipoise_balancing", 1.0),
         ('equipoise_rebalances_total{model="a model"}', 1.0),
         ('equipoise_moves_total{model="a model"}', 0.0),
         ('equipoise_transfer_bytes_total{model="a model"}', 0.0),

@@ -7,6 +7,9 @@ import time
 
 import torch
 
+_POLL_S = 50e-6
+"""Between two looks at the device: not long beside a step, and the interpreter is free."""
+
 
 class CpuGpuEvent:
     """One thread records that its work so far is the other's to build on; the other waits.
@@ -47,13 +50,13 @@ class CpuGpuEvent:
         """Wait for the record, then for the work behind which it stands.
 
         Args:
-            timeout_s: longest wait for the record.
+            timeout_s: longest wait, for the record and on the host for the work together.
             stream: waits for the work in this thread's stead, so that only the record is waited
                 for here; None to wait on the host until the work is over.
         Returns:
             False if the event was cancelled before it was recorded.
         Collective: none; the other thread records.
-        Raises: TimeoutError if the record does not come.
+        Raises: TimeoutError if the record does not come, or the work behind it is not over.
         """
         deadline = time.monotonic() + timeout_s
         with self._changed:
@@ -67,10 +70,12 @@ class CpuGpuEvent:
             self._is_recorded = False
         # Not under the lock: the work may take its time.
         if self._event is not None:
-            if stream is None:
-                self._event.synchronize()
-            else:
+            if stream is not None:
                 stream.wait_event(self._event)
+            while stream is None and not self._event.query():  # type: ignore[no-untyped-call]
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"the device was not through within {timeout_s:.1f} s")
+                time.sleep(_POLL_S)
         return True
 
     def cancel(self) -> None:

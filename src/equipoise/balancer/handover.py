@@ -34,7 +34,7 @@ class AsyncEplbLayerResult:
     Attributes:
         model: theirs.
         maps: what the maps say of them from the commit on.
-        copies: what fills the slots.
+        copies: what fills the slots and switches the maps.
         staging: the half that it is staged in, [bytes] uint8.
         freed: recorded once the half may be filled again.
     """
@@ -54,7 +54,8 @@ class AsyncEplbLayerResult:
         if self.staging.is_cuda:
             # The worker may let go of it before the copies are over.
             self.staging.record_stream(torch.cuda.current_stream(self.staging.device))
-        self.model.switch(self.maps)
+        self.maps.outlive_stream()
+        self.model.adopt(self.maps)
         self.freed.record()
 
 

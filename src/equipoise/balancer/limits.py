@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from equipoise.balancer.protocol import read_commit
 from equipoise.config import EPLBConfig
 from equipoise.plan.transfer_plan import TransferPlan
 from equipoise.topology import IntArray
-from equipoise.transfer.staging import ChunkShare, share_chunks, share_plan
+from equipoise.transfer.staging import PlanShares, share_chunks, share_plan
 
 NUM_HALVES = 2
 LEAST_HALF_BYTES = 16 << 20
@@ -68,7 +67,7 @@ class StepTally:
 
 def cut_plan(
     plan: TransferPlan, rank: int, expert_bytes: IntArray, config: EPLBConfig
-) -> Iterator[tuple[ChunkShare, ChunkSize]]:
+) -> tuple[PlanShares, list[ChunkSize]]:
     """Cut a plan into chunks that keep to the limits, or are single layers.
 
     Args:
@@ -76,17 +75,18 @@ def cut_plan(
         rank: whose shares.
         expert_bytes: [L] int64, bytes of one expert of each layer.
         config: has the limits.
+    Returns:
+        the rank's share of each chunk, and its size.
     Collective: none; the same chunks on every rank.
     Raises: ConfigError if a layer does not fit half of `staging_bytes`.
     """
     staged = plan.staged_bytes(expert_bytes)
     budget = _find_budget(int(staged.max(initial=0)), config)
-    for share in share_plan(plan, rank, expert_bytes, budget):
-        for part in _split(share.layers, config.max_layers_per_step):
-            cut = share
-            if len(part) < len(share.layers):
-                (cut,) = share_chunks(plan, rank, [part], expert_bytes)
-            yield cut, ChunkSize(int(staged[part].sum(axis=0).max()), len(part))
+    shares = share_plan(plan, rank, expert_bytes, budget)
+    parts = [part for layers in shares.chunks for part in _split(layers, config)]
+    if len(parts) > len(shares):
+        shares = share_chunks(plan, rank, parts, expert_bytes)
+    return shares, [ChunkSize(int(staged[part].sum(axis=0).max()), len(part)) for part in parts]
 
 
 class Pace:
@@ -149,7 +149,8 @@ def _find_burst(config: EPLBConfig) -> int | None:
     return None if rate is None else int(rate * BURST_S)
 
 
-def _split(layers: IntArray, most: int | None) -> list[IntArray]:
+def _split(layers: IntArray, config: EPLBConfig) -> list[IntArray]:
+    most = config.max_layers_per_step
     if most is None:
         return [layers]
     return np.split(layers, range(most, len(layers), most))

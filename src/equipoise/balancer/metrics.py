@@ -42,6 +42,11 @@ class StatsCollector(Collector):
         yield CounterMetricFamily(
             "equipoise_steps", "Forward passes closed by this rank.", value=stats.steps
         )
+        yield GaugeMetricFamily(
+            "equipoise_balancing",
+            "1 while experts are kept balanced; 0 once that has ended and serving goes on without.",
+            value=float(stats.failure is None),
+        )
         for name, (field, what) in _COUNTERS.items():
             counter = CounterMetricFamily(f"equipoise_{name}", what, labels=["model"])
             for model, figures in stats.models.items():

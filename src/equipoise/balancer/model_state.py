@@ -87,8 +87,15 @@ class EplbModelState:
 
     def switch(self, prepared: PreparedMaps) -> None:
         """As `commit`, with maps that were prepared."""
+        self._tell(prepared, self.maps.switch)
+
+    def adopt(self, prepared: PreparedMaps) -> None:
+        """As `switch`, where what `PlacementMaps.list_copies` names was copied with the slots."""
+        self._tell(prepared, self.maps.adopt)
+
+    def _tell(self, prepared: PreparedMaps, take: Callable[[PreparedMaps], None]) -> None:
         before = self.placement
-        self.maps.switch(prepared)
+        take(prepared)
         if self.on_commit is None:
             return
         for layer, slots in _find_switched(before, self.placement, self.rank):

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from equipoise.balancer.accounting import Measure
 from equipoise.balancer.events import CpuGpuEvent
+from equipoise.balancer.halves import StagingHalves
 from equipoise.balancer.handover import AsyncEplbLayerResult, Chunk, End, Handover
 from equipoise.balancer.limits import NUM_HALVES, ChunkSize, Pace, StepTally, cut_plan
 from equipoise.balancer.model_state import EplbModelState
@@ -22,7 +24,7 @@ from equipoise.balancer.planning import plan_moves
 from equipoise.balancer.protocol import ABORT, Answer, Do, Status, Worker
 from equipoise.comm.byte_views import view_rows
 from equipoise.comm.groups import RankGroup
-from equipoise.comm.parcels import WeightTable
+from equipoise.comm.weight_table import WeightTable
 from equipoise.config import EPLBConfig
 from equipoise.errors import EquipoiseError, MembershipError, TransferError
 from equipoise.placement import Placement, measure_balancedness, spread_load
@@ -33,7 +35,7 @@ from equipoise.topology import IntArray
 from equipoise.transfer.agreement import agree
 from equipoise.transfer.executor import find_busy_s
 from equipoise.transfer.mover import ChunkMover
-from equipoise.transfer.staging import ChunkShare
+from equipoise.transfer.staging import ChunkShare, PlanShares
 
 _MOST_CHUNKS = 1 << 20
 
@@ -82,6 +84,22 @@ class _Part:
         return self.mover.plan
 
 
+class _PartChunk(NamedTuple):
+    """One chunk of a model's plan; this rank's share of it is worked out when it is asked for."""
+
+    part: _Part
+    shares: PlanShares
+    number: int
+
+    @property
+    def share(self) -> ChunkShare:
+        return self.shares[self.number]
+
+    @property
+    def busiest_bytes(self) -> int:
+        return int(self.shares.busiest_bytes[self.number])
+
+
 @dataclass
 class _Half:
     """A staging buffer [bytes] uint8; lent from the offer to the forward thread's commit."""
@@ -105,6 +123,7 @@ class Rebalance:
         policy: makes placements.
         handover: to the forward thread.
         pace: of all exchanges.
+        staging: of all rebalances.
     """
 
     def __init__(
@@ -116,6 +135,7 @@ class Rebalance:
         policy: PlacementPolicy,
         handover: Handover,
         pace: Pace,
+        staging: StagingHalves,
     ) -> None:
         self.problem: Exception | None = None
         self._request = request
@@ -125,9 +145,10 @@ class Rebalance:
         self._policy = policy
         self._handover = handover
         self._pace = pace
+        self._staging = staging
         self._timeout_s = group.timeout.total_seconds()
         self._halves: list[_Half] = []
-        self._chunks: list[tuple[_Part, ChunkShare]] = []
+        self._chunks: list[_PartChunk] = []
         self._sizes: list[ChunkSize] = []
         self._tally = StepTally()
         # Models whose outcome was not told yet.
@@ -170,7 +191,7 @@ class Rebalance:
 
     def _find_busy_s(self, number: int) -> float:
         """Seconds that a peer may still be at staging a chunk when this rank is done with it."""
-        return find_busy_s(self._chunks[number][1].busiest_bytes, self._group) + self._pace.span_s
+        return find_busy_s(self._chunks[number].busiest_bytes, self._group) + self._pace.span_s
 
     def _perform(self, worker: Worker) -> Answer:
         match worker.do:
@@ -251,18 +272,18 @@ class Rebalance:
         return _Part(model, load, mover, expert_bytes)
 
     def _cut(self, parts: Sequence[_Part]) -> None:
+        most = 0
         for part in parts:
-            for share, size in cut_plan(
-                part.plan, self._group.rank, part.expert_bytes, self._config
-            ):
-                self._chunks.append((part, share))
-                self._sizes.append(size)
-        most = max((share.num_bytes for _, share in self._chunks), default=0)
-        device = self._group.device
-        self._halves = [
-            _Half(torch.empty(most, dtype=torch.uint8, device=device), CpuGpuEvent(device))
-            for _ in range(min(NUM_HALVES, len(self._chunks)))
-        ]
+            shares, sizes = cut_plan(part.plan, self._group.rank, part.expert_bytes, self._config)
+            self._chunks += [_PartChunk(part, shares, number) for number in range(len(shares))]
+            self._sizes += sizes
+            most = max(most, int(shares.num_bytes.max(initial=0)))
+        if self._chunks:
+            count = min(NUM_HALVES, len(self._chunks))
+            self._halves = [
+                _Half(half, CpuGpuEvent(self._group.device))
+                for half in self._staging.take(most, count)
+            ]
 
     def _collect_facts(self, parts: Sequence[_Part]) -> dict[str, str]:
         plans = {part.model.name: part.plan for part in parts}
@@ -277,7 +298,7 @@ class Rebalance:
         self._staged = None
         if not self._chunks:
             return self._handover.wanted
-        part, share = self._chunks[number]
+        part, share = self._chunks[number].part, self._chunks[number].share
         half = self._halves[number % NUM_HALVES]
         try:
             if half.is_lent and not half.freed.wait(self._timeout_s):
@@ -291,10 +312,12 @@ class Rebalance:
             started = time.perf_counter()
             part.mover.stage(share, half.staging)
             standing = self._standing[part.model.name]
+            maps = part.model.prepare(standing, part.plan.new, share.layers.tolist())
             self._staged = AsyncEplbLayerResult(
                 model=part.model,
-                maps=part.model.prepare(standing, part.plan.new, share.layers.tolist()),
-                copies=part.mover.prepare(share, half.staging),
+                maps=maps,
+                # One launch for slots and maps.
+                copies=part.mover.prepare(share, half.staging, part.model.maps.list_copies(maps)),
                 staging=half.staging,
                 freed=half.freed,
             )
@@ -308,14 +331,13 @@ class Rebalance:
         return Status.FINE
 
     def _meet(self, worker: Worker) -> Sequence[int] | None:
-        share = self._chunks[worker.chunk][1] if self._chunks else None
-        busy_s = 0.0 if share is None else self._find_busy_s(worker.chunk)
+        busy_s = self._find_busy_s(worker.chunk) if self._chunks else 0.0
         statuses = self._exchange_statuses(worker.status, busy_s)
-        if share is None or statuses is None or any(statuses) or self._config.verify == "off":
+        if self._config.verify == "off" or not self._chunks or statuses is None or any(statuses):
             return statuses
-        part, half = self._chunks[worker.chunk][0], self._halves[worker.chunk % NUM_HALVES]
+        chunk, half = self._chunks[worker.chunk], self._halves[worker.chunk % NUM_HALVES]
         try:
-            damage = part.mover.verify(share, half.staging, self._config.verify)
+            damage = chunk.part.mover.verify(chunk.share, half.staging, self._config.verify)
         except Exception as error:
             self._fail(error)
             return None
@@ -374,7 +396,7 @@ class Rebalance:
         if self._staged is not None:
             self._halves[number % NUM_HALVES].is_lent = True
         # A model of which nothing moves is done with whatever chunk is first.
-        ahead = {id(part) for part, _ in self._chunks[number + 1 :]}
+        ahead = {id(chunk.part) for chunk in self._chunks[number + 1 :]}
         done = [part for part in self._parts if is_last or id(part) not in ahead]
         chunk = Chunk(
             self._question(number),

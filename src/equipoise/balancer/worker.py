@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import queue
+import sys
 import threading
 from collections.abc import Sequence
 
 import torch
 
 from equipoise.balancer.accounting import Measure, sum_measures
+from equipoise.balancer.halves import StagingHalves
 from equipoise.balancer.handover import MARGIN_STEPS, End, Handover
 from equipoise.balancer.limits import Pace
 from equipoise.balancer.model_state import EplbModelState
@@ -20,6 +22,10 @@ from equipoise.comm.groups import RankGroup
 from equipoise.config import EPLBConfig
 from equipoise.errors import EquipoiseError
 from equipoise.policy.base import PlacementPolicy
+
+SWITCH_S = 1e-4
+"""On a GPU: how long the interpreter may be another thread's before a forward thread that wants to
+launch gets it. By default it is 5 ms, the better part of a step."""
 
 GRACE_S = 1.0
 """How long a worker that is stopped may be at an exchange, before that is given up."""
@@ -91,7 +97,7 @@ class EplbWorker:
 
     def _run(self) -> None:
         try:
-            with self._own_stream():
+            with self._own_stream(), self._make_staging() as self._staging:
                 while (request := self._requests.get()) is not None:
                     self._handover.begin(4 * self._group.timeout.total_seconds())
                     end = self._poll(request) if request.is_poll else self._rebalance(request)
@@ -145,6 +151,7 @@ class EplbWorker:
             self._policy,
             self._handover,
             self._pace,
+            self._staging,
         )
         worker = rebalance.run(MARGIN_STEPS)
         if rebalance.received_bytes:
@@ -153,9 +160,15 @@ class EplbWorker:
             return None
         return End(worker.status, rebalance.problem)
 
+    def _make_staging(self) -> StagingHalves:
+        communicators = [model.communicator for model in self._models]
+        return StagingHalves(communicators, self._group.device)
+
     def _own_stream(self) -> contextlib.AbstractContextManager[object]:
         device = self._group.device
         if device.type != "cuda":
             return contextlib.nullcontext()
         torch.cuda.set_device(device)
+        # For good: it is the process's, and somebody else may count on what was set meanwhile.
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_S))
         return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from equipoise.comm.spans import Spans
 from equipoise.dispatch.turns import SPREAD, ReplicaChoice
 from equipoise.errors import PlacementError
 from equipoise.placement import Placement
+from equipoise.topology import IntArray
 
 
 class PlacementMaps:
@@ -61,14 +64,30 @@ class PlacementMaps:
 
         Collective: none; every rank at the same step.
         """
-        for name in (*_NAMES, *_TURNS):
-            rows = getattr(prepared, name)
-            getattr(self, name).index_copy_(0, prepared.index, rows)
-            if rows.is_cuda:
-                # Another stream made them: they must outlive this one's use of them.
-                rows.record_stream(torch.cuda.current_stream(rows.device))
-        if prepared.index.is_cuda:
-            prepared.index.record_stream(torch.cuda.current_stream(prepared.index.device))
+        for name in _NAMES:
+            getattr(self, name).index_copy_(0, prepared.index, getattr(prepared, name))
+        prepared.outlive_stream()
+        self.adopt(prepared)
+
+    def list_copies(self, prepared: PreparedMaps) -> tuple[Spans, Spans]:
+        """What `switch` copies, for whoever copies it with other things: from where, and to where.
+
+        Args:
+            prepared: for these maps.
+        Collective: none; any thread may ask.
+        """
+        sources, destinations, num_bytes = [], [], []
+        for name in _NAMES:
+            rows, all_rows = getattr(prepared, name), getattr(self, name)
+            size = rows[0].numel() * rows.element_size()
+            sources.append(rows.data_ptr() + np.arange(len(prepared.layers)) * size)
+            destinations.append(all_rows.data_ptr() + prepared.layers * size)
+            num_bytes.append(np.full(len(prepared.layers), size))
+        lengths = np.concatenate(num_bytes)
+        return Spans(np.concatenate(sources), lengths), Spans(np.concatenate(destinations), lengths)
+
+    def adopt(self, prepared: PreparedMaps) -> None:
+        """Call the placement the one that stands, as its rows were copied. Collective: none."""
         self.placement = prepared.placement
 
 
@@ -78,6 +97,8 @@ class PreparedMaps:
 
     Attributes:
         placement: once they have.
+        layers: [l] int64, which, on the host.
+        packed: [bytes] uint8, memory of all the others.
         index: [l] int64, the layers.
         slot_to_expert: [l, P] int64.
         expert_to_slots: [l, E, P - E + 1] int64.
@@ -87,6 +108,8 @@ class PreparedMaps:
     """
 
     placement: Placement
+    layers: IntArray
+    packed: Tensor
     index: Tensor
     slot_to_expert: Tensor
     expert_to_slots: Tensor
@@ -94,9 +117,15 @@ class PreparedMaps:
     turns: Tensor
     num_turns: Tensor
 
+    def outlive_stream(self) -> None:
+        """Keep the rows until the current stream, which is not theirs, has used them."""
+        if self.packed.is_cuda:
+            self.packed.record_stream(torch.cuda.current_stream(self.packed.device))
 
-_NAMES = ("slot_to_expert", "expert_to_slots", "replica_counts")
-_TURNS = ("turns", "num_turns")
+
+_NAMES = ("slot_to_expert", "expert_to_slots", "replica_counts", "turns", "num_turns")
+_ALIGNMENT = 16
+"""Of each tensor among the packed ones, so that copies take the widest words."""
 
 
 def prepare_maps(
@@ -126,12 +155,35 @@ def prepare_maps(
     chosen = list(range(target.num_layers)) if layers is None else sorted(set(layers))
     table = standing.slot_to_expert.copy()
     table[chosen] = target.slot_to_expert[chosen]
-    rows = {name: torch.tensor(getattr(target, name)[chosen], device=device) for name in _NAMES}
     turns = choice.take_turns(target, chosen)
-    rows |= {"turns": torch.tensor(turns.slots, device=device)}
-    rows |= {"num_turns": torch.tensor(turns.counts, device=device)}
+    layers = np.array(chosen, dtype=np.int64)
+    arrays = {
+        "index": layers,
+        "slot_to_expert": target.slot_to_expert[chosen],
+        "expert_to_slots": target.expert_to_slots[chosen],
+        "replica_counts": target.replica_counts[chosen],
+        "turns": turns.slots,
+        "num_turns": turns.counts,
+    }
+    packed, rows = _pack(arrays, device)
     return PreparedMaps(
         placement=Placement(table, target.num_experts, target.topology),
-        index=torch.tensor(chosen, device=device),
+        layers=layers,
+        packed=packed,
         **rows,
     )
+
+
+def _pack(arrays: dict[str, IntArray], device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+    """Bring arrays of int64 to the device by one copy: its memory, and the tensors in it."""
+    sizes = [-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays.values()]
+    host = np.zeros(sum(sizes), dtype=np.uint8)
+    starts = np.cumsum([0, *sizes]).tolist()
+    for array, start in zip(arrays.values(), starts, strict=False):
+        host[start : start + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).ravel()
+    packed = torch.from_numpy(host).to(device)
+    tensors = {
+        name: packed[start : start + array.nbytes].view(torch.int64).view(array.shape)
+        for (name, array), start in zip(arrays.items(), starts, strict=False)
+    }
+    return packed, tensors

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from equipoise.comm.base import EplbCommunicator, ExpertMoves, MayLand
 from equipoise.comm.groups import RankGroup
-from equipoise.comm.parcels import WeightTable
 from equipoise.comm.span_copies import SpanCopies
+from equipoise.comm.spans import NO_SPANS, Spans
+from equipoise.comm.weight_table import WeightTable
 from equipoise.errors import TransferError
 from equipoise.plan.transfer_plan import TransferPlan
 from equipoise.topology import IntArray
@@ -55,8 +56,8 @@ class ChunkMover:
         Raises: as `EplbCommunicator.execute`.
         """
         self.start(share, staging)
-        # Behind the start, which waits for what stands on the stream.
-        self.prepare_own(share, staging).run()
+        # Behind the start, which waits for what stands on the stream; beside a forward pass.
+        self.prepare_own(share, staging).run(gently=True)
         self.communicator.finish()
 
     def start(self, share: ChunkShare, staging: Tensor, may_land: MayLand | None = None) -> None:
@@ -92,8 +93,11 @@ class ChunkMover:
         Collective: none.
         """
         own = np.flatnonzero(share.staged.source == self.group.rank)
+        if not own.size:
+            return SpanCopies(NO_SPANS, NO_SPANS, staging.device, ())
         slots = self.plan.src_slot[share.staged.row[own]] % self.plan.old.topology.slots_per_rank
-        return self._pair_up(share, own, slots, staging)
+        in_slots, in_staging = self._find_ends(share, own, slots, staging)
+        return SpanCopies(in_slots, in_staging, staging.device, (staging, self.rows))
 
     def verify(self, share: ChunkShare, staging: Tensor, verify: Verify) -> TransferError | None:
         """Compare checksums of received experts with their sources'.
@@ -132,36 +136,34 @@ class ChunkMover:
                 )
         return None
 
-    def prepare(self, share: ChunkShare, staging: Tensor) -> SpanCopies:
+    def prepare(
+        self, share: ChunkShare, staging: Tensor, beside: tuple[Spans, Spans] | None = None
+    ) -> SpanCopies:
         """What fills the chunk's slots from staging, on the stream that it is run on.
 
         Args:
             share: this rank's.
             staging: what it was staged into.
+            beside: what else is copied by the same launch: from where, and to where.
         Collective: none.
         """
-        return self._pair_up(share, share.write_staged, share.write_slot, staging, fill=True)
+        slots, staged = self._find_ends(share, share.write_staged, share.write_slot, staging)
+        if beside is not None:
+            staged, slots = Spans.join([staged, beside[0]]), Spans.join([slots, beside[1]])
+        return SpanCopies(staged, slots, staging.device, (staging, self.rows))
 
-    def _pair_up(
-        self,
-        share: ChunkShare,
-        chosen: IntArray,
-        slots: IntArray,
-        staging: Tensor,
-        *,
-        fill: bool = False,
-    ) -> SpanCopies:
-        """Copies between slots and their places in staging: into it, or out of it to fill them."""
+    def _find_ends(
+        self, share: ChunkShare, chosen: IntArray, slots: IntArray, staging: Tensor
+    ) -> tuple[Spans, Spans]:
+        """Where staged experts are in these slots, and where in staging."""
         staged = share.staged
-        in_slots, in_staging = self.table.pair_up(
+        return self.table.pair_up(
             staged.layer[chosen],
             slots,
             staging.data_ptr() + staged.offset[chosen],
             staged.block_rows[chosen],
             staged.place[chosen],
         )
-        ends = (in_staging, in_slots) if fill else (in_slots, in_staging)
-        return SpanCopies(*ends, staging.device, (staging, self.rows))
 
     def _choose(self, verify: Verify) -> npt.NDArray[np.bool_]:
         """[M], which rows of the plan are verified; the same on every rank."""

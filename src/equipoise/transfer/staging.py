@@ -176,6 +176,7 @@ class PlanShares(Sequence[ChunkShare]):
         plan: as for `share_chunks`, and so are the others.
 
     Attributes:
+        chunks: the layers [l] int64 of each.
         num_bytes: [chunks] int64, bytes that this rank stages.
         busiest_bytes: [chunks] int64, most that any rank sends and receives.
     """
@@ -189,7 +190,7 @@ class PlanShares(Sequence[ChunkShare]):
         *,
         in_place: bool,
     ) -> None:
-        self._chunks, self._rank, self._layer = chunks, rank, plan.layer
+        self.chunks, self._rank, self._layer = chunks, rank, plan.layer
         num_chunks = len(chunks)
         chunk_of_layer = np.full(plan.old.num_layers, num_chunks)
         for number, layers in enumerate(chunks):
@@ -215,7 +216,7 @@ class PlanShares(Sequence[ChunkShare]):
         self.num_bytes = np.diff(np.concatenate(([0], np.cumsum(self._sizes)))[self._cuts[2]])
 
     def __len__(self) -> int:
-        return len(self._chunks)
+        return len(self.chunks)
 
     @overload
     def __getitem__(self, number: int) -> ChunkShare: ...
@@ -233,7 +234,7 @@ class PlanShares(Sequence[ChunkShare]):
         filled = slice(*self._write_cut[number : number + 2])
         rows, source, sizes = self._staged[stages], self._source[stages], self._sizes[stages]
         return ChunkShare(
-            layers=self._chunks[number],
+            layers=self.chunks[number],
             sent=self._sent[sends],
             received=self._received[receives],
             received_into=self._into[receives],
