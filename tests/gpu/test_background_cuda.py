@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 import torch
 
 from equipoise.balancer import EplbState
+from equipoise.balancer.events import CpuGpuEvent
 from equipoise.comm import create_eplb_communicator
 from equipoise.comm.groups import RankGroup, has_nccl
 from equipoise.config import EPLBConfig
@@ -21,6 +23,7 @@ from tests.rebalances import NUM_EXPERTS, ROOM, SHAPES, Library, count_held
 
 NUM_REBALANCES = int(os.environ.get("REBALANCES", "40"))
 MOST_STEPS_EACH = 200
+NUM_ROUNDS = 300
 
 
 def serve_and_rebalance(group: RankGroup, wire: str, num_rebalances: int) -> None:
@@ -69,6 +72,50 @@ def serve_and_rebalance(group: RankGroup, wire: str, num_rebalances: int) -> Non
         assert now <= warm[name] + (room or 0), (name, warm[name], now)
     assert state.close()
     communicator.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("on_host", [True, False], ids=["host waits", "stream waits"])
+def test_an_event_orders_the_streams_of_two_threads(on_host: bool) -> None:
+    """Two buffers by turns, each filled by slow work on one stream and read on another."""
+    device = torch.device("cuda", 0)
+    halves = torch.zeros(2, 1 << 20, device=device)
+    filled, freed = ([CpuGpuEvent(device) for _ in range(2)] for _ in range(2))
+    seen: list[torch.Tensor] = []
+
+    def consume() -> None:
+        torch.cuda.set_device(device)
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(stream):
+            for number in range(NUM_ROUNDS):
+                assert filled[number % 2].wait(30.0, None if on_host else stream)
+                seen.append(halves[number % 2].aminmax().max + halves[number % 2].aminmax().min)
+                freed[number % 2].record()
+
+    thread = threading.Thread(target=consume)
+    thread.start()
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        for number in range(NUM_ROUNDS):
+            if number >= 2:
+                assert freed[number % 2].wait(30.0, None if on_host else stream)
+            torch.cuda._sleep(100_000)
+            halves[number % 2].fill_(number)
+            filled[number % 2].record()
+    thread.join(60.0)
+    torch.cuda.synchronize(device)
+    assert [int(each) for each in seen] == [2 * number for number in range(NUM_ROUNDS)]
+
+
+@pytest.mark.gpu
+def test_a_host_wait_for_the_device_has_a_deadline() -> None:
+    device = torch.device("cuda", 0)
+    event = CpuGpuEvent(device)
+    torch.cuda._sleep(4_000_000_000)
+    event.record()
+    with pytest.raises(TimeoutError, match=r"the device was not through within 0.1 s"):
+        event.wait(0.1)
+    torch.cuda.synchronize(device)
 
 
 @pytest.mark.multi_gpu

@@ -56,6 +56,7 @@ def measure_stalls(spec: StallSpec) -> BenchOutcome:
             "slots_per_rank": spec.slots_per_rank,
             "expert_bytes": spec.expert_bytes,
             "step_ms": spec.step_ms,
+            "launch": spec.launch if spec.device == "cuda" else None,
             "steps": stall.without.shape[1],
             "communicator": stall.communicator,
             "policy": spec.policy,

@@ -27,6 +27,7 @@ class StallSpec:
         slots_per_rank: S; one of each rank is redundant.
         expert_bytes: of one expert of one layer; on GPUs a multiple of EXPERT_MULTIPLE.
         step_ms: what a step computes at least, on an idle machine.
+        launch: how GPUs get a step: as one captured graph, or kernel by kernel.
         num_steps: of each kind, with rebalances and without.
         communicator: the wire.
         policy: makes placements.
@@ -44,6 +45,7 @@ class StallSpec:
     slots_per_rank: int = 9
     expert_bytes: int = 65_536
     step_ms: float = 15.0
+    launch: Literal["graph", "eager"] = "graph"
     num_steps: int = 1000
     communicator: str = "auto"
     # It plans from nothing, so that every rebalance moves much.

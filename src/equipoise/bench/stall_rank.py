@@ -56,6 +56,7 @@ def measure_stall(spec: StallSpec, group: RankGroup, emit: Callable[[Stall], Non
     finally:
         if serving.state.close():
             serving.communicator.close()
+        serving.close()
     if group.rank == 0:
         emit(said)
 
@@ -94,6 +95,9 @@ class _Serving:
         for layer, experts in enumerate(placement.slot_to_expert[:, self._local].tolist()):
             for slot, expert in enumerate(experts):
                 self._work.mark(layer, slot, expert)
+
+    def close(self) -> None:
+        self._work.close()
 
     def warm_up(self) -> None:
         """A few rebalances, so that nothing is done for the first time where it is measured."""
@@ -159,12 +163,12 @@ class _Serving:
         standing, worker = self._maps.placement, self._read_worker_s()
         started, started_cpu = time.perf_counter(), time.thread_time()
         self._work.launch()
-        launched, launched_cpu = time.perf_counter(), time.thread_time()
         with self._count_exchanges(tally):
+            launched, launched_cpu = time.perf_counter(), time.thread_time()
             outcomes = self.state.step()
             if begins:
                 self.state.rearrange()
-        balanced, balanced_cpu = time.perf_counter(), time.thread_time()
+            balanced, balanced_cpu = time.perf_counter(), time.thread_time()
         device_s = self._work.finish()
         ended = time.perf_counter()
         for outcome in outcomes:

@@ -39,6 +39,10 @@ class StepWork(ABC):
         Collective: every rank of the group.
         """
 
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of what needs the group. Collective: none."""
+
     def mark(self, layer: int, slot: int, expert: int) -> None:
         """Write into a slot which expert it holds."""
         self._find_marks(layer)[slot] = expert + 1000 * layer
@@ -74,6 +78,9 @@ class CpuWork(StepWork):
         self._group.barrier()
         return 0.0
 
+    def close(self) -> None:
+        """Nothing is held."""
+
     def _multiply(self) -> None:
         torch.mm(self._matrix, self._matrix)
 
@@ -82,7 +89,8 @@ class GpuWork(StepWork):
     """The layers of an MoE in bfloat16: products of all tokens, and experts between two exchanges.
 
     Tokens travel by all_to_all over NCCL. Each step ends with the host waiting for the device, as
-    an engine's does that reads the tokens chosen.
+    an engine's does that reads the tokens chosen. It is one captured graph, or, where that is asked
+    for, launched kernel by kernel.
     """
 
     def __init__(self, spec: StallSpec, group: RankGroup) -> None:
@@ -102,10 +110,30 @@ class GpuWork(StepWork):
         self._begun = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self._ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self._num_products = 1
+        self._graph: torch.cuda.CUDAGraph | None = None
         self._num_products = self._calibrate(spec.step_ms)
+        if spec.launch == "graph":
+            self._graph = self._capture()
 
     def launch(self) -> None:  # noqa: D102 - see the base
         self._begun.record()
+        if self._graph is None:
+            self._compute()
+        else:
+            self._graph.replay()
+
+    def close(self) -> None:  # noqa: D102 - see the base
+        # Before the group that its exchanges go over.
+        self._graph = None
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        # NCCL's own threads may look at the device meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._compute()
+        return graph
+
+    def _compute(self) -> None:
         for layer in range(self._num_layers):
             for _ in range(self._num_products):
                 torch.mm(self._tokens, self._dense)

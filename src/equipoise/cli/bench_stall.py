@@ -21,6 +21,13 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class Launch(StrEnum):
+    """How GPUs get a step."""
+
+    GRAPH = "graph"
+    EAGER = "eager"
+
+
 def bench_stall(
     device: Annotated[
         Device, typer.Option(help="Where steps compute; auto: on GPUs if there are two.")
@@ -39,6 +46,9 @@ def bench_stall(
         float | None,
         typer.Option(help="What a step computes at least, in ms; 15 on the CPU, 12 on GPUs."),
     ] = None,
+    launch: Annotated[
+        Launch, typer.Option(help="GPUs get a step as one captured graph, or kernel by kernel.")
+    ] = Launch.GRAPH,
     steps: Annotated[
         int | None, typer.Option(help="Steps of each kind; 1,000 on the CPU, 2,000 on GPUs.")
     ] = None,
@@ -77,6 +87,7 @@ def bench_stall(
         "slots_per_rank": slots,
         "expert_bytes": expert_bytes,
         "step_ms": step_ms,
+        "launch": launch.value,
         "num_steps": steps,
         "communicator": communicator,
         "policy": policy,
