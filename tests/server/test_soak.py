@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +15,7 @@ import pytest
 
 from equipoise.server.client import ServerClient, ServerRefused
 from tests.server.load import Load
+from tests.server.ray_cluster import ray_cluster
 from tests.server.serving import wait_until
 from tests.server.test_completions import MAX_TOKENS, plain
 from tests.server.test_serve import serve
@@ -43,9 +46,29 @@ def measure(pid: int) -> Held:
 @pytest.mark.slow
 @pytest.mark.skipif(not SOAK_S, reason="SERVER_SOAK says for how many seconds")
 @pytest.mark.timeout(SOAK_S + 600)
-def test_nothing_fails_and_nothing_grows(tmp_path: Path, plain: dict[str, str]) -> None:
+@pytest.mark.parametrize("launcher", ["local", "ray"])
+def test_nothing_fails_and_nothing_grows(
+    tmp_path: Path, plain: dict[str, str], launcher: str
+) -> None:
+    with starting(launcher) as words:
+        _soak(tmp_path, plain, words)
+
+
+@contextlib.contextmanager
+def starting(launcher: str) -> Iterator[tuple[str, ...]]:
+    """Options for ranks of this machine, or of a cluster's nodes."""
+    if launcher == "local":
+        yield ()
+        return
+    if not os.environ.get("EQUIPOISE_RAY"):
+        pytest.skip("EQUIPOISE_RAY asks for it, and needs Ray")
+    with ray_cluster(num_nodes=3, num_cpus=2) as (cluster, _):
+        yield ("--launcher=ray", f"--ray-address={cluster.address}")
+
+
+def _soak(tmp_path: Path, plain: dict[str, str], words: tuple[str, ...]) -> None:
     draw = random.Random(7)
-    with serve(tmp_path, "--ranks=2", "--step-interval=32") as (process, url):
+    with serve(tmp_path, "--ranks=2", "--step-interval=32", *words) as (process, url):
         client = ServerClient(url, {})
         held: list[Held] = []
         ends_s = time.monotonic() + SOAK_S

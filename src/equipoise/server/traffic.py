@@ -74,8 +74,16 @@ class TrafficSpec:
 
 
 @dataclass(frozen=True)
-class _Event:
-    """A change that clients may notice, in seconds of time.monotonic()."""
+class Event:
+    """A change that clients may notice.
+
+    Attributes:
+        what: for people.
+        began_s: by time.monotonic().
+        ended_s: by time.monotonic().
+        goal_s: most that 99 of 100 tokens may come behind the one before.
+        figures: what else is known of it, by name.
+    """
 
     what: str
     began_s: float
@@ -104,7 +112,7 @@ def measure_traffic(spec: TrafficSpec, say: Callable[[str], None]) -> BenchOutco
             load.wait_for(spec.num_requests, spec.num_requests * START_S)
         totals = client.status()["totals"]
     rows = [_describe_answers(load)]
-    rows += [_describe_event(event, load) for event in events]
+    rows += [judge(event, load.find_gaps(event.began_s, event.ended_s)) for event in events]
     return BenchOutcome(
         name="serve",
         setting={**vars(spec), "sizes": list(spec.sizes), "options": list(spec.options)},
@@ -122,7 +130,7 @@ def measure_traffic(spec: TrafficSpec, say: Callable[[str], None]) -> BenchOutco
 
 def _scale_all(
     spec: TrafficSpec, client: ServerClient, load: ClientLoad, say: Callable[[str], None]
-) -> list[_Event]:
+) -> list[Event]:
     share = -(-spec.num_requests // len(spec.sizes))
     load.wait_for(share, START_S)
     events = []
@@ -137,13 +145,13 @@ def _scale_all(
         larger_s = step_s[max(before, after)]
         goal_s = PAUSE_STEPS * larger_s + BESIDE_S
         figures = {"step_ms": 1000 * larger_s, "pause_ms": 1000 * float(report["pause_s"] or 0)}
-        events.append(_Event(f"{before} to {after} ranks", began_s, ended_s, goal_s, figures))
+        events.append(Event(f"{before} to {after} ranks", began_s, ended_s, goal_s, figures))
     return events
 
 
 def _kill_all(
     spec: TrafficSpec, client: ServerClient, load: ClientLoad, say: Callable[[str], None]
-) -> list[_Event]:
+) -> list[Event]:
     draw = random.Random(spec.seed)
     load.wait_for(spec.num_clients, START_S)
     events = []
@@ -158,7 +166,7 @@ def _kill_all(
         _wait_until(lambda: len(_find_serving(client)) == max(spec.sizes))
         figures = {"full_s": time.monotonic() - began_s}
         goal_s = RECOVERY_S + BESIDE_S
-        events.append(_Event(f"{victim['name']} killed", began_s, ended_s, goal_s, figures))
+        events.append(Event(f"{victim['name']} killed", began_s, ended_s, goal_s, figures))
         threading.Event().wait(max(0.0, began_s + spec.every_s - time.monotonic()))
         load.wait_for(load.num_ended + spec.num_clients, START_S)
     return events
@@ -174,9 +182,15 @@ def _describe_answers(load: ClientLoad) -> Row:
     return with_goal(row, "value", 0, at_most=True)
 
 
-def _describe_event(event: _Event, load: ClientLoad) -> Row:
-    gaps_s = load.find_gaps(event.began_s, event.ended_s)
-    if len(gaps_s) < 2:
+def judge(event: Event, gaps_s: Sequence[float]) -> Row:
+    """Whether clients saw as little of a change as they may.
+
+    Args:
+        event: what happened.
+        gaps_s: seconds between two tokens of a stream, of those that it touches.
+    Raises: EquipoiseError if there are none: nothing was seen.
+    """
+    if not gaps_s:
         raise EquipoiseError(f"{event.what}: no tokens came meanwhile")
     row: Row = {
         "what": f"{event.what}: between tokens, p99",
