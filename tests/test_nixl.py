@@ -25,8 +25,9 @@ from equipoise.comm.nixl import NixlEplbCommunicator
 from equipoise.comm.nixl.agent import Agent, Read
 from equipoise.comm.nixl.messages import Done, Failed, Message, Offer, Ping, decode, encode
 from equipoise.comm.nixl.pool import SendPool, plan_offers
-from equipoise.comm.parcels import ExpertRows, WeightTable, WholeTensor
+from equipoise.comm.parcels import ExpertRows, WholeTensor
 from equipoise.comm.spans import Regions, Spans, align, span_of
+from equipoise.comm.weight_table import WeightTable
 from equipoise.errors import TransferError
 from tests.ranks import Rank, processes
 

@@ -270,6 +270,23 @@ def test_what_is_held_lands_only_when_it_may(world: World) -> None:
     assert same_bytes(landed[1], world.noise(100, seed=1))
 
 
+@on_ranks(2)
+def test_an_exchange_in_which_nothing_lands_is_over_once_it_may(world: World) -> None:
+    communicator = world.make()
+    if not communicator.can_hold:
+        pytest.skip("it does not wait for what is to be filled")
+    answers = iter([False] * 5 + [True])
+    asked: list[bool] = []
+
+    def may_land() -> bool:
+        asked.append(next(answers))
+        return asked[-1]
+
+    communicator.start(may_land)
+    communicator.finish()
+    assert asked == [False] * 5 + [True]
+
+
 @on_ranks(1)
 def test_a_single_rank_has_nobody_to_talk_to(world: World) -> None:
     communicator = world.make()

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from equipoise.comm.groups import RankGroup
 from equipoise.comm.nixl.agent import Agent, Read
-from equipoise.comm.parcels import ExpertRows, WeightTable
+from equipoise.comm.parcels import ExpertRows
 from equipoise.comm.spans import Spans, align, span_of
+from equipoise.comm.weight_table import WeightTable
 from equipoise.errors import TransferError
 from equipoise.plan.transfer_plan import TransferPlan
 from equipoise.transfer.staging import ChunkShare

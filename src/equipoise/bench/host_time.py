@@ -14,9 +14,10 @@ from equipoise.bench.outcome import Row, with_goal
 from equipoise.comm.byte_views import view_rows
 from equipoise.comm.groups import RankGroup
 from equipoise.comm.nixl.pool import plan_offers
-from equipoise.comm.parcels import Inbox, Outbox, WeightTable, find_spans
+from equipoise.comm.parcels import Inbox, Outbox, find_spans
 from equipoise.comm.queued import Queued, QueuedCommunicator
 from equipoise.comm.spans import Regions, Spans
+from equipoise.comm.weight_table import WeightTable
 from equipoise.placement import Placement, place_in_order
 from equipoise.plan.transfer_plan import make_plan
 from equipoise.topology import Topology
@@ -29,6 +30,7 @@ GOAL_S = 0.02
 _NUM_LAYERS, _NUM_RANKS, _SLOTS_PER_RANK, _NUM_EXPERTS = 58, 32, 9, 256
 _ROW_BYTES = 64
 _NUM_ROUNDS = 9
+_REGISTERED = Regions(Spans.of(()))
 
 
 class _Unsent(QueuedCommunicator[Queued]):
@@ -40,7 +42,7 @@ class _Unsent(QueuedCommunicator[Queued]):
     def _begin(self, number: int, outbox: Outbox, inbox: Inbox) -> Queued:
         self._announce(number, outbox, inbox)
         for peer in self._peers:
-            plan_offers(outbox.get(peer, []), Regions(Spans.of(())), 1 << 20)
+            plan_offers(outbox.get(peer, []), _REGISTERED, 1 << 20)
             find_spans(inbox.get(peer, []))
         return Queued(number, outbox, inbox)
 
@@ -90,7 +92,7 @@ def measure_host_time(seed: int) -> Row:
         shares = share_plan(plan, 0, sizes, budget)
         seat: RankGroup = _Seat(0)  # type: ignore[assignment]
         mover = ChunkMover(plan, rows, wire, seat, WeightTable(rows))
-        staging = torch.empty(max(s.num_bytes for s in shares), dtype=torch.uint8)
+        staging = torch.empty(int(shares.num_bytes.max()), dtype=torch.uint8)
         for share in shares:
             mover.start(share, staging)
             mover.prepare_own(share, staging)

@@ -32,9 +32,14 @@ class Sizes:
     @classmethod
     def of(cls, sizes: Sequence[int] | IntArray) -> Sizes:
         """Sum up the bytes of each tensor, in order."""
-        listed = np.asarray(sizes, dtype="<i8")
+        listed = np.ascontiguousarray(sizes, dtype="<i8")
         digest = hashlib.blake2b(listed.tobytes(), digest_size=8).digest()
-        return cls(len(sizes), int(listed.sum()), int.from_bytes(digest, "little", signed=True))
+        total = int(np.add.reduce(listed))
+        return cls(len(listed), total, int.from_bytes(digest, "little", signed=True))
+
+
+NOTHING = Sizes.of(())
+"""Where nothing goes that way."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from equipoise.comm.weight_table import WeightTable
 from equipoise.topology import IntArray
 
 ExpertWeights = Sequence[Sequence[Tensor]]
@@ -92,6 +93,9 @@ class EplbCommunicator(ABC):
 
     lands_in_place: bool = False
     """Whether received experts can land in slots, without a copy; never in one that is in use."""
+
+    table: WeightTable | None = None
+    """Of the weights that it was made with, once they were checked; None for a wire without one."""
 
     def register(self, buffer: Tensor) -> contextlib.AbstractContextManager[object]:
         """Make memory known that many exchanges will fill, while the context lasts.

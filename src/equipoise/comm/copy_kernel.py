@@ -22,33 +22,33 @@ _NUM_LANES = 32
 _GENTLE_PROGRAMS = 64
 
 
-@triton.jit(do_not_specialize=["num_spans", "first_span"])
-def _copy_words(table, num_spans, first_span, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
-    span = first_span + tl.program_id(0)
-    source = tl.load(table + span).to(tl.pointer_type(tl.int64))
-    destination = tl.load(table + num_spans + span).to(tl.pointer_type(tl.int64))
-    # Sixteen bytes at a time, as the host has made sure of.
-    source = tl.multiple_of(source, 16)
-    destination = tl.multiple_of(destination, 16)
-    num_words = tl.multiple_of(tl.load(table + 2 * num_spans + span), 2)
-    first = tl.program_id(1).to(tl.int64) * BLOCK
-    for start in range(first, num_words, tl.num_programs(1) * BLOCK):
-        words = start + tl.arange(0, BLOCK)
-        inside = words < num_words
-        tl.store(destination + words, tl.load(source + words, mask=inside), mask=inside)
+@triton.jit(do_not_specialize=["num_spans", "first_span", "last_span"])
+def _copy_words(table, num_spans, first_span, last_span, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    for span in range(first_span + tl.program_id(0), last_span, tl.num_programs(0)):
+        source = tl.load(table + span).to(tl.pointer_type(tl.int64))
+        destination = tl.load(table + num_spans + span).to(tl.pointer_type(tl.int64))
+        # Sixteen bytes at a time, as the host has made sure of.
+        source = tl.multiple_of(source, 16)
+        destination = tl.multiple_of(destination, 16)
+        num_words = tl.multiple_of(tl.load(table + 2 * num_spans + span), 2)
+        first = tl.program_id(1).to(tl.int64) * BLOCK
+        for start in range(first, num_words, tl.num_programs(1) * BLOCK):
+            words = start + tl.arange(0, BLOCK)
+            inside = words < num_words
+            tl.store(destination + words, tl.load(source + words, mask=inside), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_spans", "first_span"])
-def _copy_bytes(table, num_spans, first_span, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
-    span = first_span + tl.program_id(0)
-    source = tl.load(table + span).to(tl.pointer_type(tl.uint8))
-    destination = tl.load(table + num_spans + span).to(tl.pointer_type(tl.uint8))
-    num_bytes = tl.load(table + 2 * num_spans + span)
-    first = tl.program_id(1).to(tl.int64) * BLOCK
-    for start in range(first, num_bytes, tl.num_programs(1) * BLOCK):
-        words = start + tl.arange(0, BLOCK)
-        inside = words < num_bytes
-        tl.store(destination + words, tl.load(source + words, mask=inside), mask=inside)
+@triton.jit(do_not_specialize=["num_spans", "first_span", "last_span"])
+def _copy_bytes(table, num_spans, first_span, last_span, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    for span in range(first_span + tl.program_id(0), last_span, tl.num_programs(0)):
+        source = tl.load(table + span).to(tl.pointer_type(tl.uint8))
+        destination = tl.load(table + num_spans + span).to(tl.pointer_type(tl.uint8))
+        num_bytes = tl.load(table + 2 * num_spans + span)
+        first = tl.program_id(1).to(tl.int64) * BLOCK
+        for start in range(first, num_bytes, tl.num_programs(1) * BLOCK):
+            words = start + tl.arange(0, BLOCK)
+            inside = words < num_bytes
+            tl.store(destination + words, tl.load(source + words, mask=inside), mask=inside)
 
 
 class KernelTable:
@@ -93,5 +93,9 @@ class KernelTable:
                 (_copy_words, _copy_bytes), rows, self._starts, strict=True
             ):
                 if part + 1 < len(starts) and (count := starts[part + 1] - starts[part]):
-                    lanes = max(1, _GENTLE_PROGRAMS // count) if gently else _NUM_LANES
-                    kernel[(count, lanes)](columns, len(columns) // 3, starts[part], BLOCK=_BLOCK)
+                    programs, lanes = count, _NUM_LANES
+                    if gently:
+                        programs = min(count, _GENTLE_PROGRAMS)
+                        lanes = _GENTLE_PROGRAMS // programs
+                    between = starts[part], starts[part + 1]
+                    kernel[(programs, lanes)](columns, len(columns) // 3, *between, BLOCK=_BLOCK)

@@ -2,142 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from equipoise.comm.byte_views import view_bytes
 from equipoise.comm.spans import Spans, span_of
+from equipoise.comm.weight_table import WeightTable, drop_empty, find_runs
 from equipoise.topology import IntArray
-
-
-class WeightTable:
-    """Where the weights of all layers are, as arrays.
-
-    Args:
-        rows: per layer the tensors as [S, row bytes] uint8.
-
-    Attributes:
-        rows: as given.
-    """
-
-    def __init__(self, rows: list[list[Tensor]]) -> None:
-        self.rows = rows
-        most = max(map(len, rows), default=0)
-        self._num_tensors = np.array([len(layer) for layer in rows], dtype=np.int64)
-        self._address = np.zeros((len(rows), most), dtype=np.int64)
-        self._row_bytes = np.zeros((len(rows), most), dtype=np.int64)
-        for index, layer in enumerate(rows):
-            self._address[index, : len(layer)] = [tensor.data_ptr() for tensor in layer]
-            self._row_bytes[index, : len(layer)] = [tensor.shape[1] for tensor in layer]
-        self._bytes_before = np.cumsum(self._row_bytes, axis=1) - self._row_bytes
-
-    def list_rows(self, ranks: IntArray, layers: IntArray, slots: IntArray) -> RowList:
-        """The rows of experts that are exchanged with some ranks, in the order of the wire.
-
-        Args:
-            ranks: [n] int64, with whom each expert is exchanged; ascending.
-            layers: [n] int64, its layer; ascending within a rank.
-            slots: [n] int64, its local slot; below 0 for none.
-        """
-        expert, tensor = _count_up(self._num_tensors[layers])
-        run = np.ones(len(ranks), dtype=np.int64)
-        run[1:] = (ranks[1:] != ranks[:-1]) | (layers[1:] != layers[:-1])
-        run = np.cumsum(run)
-        most = self._row_bytes.shape[1]
-        order = np.argsort((run[expert] * most + tensor) * len(layers) + expert)
-        expert, tensor = expert[order], tensor[order]
-        layer = layers[expert]
-        num_bytes = self._row_bytes[layer, tensor]
-        address = self._address[layer, tensor] + slots[expert] * num_bytes
-        return RowList(ranks[expert], slots[expert] >= 0, Spans(address, num_bytes))
-
-    def pair_up(
-        self,
-        layers: IntArray,
-        slots: IntArray,
-        block_address: IntArray,
-        block_rows: IntArray,
-        positions: IntArray,
-    ) -> tuple[Spans, Spans]:
-        """Where experts are in their slots, and where in blocks that lie tensor by tensor.
-
-        Args:
-            layers: [n] int64, of each expert.
-            slots: [n] int64, its local slot.
-            block_address: [n] int64, where its block begins.
-            block_rows: [n] int64, experts of that block.
-            positions: [n] int64, its place among them.
-        Returns:
-            Spans of the slots, and of the blocks; one pair for each expert and tensor.
-        """
-        counts = self._num_tensors[layers]
-        expert, tensor = _count_up(counts)
-        layer = layers[expert]
-        num_bytes = self._row_bytes[layer, tensor]
-        in_slot = self._address[layer, tensor] + slots[expert] * num_bytes
-        first = block_address[expert] + block_rows[expert] * self._bytes_before[layer, tensor]
-        in_block = first + positions[expert] * num_bytes
-        kept = num_bytes > 0
-        return Spans(in_slot[kept], num_bytes[kept]), Spans(in_block[kept], num_bytes[kept])
-
-
-@dataclass(frozen=True)
-class RowList:
-    """Rows of experts in the order of the wire: by rank, by layer, by tensor, by expert.
-
-    Attributes:
-        rank: [rows] int64, with whom each is exchanged.
-        in_slot: [rows] bool, whether it has a slot.
-        spans: where in that slot it is, and its bytes, which may be 0.
-    """
-
-    rank: IntArray
-    in_slot: npt.NDArray[np.bool_]
-    spans: Spans
-
-    def split(self) -> Iterator[tuple[int, RowList]]:
-        """By rank."""
-        for start, stop in find_runs(self.rank):
-            part = slice(start, stop)
-            spans = Spans(self.spans.address[part], self.spans.num_bytes[part])
-            yield int(self.rank[start]), RowList(self.rank[part], self.in_slot[part], spans)
-
-    def find_landings(self, address: int) -> Spans:
-        """Where they land: in their slots, and those without one behind each other in a buffer.
-
-        Args:
-            address: of the buffer.
-        """
-        num_bytes = self.spans.num_bytes
-        filled = np.where(self.in_slot, 0, num_bytes)
-        buffered = address + np.cumsum(filled) - filled
-        return drop_empty(Spans(np.where(self.in_slot, self.spans.address, buffered), num_bytes))
-
-
-def find_runs(numbers: IntArray) -> list[tuple[int, int]]:
-    """Where equal numbers stand together: start and stop of each run."""
-    if not len(numbers):
-        return []
-    edges = np.flatnonzero(numbers[1:] != numbers[:-1]) + 1
-    return list(itertools.pairwise([0, *edges.tolist(), len(numbers)]))
-
-
-def drop_empty(spans: Spans) -> Spans:
-    """Without those of no bytes."""
-    kept = spans.num_bytes > 0
-    return spans if kept.all() else Spans(spans.address[kept], spans.num_bytes[kept])
-
-
-def _count_up(counts: IntArray) -> tuple[IntArray, IntArray]:
-    """Each index as often as it counts, and how often it came before."""
-    index = np.repeat(np.arange(len(counts)), counts)
-    return index, np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 @dataclass(frozen=True)
@@ -287,6 +162,8 @@ def find_sources(queued: Sequence[Outgoing]) -> tuple[Spans, list[Tensor]]:
 
 def find_spans(landings: Sequence[Landing]) -> Spans:
     """Where the bytes of a peer go; nothing for landings of no bytes."""
+    if len(landings) == 1 and landings[0].spans is not None:
+        return landings[0].spans
     return Spans.join(
         [Spans.of([span_of(each.data)]) if each.spans is None else each.spans for each in landings]
     )

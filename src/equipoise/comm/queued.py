@@ -6,14 +6,14 @@ import contextlib
 import threading
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Generic, Literal, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from equipoise.comm.announcement import Announcement, Sizes
+from equipoise.comm.announcement import NOTHING, Announcement, Sizes
 from equipoise.comm.base import EplbCommunicator, ExpertMoves, ExpertWeights, MayLand
 from equipoise.comm.byte_views import view_bytes, view_rows
 from equipoise.comm.exchange import PeerFailure, explain
@@ -23,15 +23,13 @@ from equipoise.comm.parcels import (
     Landing,
     Outbox,
     Outgoing,
-    WeightTable,
     WholeTensor,
-    find_runs,
     join_sizes,
 )
 from equipoise.comm.span_copies import warm_up
+from equipoise.comm.weight_table import WeightTable, drop_empty, find_runs
 from equipoise.comm.weights import check_expert_weights
 from equipoise.errors import TransferError
-from equipoise.topology import IntArray
 
 SLOWEST_BYTES_PER_S = 50e6
 """What a wire is trusted to carry at least; a deadline is the timeout and the bytes over this."""
@@ -74,7 +72,7 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
         self.size = size
         self.timeout_s = timeout_s
         self._rows = [[view_rows(tensor) for tensor in layer] for layer in expert_weights]
-        self._table = WeightTable(self._rows)
+        self.table: WeightTable | None = WeightTable(self._rows)
         devices = [tensor.device for layer in self._rows for tensor in layer]
         self._device: torch.device | None = devices[0] if devices else None
         self._outbox: dict[int, list[Outgoing]] = {}
@@ -119,10 +117,13 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
         self._check_device(moves.into)
         self._check_moves(moves)
         incoming = list(self._find_landings(moves))
-        sends = self._table.list_rows(moves.send_rank, moves.send_layer, moves.send_slot)
-        for (peer, rows), (_, part) in zip(sends.split(), _split(moves.send_rank), strict=True):
-            experts = moves.send_layer[part], moves.send_slot[part]
-            self._outbox.setdefault(peer, []).append(ExpertRows(self._table, *experts, rows.spans))
+        table = self._open_table
+        sends = table.list_rows(moves.send_rank, moves.send_layer, moves.send_slot)
+        for (peer, spans), (start, stop) in zip(
+            sends.split_spans(), find_runs(moves.send_rank), strict=True
+        ):
+            experts = moves.send_layer[start:stop], moves.send_slot[start:stop]
+            self._outbox.setdefault(peer, []).append(ExpertRows(table, *experts, spans))
         for peer, landing in incoming:
             self._inbox.setdefault(peer, []).append(landing)
 
@@ -162,7 +163,7 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
         self._state = "closed"
         self._outbox, self._inbox, self._rows = {}, {}, []
         self._under_way.clear()
-        self._table = WeightTable([])
+        self.table = None
         self._release()
 
     @abstractmethod
@@ -180,6 +181,11 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
     @property
     def _is_cuda(self) -> bool:
         return self._device is not None and self._device.type == "cuda"
+
+    @property
+    def _open_table(self) -> WeightTable:
+        assert self.table is not None, "closed communicators are refused before"
+        return self.table
 
     def _current_stream(self) -> torch.cuda.Stream:
         return self._stream or torch.cuda.current_stream(self._device)
@@ -201,8 +207,8 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
 
     def _announce(self, number: int, outbox: Outbox, inbox: Inbox) -> dict[int, Announcement]:
         """What to tell each peer about an exchange."""
-        sends = {p: Sizes.of(join_sizes(outbox.get(p, []))) for p in self._peers}
-        expects = {p: Sizes.of(join_sizes(inbox.get(p, []))) for p in self._peers}
+        sends = {p: _size_up(outbox.get(p)) for p in self._peers}
+        expects = {p: _size_up(inbox.get(p)) for p in self._peers}
         total = sum(sizes.num_bytes for sizes in (*sends.values(), *expects.values()))
         return {p: Announcement(number, sends[p], expects[p], total) for p in self._peers}
 
@@ -224,21 +230,23 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
         if slots is not None and not self.lands_in_place:
             raise ValueError(f"{self.name} brings experts to a buffer, and never to slots")
         wanted = np.full(len(moves.recv_rank), -1) if slots is None else slots
-        rows = self._table.list_rows(moves.recv_rank, moves.recv_layer, wanted)
-        needed = int(rows.spans.num_bytes[~rows.in_slot].sum())
+        rows = self._open_table.list_rows(moves.recv_rank, moves.recv_layer, wanted)
+        stops = np.cumsum(np.where(rows.in_slot, 0, rows.spans.num_bytes))
+        needed = int(stops[-1]) if len(stops) else 0
         into = moves.into
         if into.dtype != torch.uint8 or not into.is_contiguous() or into.numel() < needed:
             raise ValueError(
                 f"the experts to be received need a contiguous uint8 tensor of {needed} bytes, "
                 f"got {into.numel()} elements of {into.dtype}"
             )
-        offset = 0
-        for peer, part in rows.split():
-            num_bytes = int(part.spans.num_bytes[~part.in_slot].sum())
-            data = view_bytes(into)[offset : offset + num_bytes]
-            where = None if slots is None else part.find_landings(into.data_ptr() + offset)
-            yield peer, Landing(data, part.spans.num_bytes, where)
-            offset += num_bytes
+        landed, where, offset = view_bytes(into), None, 0
+        all_landings = None if slots is None else rows.find_landings(into.data_ptr())
+        for peer, first, last in rows.find_peers():
+            stop = int(stops[last - 1])
+            if all_landings is not None:
+                where = drop_empty(all_landings.cut(first, last))
+            yield peer, Landing(landed[offset:stop], rows.spans.num_bytes[first:last], where)
+            offset = stop
 
     def _refuse_unless_open(self) -> None:
         if self._state != "open":
@@ -257,8 +265,10 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
             )
 
     def _check_moves(self, moves: ExpertMoves) -> None:
-        for peer in np.unique(np.concatenate((moves.send_rank, moves.recv_rank))):
-            self._check_peer(int(peer), "exchange experts with")
+        for ranks in (moves.send_rank, moves.recv_rank):
+            strange = (ranks == self.rank) | (ranks < 0) | (ranks >= self.size)
+            if strange.any():
+                self._check_peer(int(ranks[strange][0]), "exchange experts with")
         for ranks, layers in (
             (moves.send_rank, moves.send_layer),
             (moves.recv_rank, moves.recv_layer),
@@ -289,7 +299,5 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
             )
 
 
-def _split(ranks: IntArray) -> Iterator[tuple[int, slice]]:
-    """Runs of equal rank: rank, where."""
-    for start, stop in find_runs(ranks):
-        yield int(ranks[start]), slice(start, stop)
+def _size_up(parts: Sequence[Outgoing] | Sequence[Landing] | None) -> Sizes:
+    return Sizes.of(join_sizes(parts)) if parts else NOTHING

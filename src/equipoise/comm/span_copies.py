@@ -41,6 +41,9 @@ class SpanCopies:
         self._keep = keep
         self._copies: list[tuple[int, int, int]] = []
         self._table: KernelTable | None = None
+        if not len(sources.address):
+            self._edges = [0]
+            return
         if part is None:
             part = np.zeros(len(sources.address), dtype=np.int64)
         order = np.argsort(part, kind="stable")

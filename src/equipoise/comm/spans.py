@@ -28,14 +28,16 @@ class Spans:
     def of(cls, pairs: Iterable[tuple[int, int]]) -> Spans:
         """From (address, bytes); those of no bytes are left out."""
         kept = [pair for pair in pairs if pair[1]]
-        table = np.array(kept, dtype=np.int64).reshape(len(kept), 2)
-        return cls(table[:, 0], table[:, 1])
+        address, num_bytes = zip(*kept, strict=True) if kept else ((), ())
+        return cls(np.array(address, dtype=np.int64), np.array(num_bytes, dtype=np.int64))
 
     @classmethod
     def join(cls, parts: Sequence[Spans]) -> Spans:
         """One behind the other."""
         if not parts:
             return cls.of(())
+        if len(parts) == 1:
+            return parts[0]
         return cls(
             np.concatenate([part.address for part in parts]),
             np.concatenate([part.num_bytes for part in parts]),
@@ -45,6 +47,10 @@ class Spans:
     def total_bytes(self) -> int:
         """Of all of them."""
         return int(self.num_bytes.sum())
+
+    def cut(self, first: int, last: int) -> Spans:
+        """Those from number `first` to before number `last`."""
+        return Spans(self.address[first:last], self.num_bytes[first:last])
 
     def between(self, start: int, stop: int) -> Spans:
         """Bytes start..stop of what they hold together."""
@@ -58,6 +64,9 @@ class Spans:
         index = np.searchsorted(ends, starts, side="right")
         address = self.address[index] + starts - (ends[index] - self.num_bytes[index])
         return Spans(address, np.diff(edges))
+
+
+NO_SPANS = Spans.of(())
 
 
 def align(first: Spans, second: Spans) -> tuple[Spans, Spans]:

@@ -36,10 +36,13 @@ def find_spare(device: torch.device) -> int:
     """
     if device.type != "cuda":
         return 0
-    # What torch holds and does not use is free too.
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = torch.cuda.mem_get_info(device)[0] + unused
-    return min(free // _SHARE_OF_FREE, _MOST_BYTES)
+    # What torch holds and does not use is free too. Its tidier functions take ten times as long.
+    held = torch.cuda.memory_stats_as_nested_dict(device)
+    reserved, allocated = (
+        held[f"{what}_bytes"]["all"]["current"] for what in ("reserved", "allocated")
+    )
+    free = torch.cuda.mem_get_info(device)[0] + reserved - allocated
+    return int(min(free // _SHARE_OF_FREE, _MOST_BYTES))
 
 
 def choose_budget(

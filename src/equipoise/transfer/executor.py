@@ -1,4 +1,11 @@
-"""Moves experts in place, chunk by chunk; all ranks commit a chunk or none does."""
+"""Moves experts in place, chunk by chunk; all ranks commit a chunk or none does.
+
+Staging takes memory on the weights' device. On the CPU one buffer, as large as the largest chunk's
+experts on this rank. On a GPU up to three, so that chunks travel into some while one fills slots:
+at most `staging_bytes` together, or by default a part of what is free. Where the wire can, experts
+land in empty slots directly. On a GPU slots and maps switch in the order of the current stream,
+which nobody waits for.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +20,8 @@ from torch import Tensor
 from equipoise.comm.base import EplbCommunicator, ExpertWeights
 from equipoise.comm.byte_views import view_rows
 from equipoise.comm.groups import RankGroup
-from equipoise.comm.parcels import WeightTable
 from equipoise.comm.queued import SLOWEST_BYTES_PER_S
+from equipoise.comm.weight_table import WeightTable
 from equipoise.comm.weights import check_expert_weights
 from equipoise.errors import EquipoiseError, MembershipError, PlacementError, TransferError
 from equipoise.placement import Placement
@@ -28,6 +35,7 @@ from equipoise.transfer.profile import reserve_buffers
 from equipoise.transfer.staging import ChunkShare, PlanShares, measure_experts, share_plan
 
 _ALIGNMENT = 256
+_FACTS = ("old placement", "new placement", "plan", "weights", "options")
 
 
 @dataclass(frozen=True)
@@ -73,12 +81,6 @@ def rearrange_expert_weights_inplace(
     first; then all ranks say how they fared, and settle through the group's store whether the
     chunk is committed. So slots and maps agree on every rank at every moment, whatever fails.
 
-    Staging takes memory on the weights' device. On the CPU one buffer, as large as the largest
-    chunk's experts on this rank. On a GPU up to three, so that chunks travel into some while one
-    fills slots: at most `staging_bytes` together, or by default a part of what is free. Where the
-    wire can, experts land in empty slots directly. On a GPU slots and maps switch in the order of
-    the current stream, which nobody waits for.
-
     Args:
         old: what the slots hold now.
         new: what they shall hold; same layers, experts and topology.
@@ -87,8 +89,8 @@ def rearrange_expert_weights_inplace(
             leaves empty is not touched.
         communicator: over the ranks of `group`, with nothing queued.
         group: all ranks of the topology.
-        staging_bytes: bound of the staging memory; None for what the largest layer brings to any
-            rank, and on a GPU for more than that where much is free.
+        staging_bytes: bound of the staging memory; None for what the largest layer needs, and on a
+            GPU for more than that where much is free.
         on_commit: called with the layers [l] int64 whose slots have just switched, so that the
             caller switches their maps; each layer that differs is named once.
         plan: of `old` and `new`; made here if None.
@@ -105,48 +107,83 @@ def rearrange_expert_weights_inplace(
         weights do not fit; ConfigError if no chunk fits `staging_bytes`.
     """
     started = time.perf_counter()
-    problem: Exception | None = None
-    facts = dict.fromkeys(("old placement", "new placement", "plan", "weights", "options"), "")
-    device = group.device
+    checked = _check(old, new, expert_weights, communicator, group, plan)
+    checked.facts["options"] = repr((staging_bytes, is_profile, verify))
+    num_chunks = 0
     try:
-        check_fit(old, expert_weights, group)
+        spare_bytes = agree(group, checked.facts, checked.problem, find_spare(checked.device))
+        table = checked.table
+        if is_profile:
+            reserve_buffers(table.rows, communicator, group, staging_bytes)
+            return TransferStats(0, 0, 0, 0, 0, 0, time.perf_counter() - started)
+        mover = ChunkMover(checked.plan, table.rows, communicator, group, table)
+        num_chunks = _move_all(mover, staging_bytes, spare_bytes, verify, on_commit)
+    except MembershipError as error:
+        raise TransferError(str(error), rank=error.rank, peer=error.peer) from error
+    return _sum_up(checked.plan, table.rows, group.rank, num_chunks, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What this rank knows before it meets the others."""
+
+    facts: dict[str, str]
+    device: torch.device
+    found: tuple[TransferPlan, WeightTable] | None = None
+    problem: EquipoiseError | None = None
+
+    @property
+    def plan(self) -> TransferPlan:
+        """What moves; ranks have agreed that none has a problem."""
+        assert self.found is not None, "without a plan there is a problem"
+        return self.found[0]
+
+    @property
+    def table(self) -> WeightTable:
+        """Of the weights."""
+        assert self.found is not None, "without a plan there is a problem"
+        return self.found[1]
+
+
+def _check(
+    old: Placement,
+    new: Placement,
+    expert_weights: ExpertWeights,
+    communicator: EplbCommunicator,
+    group: RankGroup,
+    plan: TransferPlan | None,
+) -> _Checked:
+    try:
+        table = communicator.table
+        if table is None or not table.is_of(expert_weights):
+            check_expert_weights(expert_weights)
+            table = WeightTable([[view_rows(one) for one in layer] for layer in expert_weights])
+        _check_sizes(old, expert_weights, group)
         device = expert_weights[0][0].device
         # Peers may READ the weights from here on, and READs follow no stream.
         settle(device)
         plan = plan or make_plan(old, new)
-        facts = _collect_facts(old, new, plan, expert_weights)
+        return _Checked(_collect_facts(old, new, plan, table), device, (plan, table))
     except EquipoiseError as error:
-        problem = error
-    facts["options"] = repr((staging_bytes, is_profile, verify))
-    try:
-        spare_bytes = agree(group, facts, problem, find_spare(device))
-        assert plan is not None, "without a plan there is a problem"
-        rows = [[view_rows(tensor) for tensor in layer] for layer in expert_weights]
-        if is_profile:
-            reserve_buffers(rows, communicator, group, staging_bytes)
-            return TransferStats(0, 0, 0, 0, 0, 0, time.perf_counter() - started)
-        sizes = measure_experts(rows)
-        budget = choose_budget(plan, sizes, staging_bytes, spare_bytes, device)
-        in_place = communicator.lands_in_place
-        shares = share_plan(plan, group.rank, sizes, budget.buffer_bytes, in_place=in_place)
-        if shares:
-            staging = _make_staging(shares, budget.num_buffers, device)
-            mover = ChunkMover(plan, rows, communicator, group, WeightTable(rows))
-            _move_all(mover, shares, staging, verify, on_commit)
-    except MembershipError as error:
-        raise TransferError(str(error), rank=error.rank, peer=error.peer) from error
-    return _sum_up(plan, rows, group.rank, len(shares), time.perf_counter() - started)
+        return _Checked(dict.fromkeys(_FACTS, ""), group.device, problem=error)
 
 
 def _move_all(
     mover: ChunkMover,
-    shares: PlanShares,
-    staging: Tensor,
+    staging_bytes: int | None,
+    spare_bytes: int,
     verify: Verify,
     on_commit: Callable[[IntArray], None] | None,
-) -> None:
-    """Move chunk after chunk; where there is room, some travel while one is committed."""
-    pipeline = Pipeline(mover, shares, staging)
+) -> int:
+    """Move chunk after chunk, and say how many; some travel while one is committed."""
+    rank, device = mover.group.rank, mover.rows[0][0].device
+    sizes = measure_experts(mover.rows)
+    budget = choose_budget(mover.plan, sizes, staging_bytes, spare_bytes, device)
+    in_place = mover.communicator.lands_in_place
+    shares = share_plan(mover.plan, rank, sizes, budget.buffer_bytes, in_place=in_place)
+    if not shares:
+        return 0
+    pipeline = Pipeline(mover, shares, _make_staging(shares, budget.num_buffers, device))
     patience_s = find_busy_s(int(shares.busiest_bytes.max()), mover.group)
     with pipeline.open(patience_s):
         for number, share in enumerate(shares):
@@ -161,10 +198,11 @@ def _move_all(
                 raise problem
             if stands != "commit":
                 raise TransferError(
-                    f"rank {mover.group.rank}: another rank gave up, so layers "
-                    f"{share.layers.tolist()} stay as they were",
-                    rank=mover.group.rank,
+                    f"rank {rank}: another rank gave up, so layers {share.layers.tolist()} stay "
+                    "as they were",
+                    rank=rank,
                 )
+    return len(shares)
 
 
 def _make_staging(shares: PlanShares, num_buffers: int, device: torch.device) -> Tensor:
@@ -222,6 +260,10 @@ def check_fit(placement: Placement, expert_weights: ExpertWeights, group: RankGr
     Raises: PlacementError that says what does not fit, as `check_expert_weights` does too.
     """
     check_expert_weights(expert_weights)
+    _check_sizes(placement, expert_weights, group)
+
+
+def _check_sizes(placement: Placement, expert_weights: ExpertWeights, group: RankGroup) -> None:
     topology = placement.topology
     if topology.num_ranks != group.size:
         raise PlacementError(
@@ -241,18 +283,12 @@ def check_fit(placement: Placement, expert_weights: ExpertWeights, group: RankGr
 
 
 def _collect_facts(
-    old: Placement, new: Placement, plan: TransferPlan, expert_weights: ExpertWeights
+    old: Placement, new: Placement, plan: TransferPlan, table: WeightTable
 ) -> dict[str, str]:
     if plan.old != old or plan.new != new:
         raise PlacementError("the plan is of other placements than the ones given")
-    shapes = [[(list(t.shape), str(t.dtype)) for t in layer] for layer in expert_weights]
-    return {
-        "old placement": old.fingerprint(),
-        "new placement": new.fingerprint(),
-        "plan": plan.fingerprint(),
-        "weights": repr(shapes),
-        "options": "",
-    }
+    facts = (old.fingerprint(), new.fingerprint(), plan.fingerprint(), table.layout, "")
+    return dict(zip(_FACTS, facts, strict=True))
 
 
 def _sum_up(

@@ -24,12 +24,14 @@ class _Chunk:
     """A chunk on its way; the transfer's thread has it until it is received, then the caller's.
 
     Attributes:
-        own: what stages this rank's own experts.
+        is_free: whether its buffer is.
+        own: what stages this rank's own experts; None before it is made ready, and once it was run.
         copies: what fills its slots.
         staged: recorded behind `own`; None on the CPU.
     """
 
-    own: SpanCopies
+    is_free: bool = False
+    own: SpanCopies | None = None
     copies: SpanCopies = field(init=False)
     staged: torch.cuda.Event | None = None
 
@@ -168,24 +170,33 @@ class Pipeline:
 
     def _start(self, number: int) -> _Chunk:
         mover, share, buffer = self._mover, self._shares[number], self.find_buffer(number)
-        chunk = _Chunk(mover.prepare_own(share, buffer))
+        chunk = _Chunk(is_free=not self._holds)
+        # The peers hear of it first; what they say may have come after each step of ours.
         mover.start(share, buffer, partial(self._land, number, chunk) if self._holds else None)
-        if not self._holds:
-            # Behind the start, which waits for what stands on the stream.
-            self._stage_own(chunk)
+        chunk.own = mover.prepare_own(share, buffer)
+        self._stage_own(chunk)
+        mover.communicator.advance()
         chunk.copies = mover.prepare(share, buffer)
-        # By now what the peers have to say may have come.
         mover.communicator.advance()
         return chunk
 
     def _land(self, number: int, chunk: _Chunk) -> bool:
         if not self._is_free(number):
             return False
+        chunk.is_free = True
         self._stage_own(chunk)
         return True
 
     def _stage_own(self, chunk: _Chunk) -> None:
-        chunk.own.run()
+        """Once both are there: what stages this rank's own experts, and room for them.
+
+        Behind the start, which waits for what stands on the stream.
+        """
+        own = chunk.own
+        if own is None or not chunk.is_free:
+            return
+        chunk.own = None
+        own.run()
         if self._device.type == "cuda":
             chunk.staged = torch.cuda.current_stream(self._device).record_event()
 

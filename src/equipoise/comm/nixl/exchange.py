@@ -169,8 +169,13 @@ class NixlExchange:
 
     @property
     def is_over(self) -> bool:
-        """Whether every pair is over; what went wrong stands in the pairs."""
-        return all(pair.is_over for pair in self.pairs)
+        """Whether every pair is over; what went wrong stands in the pairs.
+
+        Where nothing lands either, what is to be filled is waited for, as has been said.
+        """
+        pairs = self.pairs
+        may = self._may_land is None or any(pair.has_failed for pair in pairs)
+        return may and all(pair.is_over for pair in pairs)
 
     def advance(self) -> bool:
         """Do what can be done without waiting; whether that was anything.
