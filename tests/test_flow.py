@@ -275,6 +275,18 @@ def test_strict_hierarchy_is_no_worse_than_the_published_one() -> None:
     assert (balance(load, ours) >= balance(load, DeepSeekPolicy(8).place(load, GROUPED))).all()
 
 
+def test_a_few_heavy_experts_pack_evenly() -> None:
+    # Smallest largest slots, 6, 3 and 2 replicas, leave a rank 18 % too busy; 5, 3 and 3 do not.
+    heavy = [3_360_000, 1_680_000, 840_000]
+    light = np.geomspace(180_000, 12_900, 61)
+    light *= (8_000_000 - sum(heavy)) / light.sum()
+    load = np.concatenate((heavy, light)).astype(np.int64)[None]
+    placement = FlowPolicy().place(load, Topology(8, 9))
+    assert measure_balancedness(spread_load(load, placement))[0] > 0.99
+    counts = np.bincount(placement.slot_to_expert[0], minlength=64)
+    assert counts[:3].tolist() == [5, 3, 3]
+
+
 def test_relaxed_hierarchy_balances_better_with_bounded_leaving() -> None:
     loads = drifting(4, 32, 3, seed=17)
     strict = FlowPolicy(FlowOptions(num_groups=8, hierarchy="strict"))

@@ -70,6 +70,7 @@ def warm_up() -> None:
     Collective: none.
     """
     load = np.arange(1, 9, dtype=np.int64)[None, :].repeat(2, axis=0)
+    load[1, -1] = 99
     for topology, options in (
         (Topology(4, 3), FlowOptions(rank_move_budget=0.5)),
         (Topology(6, 2), FlowOptions()),

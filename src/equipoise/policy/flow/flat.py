@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from equipoise.policy.flow.heavy import recount_heavy
 from equipoise.policy.flow.packing import count_replicas, pack_apart, pack_slots, sort_experts
 from equipoise.policy.flow.pairs import pair_up, tune_counts, weigh_pairs
 from equipoise.policy.flow.problem import Problem
@@ -13,6 +14,10 @@ from equipoise.topology import FloatArray, IntArray
 
 DELTAS = (0.5, 0.25, 0.75, 1.0)
 """Divisor rules whose counts are tried for pairs of slots, beside the published one, 0."""
+HEAVY = 0.4
+"""Part of the busiest rank that a slot fills if its expert's replicas are to be counted anew."""
+ROUNDS = 8
+"""Changes of heavy experts' counts per layer, at most."""
 ROUNDING = 1.0 + 1e-13
 """Sums of the same loads in another order may differ by so much."""
 
@@ -70,9 +75,29 @@ def place_flat(problem: Problem, aim: FloatArray | None = None) -> IntArray:
         return _place_pairs(problem)
     table = pack_alone(problem)
     least_peak = problem.least_peak if aim is None else np.maximum(problem.least_peak, aim)
-    search(problem, table, goal=least_peak / problem.options.target)
+    goal = least_peak / problem.options.target
+    search(problem, table, goal=goal)
+    _recount(problem, table, goal)
     _start_from_published(problem, table, least_peak)
     return table
+
+
+def _recount(problem: Problem, table: IntArray, goal: FloatArray) -> None:
+    """Where the search missed the goal and slots are heavy, search from counts that pack evenly."""
+    reached = problem.ideal / problem.balance(table)
+    heavy = (problem.load / problem.counts).max(axis=1) > HEAVY * goal
+    layers = np.flatnonzero(heavy & (reached > goal * ROUNDING))
+    if problem.spread > 1 or layers.size == 0:
+        return
+    some, slots = problem.take(layers), problem.topology.slots_per_rank
+    counts = recount_heavy(
+        some.load, some.counts, slots, some.slowness, some.least, some.most, goal[layers], ROUNDS
+    )
+    share = some.load / counts
+    other = pack_slots(share, sort_experts(share), counts, slots, some.slowness)
+    search(some, other, goal=goal[layers])
+    better = some.ideal / some.balance(other) < reached[layers]
+    table[layers[better]] = other[better]
 
 
 def _place_pairs(problem: Problem) -> IntArray:
