@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from equipoise import EPLBConfig
+from equipoise.comm import create_eplb_communicator
 from equipoise.comm.groups import RankGroup, create_rank_group
 from equipoise.dispatch import create_dispatcher
 from equipoise.dispatch.base import TokenDispatcher
@@ -31,6 +32,7 @@ from tests.ranks import Rank, processes
 HIDDEN, INTERMEDIATE, EXPERTS, VOCABULARY = 2048, 768, 128, 1024
 NUM_LAYERS = int(os.environ.get("EQUIPOISE_GPU_LAYERS", "2"))
 """An MoE layer has 1.2 GB of experts; 16 make 19 GB."""
+LINK_BYTES = 4 << 30
 PATIENCE_S = 200.0
 
 
@@ -164,6 +166,7 @@ class Player:
         self.parallel: ParallelModel | None = None
         self.names: tuple[str, ...] = ()
         self.step_s: list[float] = []
+        self.link_bytes_per_s = float("nan")
 
     def send_by_nixl_ep(self, group: RankGroup, topology: Topology) -> TokenDispatcher:
         from equipoise.dispatch.nixl_ep.dispatcher import NixlEPOptions
@@ -177,6 +180,22 @@ class Player:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.step_s.append(time.perf_counter() - started)
+
+    def measure_link(self) -> None:
+        """What one READ of the other rank's memory reaches, into memory that is registered."""
+        assert self.parallel is not None
+        group = self.parallel.state.group
+        block = torch.empty(1, LINK_BYTES, dtype=torch.uint8, device=self.device)
+        wire = create_eplb_communicator(group, "nixl", [[block]])
+        peer, seconds = 1 - group.rank, []
+        for _ in range(4):
+            group.barrier()
+            started = time.perf_counter()
+            (wire.add_send if self.rank.rank == 0 else wire.add_recv)(block, peer)
+            wire.execute()
+            seconds.append(time.perf_counter() - started)
+        wire.close()
+        self.link_bytes_per_s = LINK_BYTES / min(seconds)
 
     def change(self, number: int, names: tuple[str, ...]) -> None:
         store = self.rank.store
@@ -211,12 +230,14 @@ class Player:
         pause_s = time.perf_counter() - started
         figures = next_one.figures
         rate = figures.received_bytes / max(figures.pull_s, 1e-9)
+        if self.parallel is not None and len(names) > 1:
+            self.measure_link()
         during = f", {len(steps)} steps meanwhile"
         if steps:
             during += f", median {steps[len(steps) // 2]:.4f} s, longest {steps[-1]:.4f} s"
         print(
-            f"generation {number}, {self.home.name}: {figures}, {rate / 1e9:.1f} GB/s; "
-            f"switch and first step {pause_s:.4f} s{during}",
+            f"generation {number}, {self.home.name}: {figures}, {rate / 1e9:.1f} GB/s, one READ "
+            f"{self.link_bytes_per_s / 1e9:.1f}; switch and first step {pause_s:.4f} s{during}",
             flush=True,
         )
         if next_one.retirement is not None:

@@ -193,6 +193,17 @@ class EplbState:
         """
         self._listeners.append(listener)
 
+    def inherit(self, before: EplbState) -> None:
+        """Go on from what this rank has seen in the generation before: load and listeners.
+
+        Args:
+            before: of the same models, added in the same order; it steps no more.
+        Collective: none; before the first step.
+        """
+        for mine, theirs in zip(self._models.values(), before.models, strict=True):
+            mine.window = theirs.window
+        self._listeners[:0] = before._listeners
+
     def stats(self) -> EplbStats:
         """Figures of this moment; any thread may ask. Collective: none."""
         with self._lock:

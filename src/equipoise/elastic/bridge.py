@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +17,7 @@ from equipoise.comm.byte_views import view_bytes
 from equipoise.comm.groups import RankGroup
 from equipoise.config import EPLBConfig
 from equipoise.elastic.shared_weights import SharedTensor
-from equipoise.elastic.traffic import IN_HOST, RESTORE, Fetch, split_batches
+from equipoise.elastic.traffic import IN_HOST, RESTORE, Fetch, split_batches, split_runs
 from equipoise.errors import TransferError
 from equipoise.models.host_copies import CopyKey, HostCopies
 from equipoise.transfer.checksum import sum_experts
@@ -24,7 +25,11 @@ from equipoise.transfer.mover import SAMPLE_EVERY, Verify
 
 logger = logging.getLogger(__name__)
 
-_BATCH_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
+_BATCH_BYTES = {"cpu": 32 << 20, "cuda": 4 << 30}
+_WORTH_A_WIRE = 64 << 20
+"""Bytes of what all ranks have, from which on a wire of its own saves more than it takes."""
+_ALIGNMENT = 256
+"""Bytes; of tensors in memory for several of them, as torch's own allocator aligns."""
 _OVER_NCCL = ("pynccl", "torch_nccl")
 
 Weights = Sequence[Sequence[Sequence[Tensor]]]
@@ -64,6 +69,29 @@ class Haul:
     seconds: float = 0.0
 
 
+class _Block:
+    """Memory that experts land in, one behind the other; a wire gets to know it once.
+
+    Args:
+        fetches: that will land in it.
+        like: per layer, the tensors [S, ...] of a rank's slots.
+        device: where.
+    """
+
+    def __init__(
+        self, fetches: Sequence[Fetch], like: Sequence[Sequence[Tensor]], device: torch.device
+    ) -> None:
+        most = sum(one.num_bytes + _ALIGNMENT * len(like[one.layer]) for one in fetches)
+        self.memory = torch.empty(most, dtype=torch.uint8, device=device)
+        self._used = 0
+
+    def take(self, like: Tensor, count: int) -> Tensor:
+        """[count, ...], as rows of `like` [S, ...] are."""
+        num_bytes = count * like[0].numel() * like.element_size()
+        first, self._used = self._used, self._used + -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        return self.memory[first : first + num_bytes].view(like.dtype).view(count, *like.shape[1:])
+
+
 class Bridge:
     """Wires between all participants of a change. Owner: the thread that builds.
 
@@ -73,12 +101,18 @@ class Bridge:
             too; nixl is then, where every rank has it, else torch_gloo.
         given: what this rank's slots hold, or will where they hold nothing yet.
         copies: what this rank keeps in host memory.
+        shared: what newcomers get beside experts, as for `share`; none where none come.
     Collective: every participant.
     Raises: as `create_eplb_communicator`.
     """
 
     def __init__(
-        self, group: RankGroup, config: EPLBConfig, given: Weights, copies: HostCopies
+        self,
+        group: RankGroup,
+        config: EPLBConfig,
+        given: Weights,
+        copies: HostCopies,
+        shared: Sequence[SharedTensor] = (),
     ) -> None:
         self._group = group
         name = config.communicator
@@ -87,10 +121,14 @@ class Bridge:
             name = "auto"
         self._given = given
         self._copies = copies
+        self._shared = shared
         self._batch_bytes = _BATCH_BYTES.get(group.device.type, _BATCH_BYTES["cpu"])
         self._wires: list[EplbCommunicator] = []
         try:
             self._wires.extend(create_eplb_communicator(group, name, one) for one in given)
+            if sum(one.num_bytes for one in shared) >= _WORTH_A_WIRE:
+                known = [[row] for row in _list_rows(shared, group.device)]
+                self._wires.append(create_eplb_communicator(group, name, known))
         except BaseException:
             self.close()
             raise
@@ -115,12 +153,21 @@ class Bridge:
         Raises: TransferError if a peer fails; whatever `restore` or `check` raise.
         """
         haul, rank = Haul(), self._group.rank
-        for index, wire in enumerate(self._wires):
+        for index, wire in enumerate(self._wires[: len(self._given)]):
             of_set = [fetch for fetch in fetches if fetch.set == index]
             travelling = [fetch for fetch in of_set if fetch.travels]
-            for fetch, tensors in self._exchange(wire, travelling, target, keeps, check):
-                haul.received_bytes += fetch.num_bytes
-                _settle(fetch, tensors, target, keeps, haul)
+            mine = [fetch for fetch in travelling if fetch.member == rank]
+            with ExitStack() as known:
+                block = None
+                if mine and keeps[index]:
+                    block = _Block(mine, target[index], self._group.device)
+                    known.enter_context(wire.register(block.memory))
+                elif mine and target is not self._given:
+                    for tensor in (tensor for layer in target[index] for tensor in layer):
+                        known.enter_context(wire.register(tensor))
+                for fetch, tensors in self._exchange(wire, travelling, target, keeps, check, block):
+                    haul.received_bytes += fetch.num_bytes
+                    _settle(fetch, tensors, target, keeps, haul)
             for fetch in of_set:
                 if fetch.member == rank and not fetch.travels:
                     check()
@@ -146,7 +193,7 @@ class Bridge:
         sums = torch.zeros(len(chosen), dtype=torch.int64)
         for place, fetch in enumerate(chosen):
             if fetch.source == rank:
-                sums[place] = _sum(self._find_source(fetch))
+                sums[place] = _sum([tensor[0] for tensor in self._find_source([fetch])])
         self._group.all_reduce(sums)
         for place, fetch in enumerate(chosen):
             if fetch.member == rank:
@@ -179,10 +226,10 @@ class Bridge:
         Collective: every participant.
         Raises: as `haul`.
         """
-        keeps = [True] * len(self._wires)
+        keeps = [True] * len(self._given)
         kept: dict[CopyKey, list[Tensor]] = {}
         haul = Haul()
-        for index, wire in enumerate(self._wires):
+        for index, wire in enumerate(self._wires[: len(keeps)]):
             of_set = [fetch for fetch in fetches if fetch.set == index]
             travelling = [fetch for fetch in of_set if fetch.travels]
             for fetch, tensors in self._exchange(wire, travelling, target, keeps, check):
@@ -194,17 +241,10 @@ class Bridge:
             _keep(kept, one.fetch, one.tensors)
         return kept
 
-    def share(
-        self,
-        shared: Sequence[SharedTensor],
-        givers: Sequence[int],
-        takers: Sequence[int],
-        check: Callable[[], None],
-    ) -> int:
+    def share(self, givers: Sequence[int], takers: Sequence[int], check: Callable[[], None]) -> int:
         """Bring newcomers what every rank has; those that serve share the giving.
 
         Args:
-            shared: the same on every rank, with its tensors where this rank gives or takes.
             givers: places of participants that have it.
             takers: places of those that do not.
             check: as for `haul`.
@@ -213,7 +253,8 @@ class Bridge:
         Collective: every participant.
         Raises: TransferError if a peer fails; what `check` raises.
         """
-        rank, wire = self._group.rank, self._wires[0]
+        # A wire of its own, if there is one: it knows these tensors.
+        rank, wire, shared = self._group.rank, self._wires[-1], self._shared
         received = batched = 0
         jobs = [(place, taker) for taker in takers for place in range(len(shared))]
         for turn, (place, taker) in enumerate(jobs):
@@ -262,12 +303,13 @@ class Bridge:
         target: Weights,
         keeps: Sequence[bool],
         check: Callable[[], None],
+        block: _Block | None = None,
     ) -> Iterator[tuple[Fetch, list[Tensor]]]:
         """Carry experts, batch by batch, some while others settle; gives those that have come."""
         under_way: deque[list[tuple[Fetch, list[Tensor]]]] = deque()
         for batch in split_batches(fetches, self._batch_bytes):
             check()
-            under_way.append(self._queue(wire, batch, target, keeps))
+            under_way.append(self._queue(wire, batch, target, keeps, block))
             wire.start()
             if len(under_way) > wire.num_ahead:
                 wire.finish()
@@ -282,26 +324,30 @@ class Bridge:
         batch: Sequence[Fetch],
         target: Weights,
         keeps: Sequence[bool],
+        block: _Block | None,
     ) -> list[tuple[Fetch, list[Tensor]]]:
         rank = self._group.rank
         landing = []
-        for fetch in batch:
-            if fetch.source == rank:
-                for tensor in self._find_source(fetch):
-                    wire.add_send(tensor, fetch.member)
-            if fetch.member == rank:
-                tensors = _find_landing(fetch, target, keeps)
+        for run in split_runs(batch):
+            if run[0].source == rank:
+                for tensor in self._find_source(run):
+                    wire.add_send(tensor, run[0].member)
+            if run[0].member == rank:
+                tensors = _find_landing(run, target, keeps, block)
                 for tensor in tensors:
-                    wire.add_recv(tensor, fetch.source)
-                landing.append((fetch, tensors))
+                    wire.add_recv(tensor, run[0].source)
+                for place, fetch in enumerate(run):
+                    landing.append((fetch, [tensor[place] for tensor in tensors]))
         return landing
 
-    def _find_source(self, fetch: Fetch) -> list[Tensor]:
-        """The tensors of an expert that this rank gives, on its device."""
-        if fetch.held_in == IN_HOST:
-            kept = self._copies[CopyKey(fetch.set, fetch.layer, fetch.expert)]
-            return [tensor.to(self._group.device) for tensor in kept]
-        return [tensor[fetch.held_in] for tensor in self._given[fetch.set][fetch.layer]]
+    def _find_source(self, run: Sequence[Fetch]) -> list[Tensor]:
+        """The tensors [n, ...] of experts that this rank gives, on its device."""
+        first = run[0]
+        if first.held_in == IN_HOST:
+            kept = self._copies[CopyKey(first.set, first.layer, first.expert)]
+            return [tensor[None].to(self._group.device) for tensor in kept]
+        slots = slice(first.held_in, first.held_in + len(run))
+        return [tensor[slots] for tensor in self._given[first.set][first.layer]]
 
     def _bring_own(
         self, fetch: Fetch, target: Weights, keeps: Sequence[bool], restore: Restore, haul: Haul
@@ -310,11 +356,23 @@ class Bridge:
             source = restore(fetch.set, fetch.layer, fetch.expert)
             haul.restored += 1
         else:
-            source = self._find_source(fetch)
-        tensors = _find_landing(fetch, target, keeps)
+            source = [tensor[0] for tensor in self._find_source([fetch])]
+        tensors = [tensor[0] for tensor in _find_landing([fetch], target, keeps)]
         for into, tensor in zip(tensors, source, strict=True):
             into.copy_(tensor)
         _settle(fetch, tensors, target, keeps, haul)
+
+
+def _list_rows(shared: Sequence[SharedTensor], device: torch.device) -> list[Tensor]:
+    """Tensors that a wire may read from and write to as they are, each as one row."""
+    rows = []
+    ends = 0
+    held = [one.tensor.detach() for one in shared if one.tensor is not None and one.num_bytes]
+    for tensor in sorted(held, key=Tensor.data_ptr):
+        if tensor.is_contiguous() and tensor.device == device and tensor.data_ptr() >= ends:
+            rows.append(tensor.view(1, -1))
+            ends = tensor.data_ptr() + tensor.nbytes
+    return rows
 
 
 def _sum(tensors: Sequence[Tensor]) -> int:
@@ -326,12 +384,17 @@ def _keep(kept: dict[CopyKey, list[Tensor]], fetch: Fetch, tensors: list[Tensor]
     kept[key] = [tensor.to("cpu") for tensor in tensors]
 
 
-def _find_landing(fetch: Fetch, target: Weights, keeps: Sequence[bool]) -> list[Tensor]:
-    """Memory for an expert: its first slot where nobody uses it yet, else memory of its own."""
-    slots = target[fetch.set][fetch.layer]
-    if keeps[fetch.set] or not fetch.slots:
-        return [torch.empty_like(tensor[0]) for tensor in slots]
-    return [tensor[fetch.slots[0]] for tensor in slots]
+def _find_landing(
+    run: Sequence[Fetch], target: Weights, keeps: Sequence[bool], block: _Block | None = None
+) -> list[Tensor]:
+    """Memory [n, ...] for experts: their first slots where nobody uses them yet, else other."""
+    first, count = run[0], len(run)
+    slots = target[first.set][first.layer]
+    if block is not None:
+        return [block.take(tensor, count) for tensor in slots]
+    if keeps[first.set] or not first.slots:
+        return [tensor.new_empty(count, *tensor.shape[1:]) for tensor in slots]
+    return [tensor[first.slots[0] : first.slots[0] + count] for tensor in slots]
 
 
 def _settle(

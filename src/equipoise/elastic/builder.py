@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from equipoise.balancer.model_state import OnCommit
 from equipoise.comm.groups import RankGroup, create_rank_group
 from equipoise.config import EPLBConfig
 from equipoise.dispatch import create_dispatcher
@@ -26,6 +27,8 @@ from equipoise.elastic.change_store import ChangeStore
 from equipoise.elastic.membership import MembershipPlan
 from equipoise.elastic.newcomer import build_newcomer, find_sets, finish_newcomer
 from equipoise.elastic.planning import describe, find_room
+from equipoise.elastic.reach import meet_peers
+from equipoise.elastic.rehearsal import try_alone, try_together
 from equipoise.elastic.room import check_room
 from equipoise.elastic.shared_weights import SharedTensor, list_shared
 from equipoise.elastic.traffic import find_kept, keeps_tensors, list_copy_fetches, list_fetches
@@ -33,8 +36,11 @@ from equipoise.errors import MembershipError
 from equipoise.load.recorder import LoadRecorder
 from equipoise.models.checkpoint import Checkpoint
 from equipoise.models.experts import ExpertParallelModel, ExpertSet, SetPlan, allocate_slots
-from equipoise.models.host_copies import HostCopies
-from equipoise.models.parallel import MakeDispatcher, ParallelModel, assemble
+from equipoise.models.host_copies import CopyKey, CopyRule, HostCopies
+from equipoise.models.parallel import MakeDispatcher, ParallelModel, assemble, read_copy
+
+TryOut = Callable[[ParallelModel], None]
+"""What a rank does with a generation that does not serve yet; what it raises fails the change."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class Home:
         attention: transformers' attention implementation; None lets it choose.
         device_group: what tokens travel over.
         dispatcher: makes what sends them; None for `torch`.
+        on_commit: of a newcomer, as for `parallelize`; a rank that serves has its own.
     """
 
     name: str
@@ -64,6 +71,7 @@ class Home:
     attention: str | None = None
     device_group: Literal["gloo", "nccl"] = "gloo"
     dispatcher: MakeDispatcher | None = None
+    on_commit: OnCommit | None = None
 
 
 class Builder:
@@ -75,6 +83,7 @@ class Builder:
         serving: what it serves; None of a newcomer.
         store: the change's.
         notify: told of the parts that begin.
+        try_out: called with the next generation, once it is whole and before this rank is ready.
 
     Attributes:
         parallel: the next generation, once it is whole; None of a leaver.
@@ -88,11 +97,12 @@ class Builder:
         serving: ParallelModel | None,
         store: ChangeStore,
         notify: Callable[[str], None],
+        try_out: TryOut | None = None,
     ) -> None:
         self.parallel: ParallelModel | None = None
         self.haul = Haul()
         self._plan, self._home, self._serving, self._store = plan, home, serving, store
-        self._notify = notify
+        self._notify, self._try_out = notify, try_out
         self._number = plan.find_number(home.name)
         self._deadline = time.monotonic() + plan.deadlines.prepare_s
         self._bridge: Bridge | None = None
@@ -115,6 +125,7 @@ class Builder:
         checkpoint = self._open_checkpoint()
         self._store.tell(f"here/{name}", "yes")
         self._store.hear_all("here", plan.participants, self._deadline)
+        meet_peers(self._store, name, list(plan.participants), self._deadline)
         spread = self._spread(checkpoint)
         self._bring(spread, checkpoint)
         if spread is not None and self._group is not None:
@@ -127,9 +138,10 @@ class Builder:
                 self._group,
                 self._home.config,
                 checkpoint,
-                None if self._serving is None else self._serving.on_commit,
+                self._home.on_commit if self._serving is None else self._serving.on_commit,
                 self._copies,
             )
+            self._rehearse(self.parallel)
         if self._home.device.type == "cuda":
             torch.cuda.current_stream(self._home.device).synchronize()
         self._drop_bridge()
@@ -259,17 +271,19 @@ class Builder:
         if self._serving is not None:
             given = [one.weights for one in self._serving.spread.sets]
         had = HostCopies() if self._serving is None else self._serving.copies
-        self._bridge = Bridge(group, home.config, given, had)
+        # They are read from the checkpoint, as what nobody holds may be.
+        had.wait(self._find_left())
+        shared = self._exchange_shared(spread, checkpoint)
+        self._bridge = Bridge(group, home.config, given, had, shared)
         keeps = [
             keeps_tensors(plan, home.name, index) and self._serving is not None
             for index in range(len(plan.placements))
         ]
         self._notify("pull")
-        shared = self._exchange_shared(spread, checkpoint)
         started = time.perf_counter()
         newcomers = [plan.participants.index(name) for name in plan.newcomers]
         givers = [plan.participants.index(name) for name in plan.serving.held]
-        received = self._bridge.share(shared, givers, newcomers, store.check)
+        received = self._bridge.share(givers, newcomers, store.check)
         with _Restorer(spread, checkpoint, home.name) as restore:
             fetches = list_fetches(plan)
             self.haul = self._bridge.haul(fetches, target, keeps, restore, store.check)
@@ -281,12 +295,38 @@ class Builder:
                 self._bridge.meet(self._find_left())
                 self._bridge.verify(fetches, target, self.haul, home.config.verify)
             if plan.backup != "none":
-                new = list_copy_fetches(plan)
-                kept = self._bridge.back_up(new, target, restore, store.check)
-                stays = find_kept(plan, home.name) - set(kept)
-                self._copies = HostCopies({**kept, **{key: had[key] for key in stays}})
+                kept = self._bridge.back_up(list_copy_fetches(plan), target, restore, store.check)
+                self._copies = self._keep(spread, checkpoint, kept, had)
         self.haul.received_bytes += received
         self._bridge.meet(self._find_left())
+
+    def _keep(
+        self,
+        spread: ExpertParallelModel | None,
+        checkpoint: Checkpoint | None,
+        kept: Mapping[CopyKey, Sequence[Tensor]],
+        had: HostCopies,
+    ) -> HostCopies:
+        """What this rank keeps in host memory from now on."""
+        if spread is None or self._number is None:
+            return HostCopies()
+        kept_by = find_kept(self._plan)
+        stays = kept_by[self._number] - set(kept)
+        rule = None
+        if checkpoint is not None:
+            read = partial(read_copy, spread, checkpoint)
+            rule = CopyRule(self._plan.backup, self._number, kept_by, read)
+        return HostCopies({**kept, **{key: had[key] for key in stays}}, rule)
+
+    def _rehearse(self, parallel: ParallelModel) -> None:
+        """Leave nothing for the first step to do for the first time."""
+        self._notify("rehearse")
+        self._store.check()
+        if self._serving is None:
+            try_alone(parallel.spread, self._home.device)
+        if self._try_out is not None:
+            self._try_out(parallel)
+        try_together(parallel.spread, self._home.device)
 
     def _find_left(self) -> float:
         """Seconds that others may still take to prepare."""

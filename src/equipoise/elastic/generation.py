@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from equipoise.elastic.bridge import Haul, Staged
-from equipoise.elastic.builder import Builder, Home
+from equipoise.elastic.builder import Builder, Home, TryOut
 from equipoise.elastic.change_store import CalledOff, ChangeStore, StoreLost, say_abort
 from equipoise.elastic.membership import MembershipPlan
+from equipoise.elastic.reach import Unreachable
 from equipoise.elastic.retirement import Retirement
 from equipoise.elastic.verdict import SWITCH, Word
 from equipoise.errors import EquipoiseError, MembershipError
@@ -31,8 +32,8 @@ Watch = Callable[[str], None]
 """Called on the building thread at the begin of each of its parts, by name; what it raises fails
 the change. For tests and logs."""
 
-PARTS = ("build", "pull", "verify", "assemble", "ready", "decide")
-"""What a watch hears, in order; a leaver assembles nothing."""
+PARTS = ("build", "pull", "verify", "assemble", "rehearse", "ready", "decide")
+"""What a watch hears, in order; a leaver assembles and rehearses nothing."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,13 @@ class NextGeneration:
         serving: what this rank serves; None of a newcomer. It begins no rebalance from before this
             is made until the change has ended (`pause`, and not `is_rebalancing`).
         watch: hears how far it is.
+        try_out: called on the building thread with this rank's part of the next generation, once
+            it is whole: what takes long the first time need not keep others waiting.
 
     Attributes:
         plan: as given.
         retirement: of what served before, once this rank has switched.
+        missed: by name, participants that a participant does not reach, where that ended it.
 
     Collective: none here; its thread meets those of all participants.
     Raises: MembershipError if this rank is no participant.
@@ -85,12 +89,14 @@ class NextGeneration:
         home: Home,
         serving: ParallelModel | None,
         watch: Watch | None = None,
+        try_out: TryOut | None = None,
     ) -> None:
         self.plan = plan
         self.retirement: Retirement | None = None
+        self.missed: dict[str, list[str]] = {}
         self._home, self._serving, self._watch = home, serving, watch
         self._store = ChangeStore(home.store, plan.generation)
-        self._builder = Builder(plan, home, serving, self._store, self._notify)
+        self._builder = Builder(plan, home, serving, self._store, self._notify, try_out)
         self._changed = threading.Condition()
         self._state: State = "preparing"
         self._word = Word.OPEN
@@ -212,6 +218,8 @@ class NextGeneration:
             _fill(parallel, haul.staged)
             parallel.spread.bind()
             _tell_commits(parallel, haul.staged)
+            if self._serving is not None:
+                parallel.state.inherit(self._serving.state)
         self._builder.forget()
         if self._serving is not None:
             # Here and not in the background: what they let go of, the device may be using.
@@ -272,6 +280,8 @@ class NextGeneration:
         if not isinstance(error, CalledOff):
             logger.warning("%s: generation %d: %s", self._home.name, self.plan.generation, error)
         reason = str(error) or repr(error)
+        if isinstance(error, Unreachable):
+            self.missed = error.missed
         if not isinstance(error, CalledOff):
             reason = f"{self._home.name}: {reason}"
         try:

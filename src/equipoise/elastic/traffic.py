@@ -111,11 +111,10 @@ def list_copy_fetches(plan: MembershipPlan) -> list[Fetch]:
     return fetches
 
 
-def find_kept(plan: MembershipPlan, name: str) -> set[CopyKey]:
-    """What a member keeps in host memory in the next generation."""
+def find_kept(plan: MembershipPlan) -> list[set[CopyKey]]:
+    """By number, what members keep in host memory in the next generation."""
     had = [plan.serving.copies.get(member.name, ()) for member in plan.members]
-    number = plan.find_number(name)
-    return set() if number is None else assign_copies(plan.placements, plan.backup, had)[number]
+    return assign_copies(plan.placements, plan.backup, had)
 
 
 def keeps_tensors(plan: MembershipPlan, name: str, index: int) -> bool:
@@ -136,6 +135,35 @@ def split_batches(fetches: Sequence[Fetch], most_bytes: int) -> Iterator[list[Fe
         total += fetch.num_bytes
     if batch:
         yield batch
+
+
+def split_runs(fetches: Sequence[Fetch]) -> Iterator[list[Fetch]]:
+    """Fetches that lie behind each other where they come from and where they go, together.
+
+    Collective: none; the same on every participant.
+    """
+    run: list[Fetch] = []
+    for fetch in fetches:
+        if run and not _follows(run[-1], fetch):
+            yield run
+            run = []
+        run.append(fetch)
+    if run:
+        yield run
+
+
+def _follows(before: Fetch, after: Fetch) -> bool:
+    is_between_the_same = (before.set, before.layer, before.member, before.source) == (
+        after.set,
+        after.layer,
+        after.member,
+        after.source,
+    )
+    follows_there = before.held_in >= 0 and after.held_in == before.held_in + 1
+    follows_here = not (before.slots or after.slots) or (
+        bool(before.slots and after.slots) and after.slots[0] == before.slots[0] + 1
+    )
+    return is_between_the_same and follows_there and follows_here
 
 
 def _find_holders(before: Sequence[Sequence[int]]) -> dict[int, list[int]]:

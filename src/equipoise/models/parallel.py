@@ -42,6 +42,7 @@ from equipoise.models.host_copies import (
     assign_copies,
 )
 from equipoise.models.loading import load_spread
+from equipoise.models.quantised import check_kernels
 from equipoise.placement import Placement, place_in_order
 from equipoise.policy import get_policy
 from equipoise.topology import Topology, choose_num_redundant
@@ -174,6 +175,7 @@ def parallelize(
     on_commit: OnCommit | None = None,
     dtype: torch.dtype | None = None,
     attention: str | None = None,
+    dequantize: bool = False,
     progress: Progress | None = None,
     dispatcher: MakeDispatcher | None = None,
 ) -> ParallelModel:
@@ -193,6 +195,8 @@ def parallelize(
         on_commit: as for `EplbState.add_model`; layers are numbered as the model has them.
         dtype: of the weights of a checkpoint; None for that of its configuration.
         attention: transformers' attention implementation for a checkpoint; None lets it choose.
+        dequantize: whether quantised weights of a checkpoint become floating point as they are
+            read; on a CPU they always do.
         progress: told of the bytes read of a checkpoint, and of those due; from any thread.
         dispatcher: makes what tokens travel by, once for each set of layers; None for `torch`.
     Collective: every rank of the group.
@@ -206,13 +210,17 @@ def parallelize(
     checkpoint: Checkpoint | None = None
     initial = num_nodes if placement is None else placement
     if isinstance(model, nn.Module):
-        if dtype is not None or attention is not None or progress is not None:
-            raise ConfigError("dtype, attention and progress are of a checkpoint, not of a model")
+        if dtype is not None or attention is not None or dequantize or progress is not None:
+            raise ConfigError(
+                "dtype, attention, dequantize and progress are of a checkpoint, not of a model"
+            )
         plans = _plan_sets(find_expert_sets(model), group, config, initial, dispatcher)
         spread = take_over(model, plans, group.rank, WholeModel())
         model.to(group.device)
     else:
-        checkpoint = Checkpoint(Path(model), dtype, group.device, attention)
+        checkpoint = Checkpoint(Path(model), dtype, group.device, attention, dequantize=dequantize)
+        if checkpoint.is_quantised:
+            check_kernels(checkpoint.model)
         sets = find_expert_sets(checkpoint.model)
         plans = _plan_sets(sets, group, config, initial, dispatcher)
         spread = load_spread(checkpoint, plans, group, progress)

@@ -1,0 +1,77 @@
+"""What takes long the first time is done once before a generation serves, beside the one that does.
+
+Libraries connect ranks at their first exchange, load kernels and compile them at their first use:
+seconds in which all ranks would wait for one another.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from equipoise.dispatch.base import Dispatched
+from equipoise.dispatch.reference import ReferenceDispatcher
+from equipoise.models.experts import ExpertParallelModel
+from equipoise.topology import Topology
+
+_LENGTHS = (64, 1)
+"""Tokens of the texts that a newcomer's model is called with: as in a prompt, and in decoding."""
+
+
+class _Alone(ReferenceDispatcher):
+    """Takes every slot for one of this rank's."""
+
+    def __init__(self, num_slots: int) -> None:
+        super().__init__(Topology(1, num_slots))
+        self._num_slots = num_slots
+
+    def dispatch(self, hidden_TD: Tensor, slot_TK: Tensor) -> Dispatched:  # noqa: N803
+        """As the contract says, but for whose slots they are."""
+        return super().dispatch(hidden_TD, slot_TK % self._num_slots)
+
+
+@torch.inference_mode()
+def try_alone(spread: ExpertParallelModel, device: torch.device) -> None:
+    """Call a newcomer's model without the other ranks; what it says is of no use.
+
+    Args:
+        spread: whole, and serving nothing yet.
+        device: of its weights.
+    Collective: none.
+    Raises: whatever the model raises if it cannot be called.
+    """
+    for one in spread.sets:
+        one.binding.dispatcher = _Alone(one.maps.placement.topology.slots_per_rank)
+        one.recorder.enabled = False
+    most = spread.model.get_input_embeddings().num_embeddings
+    for length in _LENGTHS:
+        tokens = torch.arange(length, device=device)[None] % most
+        with spread.route(None, 0) as model:
+            model(input_ids=tokens, use_cache=False)
+    for one in spread.sets:
+        one.recorder.enabled = True
+    spread.bind()
+
+
+@torch.inference_mode()
+def try_together(spread: ExpertParallelModel, device: torch.device) -> None:
+    """Have the dispatchers of a generation connect its ranks.
+
+    Args:
+        spread: of the generation.
+        device: of its weights.
+    Collective: every rank of the generation.
+    Raises: TransferError or MembershipError within the deadline if a rank does not take part.
+    """
+    config: Any = spread.model.config.get_text_config()
+    width, top_k = config.hidden_size, getattr(config, "num_experts_per_tok", 1)
+    dtype = spread.model.dtype
+    for one in spread.sets:
+        topology = one.maps.placement.topology
+        # A token for each rank, to its first slot.
+        hidden = torch.zeros(topology.num_ranks, width, dtype=dtype, device=device)
+        slots = torch.full((topology.num_ranks, top_k), -1, device=device)
+        slots[:, 0] = torch.arange(topology.num_ranks, device=device) * topology.slots_per_rank
+        one.dispatcher.prepare(hidden, slots)
