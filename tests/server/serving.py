@@ -128,9 +128,9 @@ def serve(
             raise errors[0]
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool], deadline_s: float = DEADLINE_S) -> None:
     """Fail after a while; meanwhile give the processor away."""
-    deadline = time.monotonic() + DEADLINE_S
+    deadline = time.monotonic() + deadline_s
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)

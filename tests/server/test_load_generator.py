@@ -16,6 +16,7 @@ from tests.server.test_serve import end, serve
 
 NUM_REQUESTS = int(os.environ.get("SERVER_LOCUST", "0"))
 SIZES = (4, 3, 5, 2)
+MOST_S = 600.0
 FILE = Path(__file__).parent / "locustfile.py"
 
 
@@ -37,9 +38,9 @@ def test_no_request_fails_or_is_answered_wrong(tmp_path: Path) -> None:
         share = NUM_REQUESTS // (len(SIZES) + 1) + 1
         try:
             for number, size in enumerate(SIZES, start=1):
-                wait_until(lambda n=number: finished() >= n * share)  # type: ignore[misc]
+                wait_until(lambda n=number: finished() >= n * share, MOST_S)  # type: ignore[misc]
                 assert client.scale(to=size)["done"]
-            wait_until(lambda: finished() >= NUM_REQUESTS)
+            wait_until(lambda: finished() >= NUM_REQUESTS, MOST_S)
         finally:
             locust.terminate()
             locust.wait(60)
