@@ -32,6 +32,7 @@ from equipoise.elastic.change_plans import (
 from equipoise.elastic.channel import Message
 from equipoise.elastic.orders import STAGE_ENDS, Change, Hands, settle_names
 from equipoise.elastic.placing import order_by_node
+from equipoise.elastic.reach import choose_cut_off
 from equipoise.elastic.respawn import MOST_RECOVERIES, Recoveries, Respawn
 from equipoise.elastic.roster import RankRecord, Roster
 from equipoise.elastic.service import Busy, Phase, ScaleReport
@@ -131,7 +132,9 @@ class Changes:
         change = self._current
         if change is None or said not in STAGE_ENDS[change.stage]:
             return
+        change.missed |= message.get("missed", {})
         if said == "aborted" and change.stage == "preparing":
+            change.aborted.add(record.name)
             self._abort(change, f"{record.name}: {message['reason']}")
             return
         change.awaited.discard(record.name)
@@ -374,7 +377,7 @@ class Changes:
         change.awaited = set()
         if is_told:
             serving = [record.name for record in self._roster.serving()]
-            change.awaited = set(serving)
+            change.awaited = set(serving) - change.aborted
             self._tell(serving, {"do": "abort", "reason": why})
         self._advance(change)
 
@@ -385,7 +388,11 @@ class Changes:
 
     def _finish_abort(self, change: Change) -> None:
         if change.kind == "recover":
-            self._register(change.why)
+            cut_off = self._roster.find_all(choose_cut_off(change.missed))
+            for record in cut_off:
+                self._hands.bury(record, f"{record.name} was given up: its peers do not reach it")
+            if not cut_off:
+                self._register(change.why)
             return
         self._end(change, MembershipError(f"not done: {change.why}; the others serve on"))
 

@@ -80,7 +80,12 @@ class Controller:
             spec,
             self._roster,
             Hands(
-                self._launch, self._release, self._call_off, self._give_up, lambda: self._num_steps
+                self._launch,
+                self._release,
+                self._call_off,
+                self._give_up,
+                self._end_rank,
+                lambda: self._num_steps,
             ),
         )
         self._events: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
@@ -187,6 +192,7 @@ class Controller:
         """In a thread of the connection: pass on what a rank says."""
         record = self._call(lambda: self._welcome(channel, hello))
         if record is None:
+            channel.send({"do": "given up"})
             logger.warning("a rank that is not of this service was hung up on: %s", hello)
             return
         try:
@@ -395,6 +401,10 @@ class Controller:
         record = RankRecord(seat, self._launcher.start(seat), self._launcher.host)
         self._roster.add(record)
         return record
+
+    def _end_rank(self, record: RankRecord, why: str) -> None:
+        record.handle.stop(kill=True)
+        self._bury(record, why, None)
 
     def _release(self, record: RankRecord) -> None:
         self._requests.release(record.name)

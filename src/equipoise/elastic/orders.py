@@ -39,6 +39,7 @@ class Hands:
         call_off: have the store call off the change to a generation, for a reason; False if the
             change stands.
         give_up: end the service, with the reason.
+        bury: have done with a rank, and say why.
         count_steps: forward passes that ranks have served so far.
     """
 
@@ -46,6 +47,7 @@ class Hands:
     release: Callable[[RankRecord], None]
     call_off: Callable[[int, str], bool]
     give_up: Callable[[str], None]
+    bury: Callable[[RankRecord, str], None]
     count_steps: Callable[[], int]
 
 
@@ -71,6 +73,8 @@ class Change:
         decided_at: when the first rank had switched.
         full_at: when all members had.
         switched: names of ranks that serve in the next generation.
+        aborted: names of ranks that have called it off.
+        missed: by name, whom a participant does not reach.
     """
 
     kind: Literal["begin", "scale", "recover"]
@@ -90,6 +94,8 @@ class Change:
     decided_at: float | None = None
     full_at: float | None = None
     switched: set[str] = field(default_factory=set)
+    aborted: set[str] = field(default_factory=set)
+    missed: dict[str, list[str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         if self.kind == "begin":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import statistics
@@ -36,6 +37,8 @@ from equipoise.models.families import read_model_shape
 from equipoise.models.parallel import ParallelModel, keep_copies, parallelize
 from equipoise.placement import Placement, place_in_order
 from equipoise.topology import Topology
+
+logger = logging.getLogger(__name__)
 
 LISTEN_S = 0.05
 """Between two looks of a rank that serves no generation."""
@@ -123,7 +126,6 @@ class RankLoop:
         self._lost_by: float | None = None
         self._is_busy = self._has_worked = self._is_paused = self._is_asked = self._stops = False
         self._exit_code: int | None = None
-        self._code = 0
         self._num_rebalances = self._num_rebalances_done = 0
         self._faults = {fault.step: fault.how for fault in spec.faults if fault.rank == name}
         self._orders: dict[str, Callable[[Message], None]] = {
@@ -140,7 +142,8 @@ class RankLoop:
             "stop": self._stop,
             "wake": self._ignore,
             "orphaned": self._go_on_alone,
-            "abandoned": self._stop,
+            "abandoned": self._leave_alone,
+            "given up": self._leave_alone,
         }
 
     def run(self) -> int:
@@ -168,7 +171,7 @@ class RankLoop:
         self._obey(wait_s=0.0 if self._is_busy else self._spec.idle_tick_s)
         meeting = self._meet(duty, engine)
         if meeting.stops:
-            self._exit_code = self._code
+            self._exit_code = 0
             return
         if meeting.word is Word.SWITCH:
             self._switch()
@@ -187,7 +190,7 @@ class RankLoop:
         """Without a generation to serve in: a newcomer, or a rank whose generation is no more."""
         self._obey(wait_s=LISTEN_S if self._next is None else 0.0)
         if self._stops:
-            self._exit_code = self._code
+            self._exit_code = 0
         elif self._next is not None:
             state = self._next.wait(LISTEN_S)
             if state == "decided":
@@ -323,6 +326,9 @@ class RankLoop:
 
     def _prepare(self, message: Message) -> None:
         """Build the next generation, beside what serves."""
+        if self._next is not None:
+            # It was called off, by a death of which this rank need not have heard.
+            self._next.drop("another change has taken its place")
         plan = MembershipPlan.from_json(message["plan"])
         home = replace(self._home, device_group=message["device_group"])
         parallel = None if self._duty is None else self._duty.parallel
@@ -360,7 +366,8 @@ class RankLoop:
         if self._next is None:
             return
         self._next.drop(reason)
-        self._link.say({"say": "aborted", "reason": self._next.reason or reason})
+        missed = self._next.missed
+        self._link.say({"say": "aborted", "reason": self._next.reason or reason, "missed": missed})
         self._next = None
         if self._duty is None:
             self._exit_code = 0
@@ -432,8 +439,13 @@ class RankLoop:
         self._num_rebalances += 1
 
     def _stop(self, message: Message) -> None:
+        del message
         self._stops = True
-        self._code = 0 if message["do"] == "stop" else 1
+
+    def _leave_alone(self, message: Message) -> None:
+        """This rank's controller is gone for good, or has given it up: others may serve on."""
+        logger.warning("%s: %s: it ends", self._name, message["do"])
+        self._exit_code = 1
 
     def _go_on_alone(self, message: Message) -> None:
         """The controller has gone: what this rank has is served, and no rebalance begins."""

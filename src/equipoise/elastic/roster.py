@@ -126,6 +126,10 @@ class Roster:
             return None
         return record
 
+    def find_all(self, names: Iterable[str]) -> list[RankRecord]:
+        """Those of these names that live."""
+        return [record for record in self.living() if record.name in set(names)]
+
     def forget(self, record: RankRecord) -> None:
         """One that has left as it should."""
         if self._records.get(record.name) is record:
