@@ -60,6 +60,16 @@ def test_a_service_fits_on_eighty_columns() -> None:
     assert "tokens/s -" in "\n".join(show(None))
 
 
+def test_a_node_is_shown_where_it_is_not_the_host() -> None:
+    spread = (replace(ALIVE, node="localhost"), replace(ALIVE, node="0123456789abcdef"))
+    status = replace(STATUS, ranks=spread).to_json()
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(render_service("http://127.0.0.1:8000", status, None, 0.0))
+    text = console.export_text()
+    assert " localhost cuda:7 " in text
+    assert " localhost/01234567 cuda:7 " in text
+
+
 def test_a_server_is_asked_and_changed(guarded: Running) -> None:
     client = ServerClient(guarded.url + "/", {ADMIN_KEY: KEYS.admin, API_KEY: KEYS.api})
     assert client.url == guarded.url

@@ -293,9 +293,11 @@ class _RayRank:
         """What a rank ended with."""
         try:
             return int(self.ray.get(done, timeout=STOP_S))
+        except self.ray.exceptions.ActorUnavailableError:
+            self.detail = f"{self.seat.name} does not answer Ray: its node may be lost"
         except self.ray.exceptions.RayActorError as error:
             self.detail = f"{self.seat.name} died: {_say(error)}"
-            return _DIED
+        return _DIED
 
 
 def load_ray() -> Any:

@@ -87,7 +87,7 @@ def _render_ranks(now: dict[str, Any]) -> Table:
         table.add_row(
             rank["name"],
             Text(rank["state"], _COLORS.get(rank["state"], "")),
-            f"{rank['host']} {rank['device']}",
+            _say_where(rank),
             "-" if rank["pid"] is None else str(rank["pid"]),
             f"{rank['running']} of {rank['running'] + rank['room']}",
             f"{rank['steps']:,}",
@@ -95,3 +95,9 @@ def _render_ranks(now: dict[str, Any]) -> Table:
             f"{rank['near_deadline']:.0%}",
         )
     return table
+
+
+def _say_where(rank: dict[str, Any]) -> str:
+    """Host and device; and the node, where that is not the host."""
+    host, node = rank["host"], rank["node"]
+    return f"{host if node in ('', host) else f'{host}/{node[:8]}'} {rank['device']}"
