@@ -31,7 +31,7 @@ def serve(
     interface: options.Interface = None,
     socket: options.Socket = None,
     state: options.State = None,
-    orphan: options.Orphan = 60.0,
+    orphan: options.Orphan = None,
     slots_per_rank: options.SlotsPerRank = None,
     respawn: options.Respawn = False,
     silence: options.Silence = 10.0,

@@ -120,9 +120,11 @@ State = Annotated[
     ),
 ]
 Orphan = Annotated[
-    float,
+    float | None,
     typer.Option(
-        "--orphan", help="Until ranks without a server end, in s.", rich_help_panel=_RANKS
+        "--orphan",
+        help="Until ranks without a server end, in s.  [60 with --state, 10 without]",
+        rich_help_panel=_RANKS,
     ),
 ]
 SlotsPerRank = Annotated[
@@ -223,7 +225,7 @@ class Ranks(NamedTuple):
     interface: str | None
     socket: Path | None
     state: Path | None
-    orphan: float
+    orphan: float | None
     slots_per_rank: int | None
     respawn: bool
     silence: float

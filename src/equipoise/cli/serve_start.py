@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 BUNDLED_NAME = "equipoise-small"
 DEFAULT_RANKS = 2
+ORPHAN_S, DROPPED_S = 60.0, 10.0
+"""How long ranks wait for another server, and for their own to answer again."""
 _PACKAGES = ("fastapi", "uvicorn", "httptools", "prometheus_client", "transformers")
 
 
@@ -84,7 +86,7 @@ def start(
             "slots_per_rank": ranks.slots_per_rank,
             "respawn": ranks.respawn,
             "silence_s": ranks.silence,
-            "orphan_s": ranks.orphan,
+            "orphan_s": _choose_orphan_s(ranks),
         }
         return _make_spec(model, limits.max_len, values)
 
@@ -120,6 +122,13 @@ def _choose_launcher(asked: LauncherName | None, place: TorchrunRank | None) -> 
     if asked in ("local", "ray") and place is not None:
         raise ConfigError(f"--launcher {asked}: torchrun has started this process, and its ranks")
     return asked or ("local" if place is None else "torchrun")
+
+
+def _choose_orphan_s(ranks: Ranks) -> float:
+    """Whom no other server can find has only to bear that a connection drops."""
+    if ranks.orphan is not None:
+        return ranks.orphan
+    return DROPPED_S if ranks.state is None else ORPHAN_S
 
 
 def _count_ranks(asked: int | None, place: TorchrunRank | None) -> int:
