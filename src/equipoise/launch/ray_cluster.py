@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from dataclasses import dataclass, field
@@ -73,6 +74,7 @@ class RayLauncher:
         self._is_connected_here = not self._ray.is_initialized()
         if self._is_connected_here:
             _connect(self._ray, self._options.address)
+        self._is_closed = False
         self._ranks: list[_RayRank] = []
         self._places = _Places(self._ray, self._options.spread)
 
@@ -96,6 +98,8 @@ class RayLauncher:
 
     def start(self, seat: RankSeat) -> RankHandle:
         """Ask for a place, and have a rank start there. As `Launcher.start`."""
+        if self._is_closed:
+            raise MembershipError(f"{seat.name} is not started any more: the launcher was closed")
         rank = _RayRank(self._ray, seat, self._options, self._bundle, self._places)
         self._ranks = [one for one in self._ranks if one.exit_code is None]
         self._ranks.append(rank)
@@ -107,6 +111,7 @@ class RayLauncher:
 
     def close(self) -> None:
         """End what still runs, and leave the cluster. Twice is fine."""
+        self._is_closed = True
         for rank in self._ranks:
             rank.stop(kill=True)
         until = time.monotonic() + STOP_S
@@ -305,6 +310,9 @@ def load_ray() -> Any:
 
     Raises: DependencyError.
     """
+    # Read when it is imported. Whoever asks it for something once the cluster has gone would start
+    # another, of this machine alone.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:
         return import_module("ray")
     except ImportError as error:
