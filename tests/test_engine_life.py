@@ -68,8 +68,9 @@ def check_tokens(family: str, requests: list[Request]) -> None:
         assert ended or num == request.sampling.max_new_tokens
 
 
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-@processes(timeout_s=55)
+@processes(timeout_s=170)
 def test_hundreds_that_come_and_go_get_the_plain_models_tokens(rank: Rank, num_ranks: int) -> None:
     """240 requests, in the background over whatever wire `auto` takes.
 
