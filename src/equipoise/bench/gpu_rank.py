@@ -261,8 +261,14 @@ class _Course:
         )
 
     def _share(self, staging: Staging) -> PlanShares:
-        buffer_bytes = self._budget(staging).buffer_bytes
-        return share_plan(self._plan, self._group.rank, self._sizes, buffer_bytes)
+        budget = self._budget(staging)
+        return share_plan(
+            self._plan,
+            self._group.rank,
+            self._sizes,
+            budget.buffer_bytes,
+            ends_small=budget.num_buffers > 1,
+        )
 
     def _time(self, run: Callable[[], None]) -> float:
         """Seconds of the slowest rank."""

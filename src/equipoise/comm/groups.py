@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 import threading
 import time
@@ -20,6 +19,7 @@ from equipoise.comm.base import ExpertWeights, GroupCoordinator
 from equipoise.comm.byte_views import view_bytes
 from equipoise.comm.exchange import Exchange, deadline_in, explain, name_ranks
 from equipoise.comm.process_groups import create_gloo, create_nccl
+from equipoise.comm.store_thread import StoreThread
 from equipoise.errors import ConfigError, MembershipError
 
 ReduceOp = Literal["sum", "max", "min"]
@@ -75,6 +75,7 @@ class RankGroup:
         self._device_group: dist.ProcessGroup | None = device_group
         self._owns_device_group = owns_device_group
         self._num_decisions = 0
+        self._store_thread = StoreThread()
         # Asked by this rank, the oldest first; one thread at a time asks.
         self._asked: deque[str] = deque()
 
@@ -305,25 +306,20 @@ class RankGroup:
             self._num_decisions += 1
         if self.size == 1 and question is None:
             return proposal
-        answers: list[bytes] = []
 
-        def ask() -> None:
-            # Whatever goes wrong here shows as an answer that does not come.
-            with contextlib.suppress(RuntimeError):
-                answers.append(self.store.compare_set(key, "", proposal))
-                self._forget_old(key)
+        def settle() -> str:
+            stands: bytes = self.store.compare_set(key, "", proposal)
+            self._forget_old(key)
+            return stands.decode()
 
-        # A store's client may block beyond its own timeout, hence a thread that can be given up.
-        thread = threading.Thread(target=ask, name="equipoise-store", daemon=True)
-        thread.start()
-        thread.join(self.timeout.total_seconds())
-        if not answers:
+        answer = self._store_thread.ask(settle, self.timeout.total_seconds())
+        if answer is None:
             raise MembershipError(
                 f"rank {self.rank}: the store of generation {self.generation} did not answer "
                 f"within {self.timeout.total_seconds():.1f} s",
                 rank=self.rank,
             )
-        return answers[0].decode()
+        return answer
 
     def _forget_old(self, key: str) -> None:
         """Have the store keep so many answers and no more: nobody asks as late as that."""

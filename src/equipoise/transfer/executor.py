@@ -180,7 +180,14 @@ def _move_all(
     sizes = measure_experts(mover.rows)
     budget = choose_budget(mover.plan, sizes, staging_bytes, spare_bytes, device)
     in_place = mover.communicator.lands_in_place
-    shares = share_plan(mover.plan, rank, sizes, budget.buffer_bytes, in_place=in_place)
+    shares = share_plan(
+        mover.plan,
+        rank,
+        sizes,
+        budget.buffer_bytes,
+        in_place=in_place,
+        ends_small=budget.num_buffers > 1,
+    )
     if not shares:
         return 0
     pipeline = Pipeline(mover, shares, _make_staging(shares, budget.num_buffers, device))

@@ -123,6 +123,7 @@ def share_plan(
     staging_bytes: int | None,
     *,
     in_place: bool = False,
+    ends_small: bool = False,
 ) -> PlanShares:
     """Cut a plan into chunks, and work out one rank's share of each.
 
@@ -132,12 +133,16 @@ def share_plan(
         expert_bytes: [L] int64, bytes of one expert of each layer.
         staging_bytes: most that a chunk may bring to any rank; None for the least that works.
         in_place: whether received experts land in slots that stand empty, and are not staged.
+        ends_small: whether the last chunk is a single layer: nothing travels beside what fills its
+            slots.
     Returns:
         One share per chunk; every layer that differs is in one of them.
     Collective: none; the same chunks on every rank.
     Raises: ConfigError if a layer does not fit `staging_bytes`.
     """
     chunks = plan.chunks(expert_bytes, staging_bytes)
+    if ends_small and chunks and len(chunks[-1]) > 1:
+        chunks = [*chunks[:-1], chunks[-1][:-1], chunks[-1][-1:]]
     # Layers in which slots only become empty have maps to switch, and nothing to stage.
     changed = (plan.old.slot_to_expert != plan.new.slot_to_expert).any(axis=1)
     idle = np.setdiff1d(np.flatnonzero(changed), plan.layer)
