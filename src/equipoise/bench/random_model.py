@@ -15,12 +15,18 @@ import numpy as np
 from equipoise.bundled import model_directory
 from equipoise.errors import ConfigError
 
-_NUM_LAYERS, _NUM_EXPERTS = 4, 128
 _POOL_FLOATS = 1 << 22
 """Random numbers that are drawn; each tensor is another stretch of them."""
 
 
-def write_random_model(directory: Path, num_bytes: float, seed: int = 0) -> None:
+def write_random_model(
+    directory: Path,
+    num_bytes: float,
+    seed: int = 0,
+    *,
+    num_layers: int = 4,
+    num_experts: int = 128,
+) -> None:
     """Write a model of the bundled one's tokens and architecture, in float32.
 
     Its answers mean nothing, but they are some model's, so that they can be compared.
@@ -29,10 +35,12 @@ def write_random_model(directory: Path, num_bytes: float, seed: int = 0) -> None
         directory: gets the files; must be there.
         num_bytes: of its experts, about.
         seed: of its weights.
+        num_layers: L.
+        num_experts: E.
     Collective: none.
     Raises: ConfigError if so few bytes make no expert of any size; OSError if it cannot be written.
     """
-    hidden = _find_hidden(num_bytes)
+    hidden = _find_hidden(num_bytes, num_layers * num_experts)
     transformers: Any = import_module("transformers")
     bundled = json.loads((model_directory() / "config.json").read_text())
     config = transformers.Qwen3MoeConfig(
@@ -40,11 +48,11 @@ def write_random_model(directory: Path, num_bytes: float, seed: int = 0) -> None
         hidden_size=hidden,
         intermediate_size=hidden,
         moe_intermediate_size=hidden,
-        num_hidden_layers=_NUM_LAYERS,
+        num_hidden_layers=num_layers,
         num_attention_heads=max(1, hidden // 128),
         num_key_value_heads=1,
         head_dim=64,
-        num_experts=_NUM_EXPERTS,
+        num_experts=num_experts,
         num_experts_per_tok=2,
         max_position_embeddings=1024,
         tie_word_embeddings=False,
@@ -60,12 +68,12 @@ def write_random_model(directory: Path, num_bytes: float, seed: int = 0) -> None
     _write_weights(directory / "model.safetensors", _list_tensors(config), hidden, seed)
 
 
-def _find_hidden(num_bytes: float) -> int:
-    """Of experts that are three square matrices, a multiple of 16."""
-    each = num_bytes / (_NUM_LAYERS * _NUM_EXPERTS * 3 * 4)
+def _find_hidden(num_bytes: float, count: int) -> int:
+    """Of so many experts that are three square matrices, a multiple of 16."""
+    each = num_bytes / (count * 3 * 4)
     hidden = isqrt(int(each)) // 16 * 16
     if hidden < 16:
-        least = _NUM_LAYERS * _NUM_EXPERTS * 3 * 4 * 16**2
+        least = count * 3 * 4 * 16**2
         raise ConfigError(f"a random model has at least {least:,} bytes, got {num_bytes:,.0f}")
     return hidden
 
@@ -82,8 +90,8 @@ def _list_tensors(config: Any) -> dict[str, tuple[int, ...]]:
         if ".experts." not in name
     }
     inner, outer = config.moe_intermediate_size, config.hidden_size
-    for layer in range(_NUM_LAYERS):
-        for expert in range(_NUM_EXPERTS):
+    for layer in range(config.num_hidden_layers):
+        for expert in range(config.num_experts):
             path = f"model.layers.{layer}.mlp.experts.{expert}"
             listed[f"{path}.gate_proj.weight"] = (inner, outer)
             listed[f"{path}.up_proj.weight"] = (inner, outer)
