@@ -22,8 +22,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
     pytest.mark.skipif(
-        not os.environ.get("EQUIPOISE_NAMESPACES"),
-        reason="EQUIPOISE_NAMESPACES asks for it, as root",
+        not os.environ.get("SERVER_NAMESPACES"),
+        reason="SERVER_NAMESPACES asks for it, as root",
     ),
 ]
 ADDRESSES = ("10.77.0.1", "10.77.0.2")

@@ -22,7 +22,7 @@ from tests.server.test_serve import end, serve
 __all__ = ["plain"]
 
 on_ray = pytest.mark.skipif(
-    not os.environ.get("EQUIPOISE_RAY"), reason="EQUIPOISE_RAY asks for it, and needs Ray"
+    not os.environ.get("SERVER_RAY"), reason="SERVER_RAY asks for it, and needs Ray"
 )
 
 

@@ -60,8 +60,8 @@ def starting(launcher: str) -> Iterator[tuple[str, ...]]:
     if launcher == "local":
         yield ()
         return
-    if not os.environ.get("EQUIPOISE_RAY"):
-        pytest.skip("EQUIPOISE_RAY asks for it, and needs Ray")
+    if not os.environ.get("SERVER_RAY"):
+        pytest.skip("SERVER_RAY asks for it, and needs Ray")
     with ray_cluster(num_nodes=3, num_cpus=2) as (cluster, _):
         yield ("--launcher=ray", f"--ray-address={cluster.address}")
 
