@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from equipoise.comm import create_eplb_communicator
-from equipoise.comm.base import EplbCommunicator
+from equipoise.comm.base import EplbCommunicator, ExpertMoves
 from equipoise.comm.groups import RankGroup
 from equipoise.comm.span_copies import SpanCopies
 from equipoise.comm.spans import Spans
@@ -62,6 +62,34 @@ def test_thousands_of_rebalances_leave_nothing_behind(
     rank: Rank, wire: str, hidden_size: int
 ) -> None:
     soak(make_group(rank, wire), wire, hidden_size, NUM_REBALANCES)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("wire", WIRES)
+@processes(2)
+def test_a_wire_comes_behind_what_stands_on_the_stream(rank: Rank, wire: str) -> None:
+    group = make_group(rank, wire)
+    weights = [[torch.zeros(4, 1 << 20, dtype=torch.uint8, device=group.device)]]
+    communicator = create_eplb_communicator(group, wire, weights)
+    into = torch.full((1 << 20,), 77, dtype=torch.uint8, device=group.device)
+    seen = torch.zeros_like(into)
+    other = np.array([1 - rank.rank])
+    for number in (1, 2, 3):
+        torch.cuda.current_stream(group.device).synchronize()
+        # Long enough for a READ, or a message, to pass what is behind it: the sender writes what
+        # is sent, the receiver still reads what is to be filled.
+        torch.cuda._sleep(1 << 28)
+        weights[0][0][2].fill_(10 * number + rank.rank)
+        seen.copy_(into)
+        before = 77 if number == 1 else 10 * (number - 1) + 1 - rank.rank
+        communicator.add_moves(
+            ExpertMoves(other, np.array([0]), np.array([2]), other, np.array([0]), into)
+        )
+        communicator.execute()
+        assert bool((into == 10 * number + 1 - rank.rank).all())
+        assert bool((seen == before).all())
+        group.barrier()
+    communicator.close()
 
 
 @pytest.mark.multi_gpu
