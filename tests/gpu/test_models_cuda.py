@@ -6,15 +6,24 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from equipoise import EPLBConfig, ParallelModel, parallelize
+from equipoise.comm import create_eplb_communicator
 from equipoise.comm.groups import RankGroup
+from equipoise.models.checkpoint import Checkpoint
+from equipoise.models.export import write_checkpoint
+from equipoise.models.loading import load_spread
+from equipoise.models.parallel import _plan_sets
 from equipoise.models.read_ahead import ReadAhead, Span
+from equipoise.transfer import rearrange_expert_weights_inplace
+from tests.models.fp8 import write_fp8
 from tests.models.test_checkpoint import find_family
 from tests.models.test_export import read_bytes
 from tests.models.tiny import VOCABULARY, make_tiny, run
+from tests.placements import make_random_placement
 from tests.ranks import Rank, processes
 
 FAMILIES = (
@@ -130,6 +139,74 @@ def test_checkpoints_go_straight_to_their_gpu_and_back(rank: Rank, dtype: torch.
         assert read_bytes(target) == read_bytes(source)
         parallel.close()
     group.close()
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("communicator", ["nixl", "torch_nccl"])
+@processes(2, timeout_s=58)
+def test_fp8_experts_move_with_their_scales(rank: Rank, communicator: str) -> None:
+    """They stay FP8 in memory, and bytes are looked at: kernels for them are of a hub."""
+    pytest.importorskip("accelerate", reason="transformers reads FP8 with accelerate")
+    group = rank.make_group(device="cuda", device_group="nccl")
+    source, target = make_fp8(rank, group), rank.path / "again"
+    checkpoint = Checkpoint(source, device=group.device)
+    assert checkpoint.is_quantised
+    plans = _plan_sets([checkpoint.layers], group, configure(communicator), 1, None)
+    spread = load_spread(checkpoint, plans, group)
+    (one,) = spread.sets
+    assert {slots.dtype for slots in one.weights[0]} == {torch.float8_e4m3fn, torch.float32}
+    standing, moves = one.maps.placement, 0
+    wires = create_eplb_communicator(group, communicator, one.weights)
+    for seed in range(5):
+        wanted = make_random_placement(
+            np.random.default_rng(seed), len(one.layers), 8, standing.topology
+        )
+        moves += int((wanted.slot_to_expert != standing.slot_to_expert).sum())
+        rearrange_expert_weights_inplace(standing, wanted, one.weights, wires, group)
+        standing = wanted
+        one.maps.commit(standing)
+    write_checkpoint(spread, group, target, checkpoint)
+    assert moves > 0
+    assert read_bytes(target) == read_bytes(source)
+    wires.close()
+    group.close()
+
+
+@pytest.mark.multi_gpu
+@processes(2, timeout_s=58)
+def test_fp8_is_computed_with_dequantised(rank: Rank) -> None:
+    pytest.importorskip("accelerate", reason="transformers reads FP8 with accelerate")
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+    group = rank.make_group(device="cuda", device_group="nccl")
+    source = make_fp8(rank, group)
+    exact: Any = AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype=torch.float32,
+        quantization_config=FineGrainedFP8Config(dequantize=True),
+        device_map={"": group.device},
+    )
+    plain = copy.deepcopy(exact).to(torch.bfloat16)
+    parallel = parallelize(source, group, configure("nixl"), dequantize=True)
+    assert parallel.model.dtype == torch.bfloat16
+    for step in range(REBALANCES):
+        tokens = draw_tokens(step, group.rank, group.device)
+        for kernels in ("grouped_mm", "batched_mm"):
+            exact.set_experts_implementation(kernels)
+            compare_logits(parallel, plain, exact, tokens, kernels, "fp8")
+        parallel.step()
+    parallel.close()
+    group.close()
+
+
+def make_fp8(rank: Rank, group: RankGroup) -> Path:
+    """A small checkpoint in FP8."""
+    source = rank.path / "fp8"
+    if group.rank == 0:
+        make_tiny(find_family("Qwen3MoeExperts")).save_pretrained(rank.path / "plain")
+        write_fp8(rank.path / "plain", source)
+    group.barrier()
+    return source
 
 
 def check_weights(parallel: ParallelModel, plain: Any, group: RankGroup) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from equipoise.models.contract import ALIKE
+from equipoise.models.contract import ADAPTED, ALIKE
 
 KERNELS = ("batched_mm", "grouped_mm", "eager")
 EXPERTS, TOP_K, VOCABULARY = 8, 3, 97
@@ -105,6 +105,7 @@ SIZES: dict[str, Any] = {
 """What makes a configuration small, by the name of its field; fields that it lacks are left out."""
 
 EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "Llama4TextConfig": {"num_experts_per_tok": 1, "intermediate_size_mlp": 32},
     "BeamConfig": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "DbrxConfig": {"attn_config": {"kv_n_heads": 4, "rope_theta": 10_000.0}},
     "DeepseekV4Config": {"mlp_layer_types": ["moe", "moe", "moe"]},
@@ -172,7 +173,7 @@ class Family:
 def list_families() -> tuple[Family, ...]:
     """Every experts class of the installed transformers within the contract; imports no model."""
     decorated = r"^@use_experts_implementation\b[^\n]*\nclass (\w+)\("
-    alike = rf"^class ({'|'.join(sorted(ALIKE))})\("
+    alike = rf"^class ({'|'.join(sorted(ALIKE | ADAPTED))})\("
     families = [Family(*found) for found in _scan(decorated)]
     families += [Family(*found, kernels=("eager",)) for found in _scan(alike)]
     return tuple(families)

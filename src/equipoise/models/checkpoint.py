@@ -24,6 +24,7 @@ from equipoise.errors import ModelError
 from equipoise.models.contract import ExpertLayer
 from equipoise.models.experts import ExpertReader
 from equipoise.models.headers import StoredTensor, read_headers
+from equipoise.models.quantised import keeps_quantised
 from equipoise.models.quiet import first_line, quiet
 from equipoise.models.read_ahead import ReadAhead
 from equipoise.models.skeleton import (
@@ -55,6 +56,7 @@ class Checkpoint:
         dtype: of the model's weights; None for that of the configuration.
         device: where weights go.
         attention: transformers' attention implementation; None lets it choose.
+        dequantize: whether quantised weights become those that need no kernels.
 
     Attributes:
         directory: where it is.
@@ -76,11 +78,15 @@ class Checkpoint:
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
         attention: str | None = None,
+        *,
+        dequantize: bool = False,
     ) -> None:
         self.directory = directory
         self._device = device or torch.device("cpu")
         self.stored = read_headers(directory)
-        self._skeleton = build_skeleton(directory, dtype, self._device, attention)
+        self._skeleton = build_skeleton(
+            directory, dtype, self._device, attention, dequantize=dequantize
+        )
         self.model = self._skeleton.model
         self.layers = self._skeleton.layers
         # The transforms keep what they have seen: those that load are not those that sort.
@@ -108,8 +114,13 @@ class Checkpoint:
 
     @property
     def is_quantised(self) -> bool:
-        """Whether the configuration names a quantisation."""
-        return self._skeleton.quantizer is not None
+        """Whether weights are quantised, as they are stored and in memory."""
+        return keeps_quantised(self._skeleton.quantizer)
+
+    @property
+    def is_dequantised(self) -> bool:
+        """Whether weights are stored quantised, and are not in memory."""
+        return self._skeleton.quantizer is not None and not self.is_quantised
 
     def name_first_source(self, layer: ExpertLayer) -> str:
         """A stored tensor of a layer's experts; layers that share theirs have the same."""

@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from equipoise.errors import ModelError
+from equipoise.models.llama4 import EXPERTS, adapt_llama4
 
 ALIKE = frozenset({"Step3p7Experts"})
 """Classes without the decorator that are called alike and keep their tensors alike."""
 
+ADAPTED = frozenset({EXPERTS})
+"""Classes that are brought into the contract by an adapter of their own."""
+
 REASONS = {
-    "Llama4TextExperts": (
-        "each expert is given every token, scaled before it is computed with: there are no top-k "
-        "experts to dispatch to"
-    ),
     "DbrxExperts": "all experts of a layer are one matrix [E * I, D]",
     "JetMoeParallelExperts": (
         "attention is a mixture of experts too, and rows come sorted by a router of its own"
@@ -61,13 +61,15 @@ def find_expert_layers(model: nn.Module) -> list[ExpertLayer]:
     """Find the experts of a model, in the order of its modules.
 
     Args:
-        model: as transformers makes it, on any device, meta included.
+        model: as transformers makes it, on any device, meta included. Families with an adapter are
+            brought into the contract first, in place.
     Returns:
         One entry per MoE layer, whatever the number of experts; none for a dense model.
     Collective: none.
     Raises: ModelError, naming the module or the tensor, if there are experts that cannot be taken
         over, that have been already, or that have a tensor that may be an expert's or may not.
     """
+    adapt_llama4(model)
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     layers: dict[str, ExpertLayer] = {}
     copies: dict[str, list[nn.Module]] = {}

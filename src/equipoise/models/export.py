@@ -210,9 +210,10 @@ class _Shaped:
 
 
 def _begin(directory: Path, partial: Path, source: Checkpoint | None, rank: int) -> None:
-    if source is not None and source.is_quantised:
+    if source is not None and source.is_dequantised:
         raise ModelError(
-            f"{source.directory}: its weights are quantised, and are not written back yet"
+            f"{source.directory}: its weights were dequantised as they were read, and would not be "
+            "what was stored: copy that directory, no expert of it has changed"
         )
     if rank > 0:
         return

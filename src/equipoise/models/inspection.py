@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from equipoise.errors import ModelError, PlacementError
-from equipoise.models.contract import ALIKE, ExpertLayer, find_expert_layers, group_by_size
+from equipoise.models.contract import ADAPTED, ALIKE, ExpertLayer, find_expert_layers, group_by_size
 from equipoise.models.families import FAMILIES
 from equipoise.models.headers import INDEX, SINGLE
 from equipoise.models.skeleton import build_model
@@ -183,6 +183,8 @@ def _name_adapter(layers: list[ExpertLayer]) -> str | None:
         return None
     if any(type(layer.module).__name__ in ALIKE for layer in layers):
         return "called alike (eager)"
+    if any(type(layer.module).__name__ in ADAPTED for layer in layers):
+        return "of its own (Llama 4)"
     return "use_experts_implementation"
 
 

@@ -17,6 +17,7 @@ from equipoise.errors import ModelError
 from equipoise.models.contract import ExpertLayer, find_expert_layers
 from equipoise.models.families import read_config
 from equipoise.models.headers import StoredTensor
+from equipoise.models.quantised import choose_quantisation
 from equipoise.models.quiet import first_line, quiet
 
 DTYPES = {
@@ -150,6 +151,8 @@ def build_skeleton(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     attention: str | None = None,
+    *,
+    dequantize: bool = False,
 ) -> Skeleton:
     """Make a checkpoint's model without its weights.
 
@@ -158,11 +161,14 @@ def build_skeleton(
         dtype: of the weights; None for that of the configuration, float32 if it names none.
         device: where it is to be, which a quantisation may ask; None for the CPU.
         attention: transformers' attention implementation; None lets it choose.
+        dequantize: whether quantised weights become those that need no kernels.
     Collective: none.
     Raises: ModelError, in one line, if the configuration is missing or wrong, is of no model of
         transformers, or has experts that cannot be taken over.
     """
-    model, chosen, quantizer = build_model(directory, dtype, device, attention)
+    model, chosen, quantizer = build_model(
+        directory, dtype, device, attention, dequantize=dequantize
+    )
     mapping: Any = import_module("transformers.conversion_mapping")
     conversions = mapping.get_model_conversion_mapping(model, None, quantizer)
     return Skeleton(model, find_expert_layers(model), chosen, quantizer, conversions)
@@ -173,6 +179,8 @@ def build_model(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     attention: str | None = None,
+    *,
+    dequantize: bool = False,
 ) -> tuple[Any, torch.dtype, Any]:
     """Make the model alone, on the meta device, its dtype, and what quantises it; as above."""
     read_config(directory)
@@ -184,10 +192,11 @@ def build_model(
             )
             if attention is not None:
                 config._attn_implementation = attention
+            choose_quantisation(config, dequantize=dequantize)
             chosen = dtype or getattr(config, "dtype", None) or torch.float32
             model, quantizer = _make_model(transformers, config, chosen, device)
-        except ModelError:
-            raise
+        except ModelError as error:
+            raise ModelError(f"{directory}: {error}") from error
         except Exception as error:  # transformers raises whatever its readers raise
             raise ModelError(f"{directory}: cannot be loaded: {first_line(error)}") from error
     return model, chosen, quantizer
