@@ -173,9 +173,11 @@ class Family:
 def list_families() -> tuple[Family, ...]:
     """Every experts class of the installed transformers within the contract; imports no model."""
     decorated = r"^@use_experts_implementation\b[^\n]*\nclass (\w+)\("
-    alike = rf"^class ({'|'.join(sorted(ALIKE | ADAPTED))})\("
+    named = r"^class ({})\("
+    alike, adapted = (named.format("|".join(sorted(some))) for some in (ALIKE, ADAPTED))
     families = [Family(*found) for found in _scan(decorated)]
     families += [Family(*found, kernels=("eager",)) for found in _scan(alike)]
+    families += [Family(*found, kernels=("grouped_mm",)) for found in _scan(adapted)]
     return tuple(families)
 
 
