@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, Self
 
 import numpy as np
 
+from equipoise.bench.option_checks import check_least, check_positive
 from equipoise.errors import ConfigError
 from equipoise.topology import FloatArray
 
@@ -69,19 +70,15 @@ class StallSpec:
         )
 
     def __post_init__(self) -> None:
-        for flag, value, least in (
+        check_least(
             ("--ranks", self.num_ranks, 2),
             ("--layers", self.num_layers, 1),
             ("--slots", self.slots_per_rank, 2),
             ("--expert-bytes", self.expert_bytes, 1),
             ("--steps", self.num_steps, BLOCK_STEPS),
             ("--seed", self.seed, 0),
-        ):
-            if value < least:
-                raise ConfigError(f"{flag} must be at least {least}, got {value}")
-        for flag, seconds in (("--step-ms", self.step_ms), ("--timeout", self.timeout_s)):
-            if not 0 < seconds < float("inf"):
-                raise ConfigError(f"{flag} must be a number above 0, got {seconds}")
+        )
+        check_positive(("--step-ms", self.step_ms), ("--timeout", self.timeout_s))
         if self.device == "cuda" and self.expert_bytes % EXPERT_MULTIPLE:
             raise ConfigError(
                 f"--expert-bytes must be a multiple of {EXPERT_MULTIPLE} on GPUs, where experts "

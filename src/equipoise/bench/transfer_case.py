@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from equipoise.bench.option_checks import check_least, check_positive
 from equipoise.comm.base import ExpertMoves
 from equipoise.comm.registry import check_name
 from equipoise.errors import ConfigError, TransferError
@@ -50,20 +51,15 @@ class TransferSpec:
     timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
-        for flag, value, least in (
+        check_least(
             ("--ranks", self.num_ranks, 2),
             ("--layers", self.num_layers, 1),
             ("--slots", self.slots_per_rank, 1),
             ("--expert-bytes", self.expert_bytes, 1),
             ("--rounds", self.num_rounds, 1),
             ("--seed", self.seed, 0),
-        ):
-            if value < least:
-                raise ConfigError(f"{flag} must be at least {least}, got {value}")
-        if not 0 < self.timeout_s < float("inf"):
-            raise ConfigError(
-                f"--timeout must be a number of seconds above 0, got {self.timeout_s}"
-            )
+        )
+        check_positive(("--timeout", self.timeout_s))
         for backend in self.backends:
             if backend == "auto":
                 raise ConfigError("--backend auto is no wire of its own: name one, or leave it out")
