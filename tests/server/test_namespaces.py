@@ -131,10 +131,12 @@ def _ended(*processes: subprocess.Popen[str]) -> Iterator[None]:
             process.wait(END_S)
 
 
-def _wait_for_server(folder: Path, said: str) -> None:
-    wait_until(
-        lambda: f"serving equipoise-small at {URL}" in (folder / f"{said}.out").read_text(), 300.0
-    )
+def _wait_for_server(folder: Path, said: str, process: subprocess.Popen[str]) -> None:
+    def serves() -> bool:
+        assert process.poll() is None, (folder / f"{said}.err").read_text()
+        return f"serving equipoise-small at {URL}" in (folder / f"{said}.out").read_text()
+
+    wait_until(serves, 300.0)
 
 
 def test_torchrun_on_two_machines(tmp_path: Path, machines: tuple[Machine, Machine]) -> None:
@@ -142,7 +144,7 @@ def test_torchrun_on_two_machines(tmp_path: Path, machines: tuple[Machine, Machi
     server = first.start(f"{TORCHRUN.format(0)} --host 10.77.0.1", "first")
     other = second.start(TORCHRUN.format(1), "second")
     with _ended(server, other):
-        _wait_for_server(tmp_path, "first")
+        _wait_for_server(tmp_path, "first", server)
         text = second.complete("def main(")
         status = second.status()
         assert [rank["node"] for rank in status["ranks"]] == ["node-0", "node-1"]
@@ -180,7 +182,7 @@ def test_ray_on_two_machines(tmp_path: Path, machines: tuple[Machine, Machine]) 
             serve = "equipoise serve --launcher ray --ranks 2 --device cpu --host 10.77.0.1"
             server = first.start(serve, "server")
             with _ended(server):
-                _wait_for_server(tmp_path, "server")
+                _wait_for_server(tmp_path, "server", server)
                 text = second.complete("def main(")
                 assert len({rank["node"] for rank in second.status()["ranks"]}) == 2
                 code, said = second.run(f"equipoise scale --to 4 --url {URL}")
