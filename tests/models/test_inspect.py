@@ -65,6 +65,24 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     assert "model.safetensors: is truncated" in run_command("inspect", tmp_path).out
 
 
+def test_an_index_suffices(tmp_path: Path) -> None:
+    save("OlmoeExperts", tmp_path, max_shard_size="100KB")
+    for file in tmp_path.glob("*.safetensors"):
+        file.unlink()
+    assert "refused" not in run_command("inspect", tmp_path).out
+    index = tmp_path / "model.safetensors.index.json"
+    whole = json.loads(index.read_text())["weight_map"]
+
+    def leave_out(part: str) -> str:
+        kept = {name: file for name, file in whole.items() if part not in name}
+        assert len(kept) < len(whole)
+        index.write_text(json.dumps({"weight_map": kept}))
+        return run_command("inspect", tmp_path).out
+
+    assert "layers.1.mlp.experts lacks expert 5 of 8" in leave_out("layers.1.mlp.experts.5.")
+    assert "json lacks 1 tensors, like model.norm.weight" in leave_out("model.norm.")
+
+
 def test_a_dense_model_has_no_experts(tmp_path: Path) -> None:
     from transformers import LlamaConfig
 

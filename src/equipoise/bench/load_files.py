@@ -6,9 +6,10 @@ import json
 import os
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -83,8 +84,12 @@ class CheckpointSize:
 
     @property
     def num_bytes(self) -> int:
-        """Of all tensors."""
-        return sum(_BFLOAT16_BYTES * prod(shape) for _, shape in self.tensors())
+        """Of all tensors; layers are alike."""
+        one, two = (
+            sum(prod(shape) for _, shape in replace(self, num_layers=layers).tensors())
+            for layers in (1, 2)
+        )
+        return _BFLOAT16_BYTES * (one + (self.num_layers - 1) * (two - one))
 
     @property
     def _num_kv_heads(self) -> int:
@@ -114,7 +119,7 @@ def write_checkpoint(directory: Path, size: CheckpointSize, rank: int, num_ranks
     """
     shards = _divide(size, num_ranks)
     names = [f"model-{k + 1:05}-of-{len(shards):05}.safetensors" for k in range(len(shards))]
-    block = torch.randn(_BLOCK_BYTES // 2, dtype=torch.bfloat16).view(torch.uint8).numpy()
+    block: Any = torch.randn(_BLOCK_BYTES // 2, dtype=torch.bfloat16).view(torch.uint8).numpy()
     for number in range(rank, len(shards), num_ranks):
         _write_shard(directory / names[number], shards[number], memoryview(block))
     if rank == 0:

@@ -64,7 +64,7 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
         truncated or no safetensors file; a tensor is missing, there twice, of an unknown dtype or
         of a shape that its bytes are not.
     """
-    promised = _read_index(directory)
+    promised = read_index(directory)
     names = [SINGLE] if promised is None else sorted(set(promised.values()))
     tensors: dict[str, StoredTensor] = {}
     for name in names:
@@ -102,7 +102,8 @@ def read_header(file: Path) -> list[StoredTensor]:
     return [_check(file, name, entry, 8 + length, num_bytes) for name, entry in entries.items()]
 
 
-def _read_index(directory: Path) -> dict[str, str] | None:
+def read_index(directory: Path) -> dict[str, str] | None:
+    """Read which file each tensor is in; None if there is no index. Raises as `read_headers`."""
     path = directory / INDEX
     if not path.exists():
         return None

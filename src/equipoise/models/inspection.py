@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from equipoise.errors import ModelError, PlacementError
 from equipoise.models.contract import ADAPTED, ALIKE, ExpertLayer, find_expert_layers, group_by_size
 from equipoise.models.families import FAMILIES
-from equipoise.models.headers import INDEX, SINGLE
-from equipoise.models.skeleton import build_model
+from equipoise.models.headers import INDEX, SINGLE, StoredTensor, read_index
+from equipoise.models.skeleton import build_model, build_skeleton, find_missing, sort_sources
+from equipoise.models.stored_experts import check_complete
 from equipoise.topology import choose_num_redundant
 
 _TOP_K = (
@@ -191,10 +192,29 @@ def _name_adapter(layers: list[ExpertLayer]) -> str | None:
 def _check_files(directory: Path) -> list[str]:
     from equipoise.models.checkpoint import Checkpoint
 
-    if not any((directory / name).exists() for name in (SINGLE, INDEX)):
-        return []
     try:
-        Checkpoint(directory).close()
+        promised = read_index(directory)
+        if promised and not any((directory / name).exists() for name in promised.values()):
+            _check_names(directory, promised)
+        elif promised or (directory / SINGLE).exists():
+            Checkpoint(directory).close()
     except ModelError as error:
         return [str(error)]
     return []
+
+
+def _check_names(directory: Path, promised: dict[str, str]) -> None:
+    """Look for what the model needs in an index whose files are not here."""
+    skeleton = build_skeleton(directory)
+    stored = {
+        name: StoredTensor(name, directory / file, "", (), 0, 0) for name, file in promised.items()
+    }
+    conversions, _ = sort_sources(skeleton, stored)
+    missing = find_missing(skeleton, conversions)
+    if missing:
+        raise ModelError(f"{directory}: {INDEX} lacks {len(missing)} tensors, like {missing[0]}")
+    owner = {name: layer for layer in skeleton.layers for name in layer.full_names()}
+    for conversion in conversions:
+        if conversion.target in owner:
+            for several in conversion.sources.values():
+                check_complete(directory, owner[conversion.target], several)
