@@ -239,28 +239,42 @@ def _open_nixl_ep(case: DispatchCase, group: RankGroup, tokens: _Tokens) -> Iter
             home.receive()
             return home.combined_TD
 
-        def theirs(exact: bool, buffer: Buffer) -> Tensor:
-            received, _, handle, _, hook = buffer.low_latency_dispatch(
-                tokens.hidden, index, max_tokens, use_fp8=fp8, return_recv_hook=True
-            )
-            assert hook is not None
-            hook()
-            outputs = received
-            if fp8:
-                outputs = dequant_fp8(*received) if exact else timed
-            combined, _, hook = buffer.low_latency_combine(
-                outputs, index, weights, handle, return_recv_hook=True
-            )
-            assert hook is not None
-            hook()
-            return combined
-
         with manager.lend() as buffer:
-            sides: list[Side] = [partial(ours, False), partial(theirs, False, buffer)]
-            exact = {"ours": partial(ours, True), "theirs": partial(theirs, True, buffer)}
+            theirs = partial(
+                _call_kernels, buffer, tokens, index, weights, max_tokens, timed if fp8 else None
+            )
+            sides: list[Side] = [partial(ours, False), partial(theirs, False)]
+            exact = {"ours": partial(ours, True), "theirs": partial(theirs, True)}
             if case.captured:
                 sides = [_capture(side, group) for side in sides]
             yield _Sides(sides[0], sides[1], "NIXL-EP", exact)
             group.barrier()
     finally:
         manager.close()
+
+
+def _call_kernels(
+    buffer: Buffer,
+    tokens: _Tokens,
+    index: Tensor,
+    weights: Tensor,
+    max_tokens: int,
+    fp8_outputs: Tensor | None,
+    exact: bool,
+) -> Tensor:
+    """The bare kernels; where rows come as FP8, dequantised or with other outputs."""
+    is_fp8 = fp8_outputs is not None
+    received, _, handle, _, hook = buffer.low_latency_dispatch(
+        tokens.hidden, index, max_tokens, use_fp8=is_fp8, return_recv_hook=True
+    )
+    assert hook is not None
+    hook()
+    outputs = received
+    if is_fp8:
+        outputs = dequant_fp8(*received) if exact else fp8_outputs
+    combined, _, hook = buffer.low_latency_combine(
+        outputs, index, weights, handle, return_recv_hook=True
+    )
+    assert hook is not None
+    hook()
+    return combined
