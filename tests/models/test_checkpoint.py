@@ -19,10 +19,11 @@ from equipoise.comm.groups import RankGroup
 from equipoise.errors import ModelError
 from equipoise.models.checkpoint import Checkpoint
 from equipoise.models.experts import take_over
+from equipoise.models.headers import StoredTensor, read_header
 from equipoise.models.loading import load_spread
 from equipoise.models.parallel import _plan_sets
-from equipoise.models.read_ahead import FileReader, ReadAhead, Span
-from equipoise.models.stored_experts import make_batches
+from equipoise.models.read_ahead import FileReader, ReadAhead, Span, join_spans
+from equipoise.models.stored_experts import Part, make_batches
 from tests.models.thread_ranks import ThreadRanks
 from tests.models.tiny import Family, list_families, make_tiny, run
 from tests.ranks import Rank, processes
@@ -205,6 +206,10 @@ def test_what_is_read_ahead_comes_in_order_and_whole(tmp_path: Path) -> None:
     ahead = ReadAhead(torch.device("cpu"), num_threads=4, chunk_bytes=777, ahead_bytes=20_000)
     got = list(ahead.read(Span(file, begin, end - begin) for begin, end in ends))
     assert all(torch.equal(tensor, data[b:e]) for tensor, (b, e) in zip(got, ends, strict=True))
+    # Spans that follow each other are read at once, and not more than an eighth of what is ahead.
+    follow = [Span(file, begin, 500) for begin in range(0, 50_000, 500)]
+    assert [len(parts) for _, parts in join_spans(follow, 2500)] == [5] * 20
+    assert torch.equal(torch.cat(list(ahead.read(follow))), data)
     several = ahead.read(Span(file, 0, 10_000) for _ in range(9))
     next(several)
     several.close()
@@ -214,6 +219,29 @@ def test_what_is_read_ahead_comes_in_order_and_whole(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(ModelError, match=r"bytes: cannot be read: No such file"):
         FileReader().fill(Span(file, 0, 1), torch.empty(1, dtype=torch.uint8))
+
+
+def test_tensors_that_are_read_at_once_need_not_be_aligned(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {
+        "a": torch.arange(3, dtype=torch.uint8),
+        "b": torch.arange(5, dtype=torch.float32),
+        "c": torch.tensor(2.0),
+        "d": torch.zeros(0, 7),
+    }
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    parts = [Part(stored) for stored in read_header(tmp_path / "model.safetensors")]
+    ahead = ReadAhead(torch.device("cpu"), num_threads=2)
+    for order in (parts, parts[::-1], parts[1:], parts[::2]):
+        for part, read in zip(order, ahead.read(part.span for part in order), strict=True):
+            assert torch.equal(part.shaped(read), tensors[part.stored.name])
+    odd = tmp_path / "odd"
+    odd.write_bytes(b"x" + tensors["b"].numpy().tobytes())
+    part = Part(StoredTensor("b", odd, "F32", (5,), 20, 1))
+    _, data = ahead.read([Span(odd, 0, 1), part.span])
+    assert torch.equal(part.shaped(data), tensors["b"])
+    ahead.close()
 
 
 def test_progress_reaches_what_is_due(tmp_path: Path, all_ranks: dict[int, ThreadRanks]) -> None:

@@ -41,14 +41,51 @@ class Span:
     begin: int
     num_bytes: int
 
+    @property
+    def end(self) -> int:
+        """Behind the last byte."""
+        return self.begin + self.num_bytes
+
+
+def join_spans(spans: Iterable[Span], most_bytes: int) -> Generator[tuple[Span, list[Span]]]:
+    """Join spans that follow each other in a file, so that they are read at once.
+
+    Args:
+        spans: in any order, which is kept.
+        most_bytes: of several that are joined.
+    Returns:
+        One after the other, what is read and what it is joined of.
+    Collective: none.
+    """
+    joined: list[Span] = []
+    num_bytes = 0
+    for span in spans:
+        follows = joined and joined[-1].file == span.file and joined[-1].end == span.begin
+        if joined and (not follows or num_bytes + span.num_bytes > most_bytes):
+            yield Span(joined[0].file, joined[0].begin, num_bytes), joined
+            joined, num_bytes = [], 0
+        joined.append(span)
+        num_bytes += span.num_bytes
+    if joined:
+        yield Span(joined[0].file, joined[0].begin, num_bytes), joined
+
 
 @dataclass
 class _Staging:
     """Page-locked memory and what still copies out of it. Owner: the thread that took it."""
 
-    memory: Tensor
-    stream: Any
+    memory: Tensor | None = None
+    stream: Any = None
     copied: Any = None
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A span on its way: where to, what it is divided into, and its chunks."""
+
+    target: Tensor
+    sizes: list[int]
+    chunks: list[Future[Any]]
 
 
 class FileReader:
@@ -104,6 +141,8 @@ class ReadAhead:
         num_threads: that read at once.
         chunk_bytes: most that a thread reads at once.
         ahead_bytes: most that is read or on its way and not yet taken, or one span.
+
+    Spans that are joined share memory, an eighth of `ahead_bytes` at most.
     """
 
     def __init__(
@@ -113,18 +152,17 @@ class ReadAhead:
         chunk_bytes: int = CHUNK_BYTES,
         ahead_bytes: int = AHEAD_BYTES,
     ) -> None:
-        self._device, self._chunk_bytes, self._ahead_bytes = device, chunk_bytes, ahead_bytes
+        self._device, self._chunk_bytes = device, chunk_bytes
+        self._ahead_bytes, self._joined_bytes = ahead_bytes, ahead_bytes // 8
         self._files = FileReader()
         self._threads = ThreadPoolExecutor(num_threads, "equipoise-read")
         self._free: SimpleQueue[_Staging] = SimpleQueue()
         # Two for each thread: one is read into while the device copies out of the other.
         for _ in range(2 * num_threads if device.type == "cuda" else 0):
-            memory = torch.empty(chunk_bytes, dtype=torch.uint8, pin_memory=True)
-            stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            self._free.put(_Staging(memory, stream))
+            self._free.put(_Staging())
 
     def read(self, spans: Iterable[Span]) -> Generator[Tensor]:
-        """Read spans.
+        """Read spans; those that follow each other in a file at once.
 
         Args:
             spans: what to read.
@@ -134,17 +172,17 @@ class ReadAhead:
         Collective: none.
         Raises: ModelError, naming the file, if one cannot be read or ends too early.
         """
-        waiting: deque[tuple[Tensor, list[Future[Any]]]] = deque()
+        waiting: deque[_Reading] = deque()
         num_ahead = 0
         try:
-            for span in spans:
+            for span, parts in join_spans(spans, self._joined_bytes):
                 while waiting and num_ahead + span.num_bytes > self._ahead_bytes:
-                    yield self._finish(*waiting[0])
-                    num_ahead -= waiting.popleft()[0].numel()
-                waiting.append(self._start(span))
+                    yield from self._finish(waiting[0])
+                    num_ahead -= waiting.popleft().target.numel()
+                waiting.append(self._start(span, parts))
                 num_ahead += span.num_bytes
             while waiting:
-                yield self._finish(*waiting[0])
+                yield from self._finish(waiting[0])
                 waiting.popleft()
         finally:
             self._give_up(waiting)
@@ -154,7 +192,7 @@ class ReadAhead:
         self._threads.shutdown()
         self._files.close()
 
-    def _start(self, span: Span) -> tuple[Tensor, list[Future[Any]]]:
+    def _start(self, span: Span, parts: list[Span]) -> _Reading:
         # Other threads write to it, which an inference tensor would not allow.
         with torch.inference_mode(False):
             target = torch.empty(span.num_bytes, dtype=torch.uint8, device=self._device)
@@ -167,7 +205,7 @@ class ReadAhead:
             part = target[begin : begin + self._chunk_bytes]
             chunk = Span(span.file, span.begin + begin, part.numel())
             chunks.append(self._threads.submit(self._read_chunk, chunk, part, ready))
-        return target, chunks
+        return _Reading(target, [part.num_bytes for part in parts], chunks)
 
     def _read_chunk(self, chunk: Span, target: Tensor, ready: Any) -> Any:
         if ready is None:
@@ -175,6 +213,10 @@ class ReadAhead:
             return None
         staging = self._free.get()
         try:
+            if staging.memory is None:
+                # Locking pages takes a while: others read meanwhile.
+                staging.memory = torch.empty(self._chunk_bytes, dtype=torch.uint8, pin_memory=True)
+                staging.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             if staging.copied is not None:
                 staging.copied.synchronize()
             filled = staging.memory[: chunk.num_bytes]
@@ -187,16 +229,16 @@ class ReadAhead:
         finally:
             self._free.put(staging)
 
-    def _finish(self, target: Tensor, chunks: list[Future[Any]]) -> Tensor:
-        for chunk in chunks:
+    def _finish(self, reading: _Reading) -> Iterable[Tensor]:
+        for chunk in reading.chunks:
             copied = chunk.result()
             if copied is not None:
                 torch.cuda.current_stream(self._device).wait_event(copied)
-        return target
+        return torch.split(reading.target, reading.sizes)
 
-    def _give_up(self, waiting: Iterable[tuple[Tensor, list[Future[Any]]]]) -> None:
+    def _give_up(self, waiting: Iterable[_Reading]) -> None:
         """Wait for what is on its way, so that nothing is written to memory that others get."""
-        chunks = [chunk for _, several in waiting for chunk in several]
+        chunks = [chunk for reading in waiting for chunk in reading.chunks]
         for chunk in chunks:
             if not chunk.cancel():
                 chunk.exception()

@@ -58,7 +58,11 @@ class Part:
 
     def shaped(self, data: Tensor) -> Tensor:
         """Its bytes as a tensor."""
-        return data.view(DTYPES[self.stored.dtype]).view(self.shape)
+        dtype = DTYPES[self.stored.dtype]
+        if data.storage_offset() % dtype.itemsize:
+            # Behind one of smaller numbers in memory.
+            data = data.clone()
+        return data.view(dtype).view(self.shape)
 
     def on_meta(self) -> Tensor:
         """A tensor like it without data."""
