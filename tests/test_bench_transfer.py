@@ -143,6 +143,7 @@ def test_a_wire_between_gpus_is_refused_on_the_cpu() -> None:
     ("words", "error", "complaint"),
     [
         ("--ranks 1", ConfigError, "--ranks must be at least 2, got 1"),
+        ("--device cpu --kind deal", ConfigError, "--kind is for GPUs: on the CPU every slot gets"),
         ("--layers 0", ConfigError, "--layers must be at least 1, got 0"),
         ("--slots -3", ConfigError, "--slots must be at least 1, got -3"),
         ("--expert-bytes 0", ConfigError, "--expert-bytes must be at least 1, got 0"),

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from equipoise.cli.bench import JsonPath, check_json_path, show_outcome
+from equipoise.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from equipoise.bench.gpu_case import Kind as CaseKind
     from equipoise.bench.outcome import BenchOutcome
     from equipoise.bench.transfer_case import TransferSpec
 
@@ -41,6 +45,14 @@ _GPU_COLUMNS = (
 )
 
 
+class Kind(StrEnum):
+    """How experts move between GPUs, as in `GpuCase`."""
+
+    SWAP = "swap"
+    FILL = "fill"
+    DEAL = "deal"
+
+
 class Device(StrEnum):
     """Where the experts are."""
 
@@ -57,13 +69,21 @@ def bench_transfer(
         int | None, typer.Option(help="Processes, at least 2; 4 on the CPU, 2 on GPUs.")
     ] = None,
     layers: Annotated[
-        int | None, typer.Option(help="Layers; 10 on the CPU. On GPUs one case instead of three.")
+        int | None, typer.Option(help="Layers; 10 on the CPU. On GPUs one case instead of four.")
     ] = None,
     slots: Annotated[
         int | None, typer.Option(help="Slots of each rank, per layer; 8 on the CPU.")
     ] = None,
     expert_bytes: Annotated[
         int | None, typer.Option(help="Bytes of one expert; those of Qwen3-30B-A3B in FP8.")
+    ] = None,
+    kind: Annotated[
+        list[Kind] | None,
+        typer.Option(
+            help="On GPUs: half of the slots change places with another rank's (swap), empty ones "
+            "are filled (fill), or all are dealt anew (deal). May be repeated; by default all, and "
+            "swap where sizes are given."
+        ),
     ] = None,
     backend: Annotated[
         list[str] | None,
@@ -94,8 +114,10 @@ def bench_transfer(
         timeout_s=timeout,
     )
     if on_gpus:
-        show_outcome(_compare_on_gpus(spec, is_custom), _GPU_COLUMNS, json_path)
+        show_outcome(_compare_on_gpus(spec, is_custom, kind or ()), _GPU_COLUMNS, json_path)
         return
+    if kind:
+        raise ConfigError("--kind is for GPUs: on the CPU every slot gets another expert")
     from equipoise.bench.transfer import compare_transfers
 
     show_outcome(compare_transfers(spec), _COLUMNS, json_path)
@@ -108,17 +130,21 @@ def count_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _compare_on_gpus(spec: TransferSpec, is_custom: bool) -> BenchOutcome:
+def _compare_on_gpus(spec: TransferSpec, is_custom: bool, kinds: Sequence[Kind]) -> BenchOutcome:
     from equipoise.bench.gpu import compare_on_gpus
     from equipoise.bench.gpu_case import DEFAULT_CASES, GpuCase
     from equipoise.bench.gpu_rank import GpuSpec
     from equipoise.comm import list_communicators
 
-    cases: tuple[GpuCase, ...] = DEFAULT_CASES
+    wanted = cast("tuple[CaseKind, ...]", tuple(dict.fromkeys(kind.value for kind in kinds)))
+    cases = tuple(case for case in DEFAULT_CASES if not wanted or case.kind in wanted)
     if is_custom:
         third = spec.expert_bytes // 24 * 8
         sizes = (spec.expert_bytes - third, third)
-        cases = (GpuCase("as given", spec.num_layers, spec.slots_per_rank, sizes),)
+        cases = tuple(
+            GpuCase(f"as given, {kind}", spec.num_layers, spec.slots_per_rank, sizes, kind)
+            for kind in wanted or ("swap",)
+        )
     gpu_spec = GpuSpec(
         cases=cases,
         backends=spec.backends or list_communicators(),
