@@ -132,6 +132,28 @@ def test_a_server_without_ranks_ends_and_says_why(tmp_path: Path) -> None:
         wait_until_alone(process.pid, time.monotonic() + 30)
 
 
+@pytest.mark.more_faults
+def test_ranks_of_a_server_that_was_killed_are_the_next_ones(
+    tmp_path: Path, plain: dict[str, str]
+) -> None:
+    words = ("--ranks=2", "--state=state.json")
+    with serve(tmp_path, *words) as (first, url):
+        before = {rank["name"]: rank["pid"] for rank in ServerClient(url, {}).status()["ranks"]}
+        first.kill()
+        first.wait(60)
+        with serve(tmp_path, *words) as (second, url):
+            client = ServerClient(url, {})
+            with Load(url, plain, MAX_TOKENS) as load:
+                load.wait_for_more()
+                assert client.scale(to=3)["done"]
+                load.wait_for_more()
+            assert load.wrong == []
+            after = {rank["name"]: rank["pid"] for rank in client.status()["ranks"]}
+            assert before.items() < after.items()
+            end(second)
+    assert not (tmp_path / "state.json").exists()
+
+
 BAD = {
     ("--port=99999",): "--port must be from 0 to 65535, got 99999",
     ("--host=0.0.0.0",): "--host 0.0.0.0 lets other machines in: set EQ_API_KEY and EQ_ADMIN_KEY",
