@@ -48,7 +48,7 @@ def bench_serve(
     rounds: Annotated[
         int, typer.Option(help="With HTTP and without, in turns.", rich_help_panel=_OVERHEAD)
     ] = 5,
-    tokens: Annotated[int | None, typer.Option(help="Of each answer.  [128; 24]")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Of each answer.  [128; 16]")] = None,
     sizes: Annotated[
         str | None,
         typer.Option(help="Numbers of ranks.  [2,4,3,5,2; 3]", rich_help_panel=_TRAFFIC),
@@ -86,7 +86,7 @@ def bench_serve(
         every_s=every,
         num_requests=requests,
         num_clients=clients,
-        num_tokens=24 if tokens is None else tokens,
+        num_tokens=16 if tokens is None else tokens,
         options=on_ray,
     )
     outcome = measure_traffic(spec, lambda text: typer.echo(text, err=True))

@@ -61,7 +61,7 @@ class TrafficSpec:
     every_s: float = 20.0
     num_requests: int = 2000
     num_clients: int = 16
-    num_tokens: int = 24
+    num_tokens: int = 16
     options: tuple[str, ...] = ()
     seed: int = 0
 
