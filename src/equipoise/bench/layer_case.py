@@ -121,7 +121,9 @@ class LayerMeasured:
 
 def make_cases(num_tokens: int | None, *, on_gpus: bool) -> tuple[LayerCase, ...]:
     """The cases that are shown, or one number of tokens. Collective: none."""
-    counts = ((128, 20), (4096, 5)) if on_gpus else ((32, 10), (512, 2))
+    counts: tuple[tuple[int, int], ...] = ((128, 20), (4096, 5))
+    if not on_gpus:
+        counts = ((32, 10), (512, 2))
     if num_tokens is not None:
         counts = ((num_tokens, 1),)
     routings: tuple[Routing, ...] = ("uniform", "skewed")
