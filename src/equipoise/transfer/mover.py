@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -59,6 +60,14 @@ class ChunkMover:
         # Behind the start, which waits for what stands on the stream; beside a forward pass.
         self.prepare_own(share, staging).run(gently=True)
         self.communicator.finish()
+
+    def decline(self) -> None:
+        """Come to a chunk's exchange with nothing: whoever begins it hears so, and fails at once.
+
+        Collective: in the place of `stage`; the communicator is not used again.
+        """
+        with contextlib.suppress(TransferError):
+            self.communicator.execute()
 
     def start(self, share: ChunkShare, staging: Tensor, may_land: MayLand | None = None) -> None:
         """Begin to bring what comes from other ranks into staging; the communicator finishes it.

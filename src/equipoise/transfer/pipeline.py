@@ -24,12 +24,14 @@ class _Chunk:
     """A chunk on its way; the transfer's thread has it until it is received, then the caller's.
 
     Attributes:
+        share: this rank's.
         is_free: whether its buffer is.
         own: what stages this rank's own experts; None before it is made ready, and once it was run.
         copies: what fills its slots.
         staged: recorded behind `own`; None on the CPU.
     """
 
+    share: ChunkShare
     is_free: bool = False
     own: SpanCopies | None = None
     copies: SpanCopies = field(init=False)
@@ -136,7 +138,11 @@ class Pipeline:
                         return
                     self._mover.communicator.advance()
                     started.append(self._start(number))
-                    if len(started) > self._num_ahead:
+                    if len(started) > self._num_ahead > 0:
+                        self._finish(started.popleft())
+                    # Not before: another chunk may have come, and ranks wait for each other's.
+                    self._prepare(number, started[-1])
+                    if not self._num_ahead:
                         self._finish(started.popleft())
                 for left in started:
                     self._finish(left)
@@ -170,15 +176,19 @@ class Pipeline:
 
     def _start(self, number: int) -> _Chunk:
         mover, share, buffer = self._mover, self._shares[number], self.find_buffer(number)
-        chunk = _Chunk(is_free=not self._holds)
-        # The peers hear of it first; what they say may have come after each step of ours.
+        chunk = _Chunk(share, is_free=not self._holds)
         mover.start(share, buffer, partial(self._land, number, chunk) if self._holds else None)
-        chunk.own = mover.prepare_own(share, buffer)
-        self._stage_own(chunk)
-        mover.communicator.advance()
-        chunk.copies = mover.prepare(share, buffer)
+        # By now what the peers have to say may have come.
         mover.communicator.advance()
         return chunk
+
+    def _prepare(self, number: int, chunk: _Chunk) -> None:
+        mover, buffer = self._mover, self.find_buffer(number)
+        chunk.own = mover.prepare_own(chunk.share, buffer)
+        self._stage_own(chunk)
+        mover.communicator.advance()
+        chunk.copies = mover.prepare(chunk.share, buffer)
+        mover.communicator.advance()
 
     def _land(self, number: int, chunk: _Chunk) -> bool:
         if not self._is_free(number):
