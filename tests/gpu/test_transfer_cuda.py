@@ -151,9 +151,10 @@ def break_down(communicator: EplbCommunicator, fate: str) -> None:
 def test_spans_are_copied_whatever_their_alignment() -> None:
     device = torch.device("cuda", 0)
     rng = np.random.default_rng(5)
-    for _ in range(40):
-        count = int(rng.integers(1, 50))
-        sizes = rng.choice([1, 3, 16, 48, 1000, 4096, 70_001, 1 << 20], count)
+    for number in range(40):
+        # Gently, a program may have many spans.
+        count = int(rng.integers(1, 300))
+        sizes = rng.choice([1, 3, 16, 48, 1000, 4096, 70_001, 1 << 18], count)
         gaps = rng.integers(0, 40, count)
         starts = np.cumsum(sizes + gaps) - sizes
         source = torch.randint(
@@ -165,7 +166,7 @@ def test_spans_are_copied_whatever_their_alignment() -> None:
         landing[order] = np.cumsum(sizes[order]) - sizes[order]
         here = Spans(source.data_ptr() + starts, sizes)
         there = Spans(target.data_ptr() + landing, sizes)
-        SpanCopies(here, there, device, (source, target)).run()
+        SpanCopies(here, there, device, (source, target)).run(gently=number % 2 == 1)
         wanted = torch.zeros_like(target)
         for start, size, land in zip(starts, sizes, landing, strict=True):
             wanted[land : land + size] = source[start : start + size]
