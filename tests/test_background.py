@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 
 import numpy as np
@@ -10,11 +11,13 @@ import pytest
 import torch
 
 from equipoise.balancer.events import CpuGpuEvent
+from equipoise.balancer.limits import Pace
 from equipoise.comm.base import ExpertMoves
 from equipoise.comm.groups import RankGroup
 from equipoise.comm.registry import create_eplb_communicator
 from equipoise.config import EPLBConfig
 from equipoise.errors import ConfigError, TransferError
+from equipoise.plan.slot_order import keep_slots
 from equipoise.policy import get_policy
 from tests.background import ServingInBackground
 from tests.ranks import Rank, processes
@@ -33,6 +36,7 @@ def test_a_plan_is_carried_out_beside_the_steps(rank: Rank, num_ranks: int, wire
         for load in (skew(7), skew(hot), skew(hot)):
             assert serving.step(load) == ()
         planned_step = serving.state.steps
+        standing = serving.maps.placement
         assert serving.state.is_rebalancing
         serving.state.pause()
         (outcome,) = serving.step_until_done(skew(1))
@@ -40,7 +44,7 @@ def test_a_plan_is_carried_out_beside_the_steps(rank: Rank, num_ranks: int, wire
         assert outcome.step == serving.state.steps > planned_step
         window = 2 * num_ranks * skew(hot)
         oracle = get_policy("deepseek").place(window, outcome.placement.topology)
-        assert outcome.placement == oracle == serving.maps.placement
+        assert outcome.placement == keep_slots(standing, oracle) == serving.maps.placement
         assert outcome.moves == outcome.moves_per_layer.sum()
         assert outcome.bytes == outcome.moves * (6 * 4 + 4 * 2)
         told = serving.group.all_gather(torch.tensor([outcome.step]))
@@ -215,6 +219,34 @@ def test_a_rebalance_under_way_is_given_up_by_close(rank: Rank) -> None:
     serving.assert_slots_hold_what_maps_say()
     alive = [thread.name for thread in threading.enumerate()]
     assert "equipoise-worker" not in alive
+    serving.close()
+
+
+@pytest.mark.parametrize("wire", ["torch_gloo", "nixl"])
+@processes(2)
+def test_who_is_stopped_before_an_exchange_keeps_nobody_waiting(rank: Rank, wire: str) -> None:
+    """Rank 1 rests before it would stage; rank 0 has begun the exchange by then."""
+    if rank.rank == 1:
+        Pace.wait_s = 1000.0  # type: ignore[assignment,misc]
+    serving = ServingInBackground(rank.make_group(timeout_s=20), wire, step_interval=1000)
+    begun = threading.Event()
+    start = serving.communicator.start
+
+    def start_and_tell(*arguments: object) -> None:
+        begun.set()
+        start(*arguments)  # type: ignore[arg-type]
+
+    serving.communicator.start = start_and_tell  # type: ignore[method-assign]
+    serving.add()
+    serving.step(skew(5))
+    serving.state.rearrange()
+    if rank.rank == 0:
+        assert begun.wait(20.0)
+    serving.group.barrier()
+    began = time.monotonic()
+    assert serving.state.close()
+    assert time.monotonic() - began < 10.0
+    serving.assert_slots_hold_what_maps_say()
     serving.close()
 
 

@@ -17,7 +17,7 @@ from equipoise.policy import get_policy
 from equipoise.topology import Topology
 from tests.background import ServingInBackground
 from tests.ranks import Rank, processes
-from tests.test_balancer import NUM_LAYERS, skew
+from tests.test_balancer import CPU, NUM_LAYERS, skew
 
 LAYERS, EXPERT_BYTES = 12, 100
 # For a layer, and perhaps another that has little to move.
@@ -33,7 +33,7 @@ def make_wide_plan() -> TransferPlan:
 
 def cut(config: EPLBConfig, rank: int = 0) -> list[ChunkSize]:
     plan = make_wide_plan()
-    shares, sizes = cut_plan(plan, rank, np.full(LAYERS, EXPERT_BYTES), config)
+    shares, sizes = cut_plan(plan, rank, np.full(LAYERS, EXPERT_BYTES), config, CPU)
     layers = np.concatenate(shares.chunks)
     assert layers.tolist() == list(range(LAYERS)), "each layer that differs, once"
     for share, size in zip(shares, sizes, strict=True):

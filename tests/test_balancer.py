@@ -22,6 +22,7 @@ from equipoise.dispatch.maps import PlacementMaps
 from equipoise.errors import ConfigError, DependencyError, PlacementError, TransferError
 from equipoise.load.recorder import LoadRecorder
 from equipoise.placement import Placement, place_in_order
+from equipoise.plan.slot_order import keep_slots
 from equipoise.policy import get_policy
 from equipoise.topology import IntArray, Topology
 from tests.ranks import Rank, processes
@@ -110,6 +111,7 @@ def test_load_is_balanced_at_the_interval(rank: Rank, num_ranks: int) -> None:
     serving = Serving(rank.make_group(), in_foreground(window_size=2, step_interval=3))
     serving.add()
     for hot in (6, 4):
+        standing = serving.maps.placement
         # The window holds two steps, so the first of three must not count.
         for step, load in enumerate((skew(7), skew(hot), skew(hot)), start=1):
             serving.send_tokens(load)
@@ -121,7 +123,7 @@ def test_load_is_balanced_at_the_interval(rank: Rank, num_ranks: int) -> None:
         assert outcome.moves == outcome.moves_per_layer.sum()
         window = 2 * num_ranks * skew(hot)
         oracle = get_policy("deepseek").place(window, outcome.placement.topology)
-        assert outcome.placement == oracle
+        assert outcome.placement == keep_slots(standing, oracle)
         if num_ranks > 1:
             assert (outcome.balancedness_after > outcome.balancedness_before).all()
             assert outcome.moves > 0

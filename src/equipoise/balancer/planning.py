@@ -7,6 +7,7 @@ import logging
 from equipoise.config import EPLBConfig
 from equipoise.placement import Placement, measure_balancedness, spread_load
 from equipoise.plan.gate import MoveCosts, keep_layers, weigh_moves
+from equipoise.plan.slot_order import keep_slots
 from equipoise.plan.transfer_plan import TransferPlan, make_plan
 from equipoise.policy.base import PlacementPolicy
 from equipoise.topology import IntArray
@@ -46,7 +47,8 @@ def plan_moves(
                 "nothing planned: balancedness %.3f is %.3f or more", balancedness, threshold
             )
         return make_plan(standing, standing)
-    plan = make_plan(standing, policy.place(load, standing.topology, standing=standing))
+    target = policy.place(load, standing.topology, standing=standing)
+    plan = make_plan(standing, keep_slots(standing, target))
     if config.token_us is None or costs is None:
         return plan
     verdict = weigh_moves(

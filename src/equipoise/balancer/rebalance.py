@@ -272,9 +272,11 @@ class Rebalance:
         return _Part(model, load, mover, expert_bytes)
 
     def _cut(self, parts: Sequence[_Part]) -> None:
-        most = 0
+        most, rank = 0, self._group.rank
         for part in parts:
-            shares, sizes = cut_plan(part.plan, self._group.rank, part.expert_bytes, self._config)
+            shares, sizes = cut_plan(
+                part.plan, rank, part.expert_bytes, self._config, self._group.device
+            )
             self._chunks += [_PartChunk(part, shares, number) for number in range(len(shares))]
             self._sizes += sizes
             most = max(most, int(shares.num_bytes.max(initial=0)))
@@ -300,35 +302,51 @@ class Rebalance:
             return self._handover.wanted
         part, share = self._chunks[number].part, self._chunks[number].share
         half = self._halves[number % NUM_HALVES]
+        status = self._await_half(half)
+        if status is not Status.FINE:
+            # Peers may have begun it, and would wait for this rank until their deadline.
+            part.mover.decline()
+            return status
+        self._pace.note(share.busiest_bytes)
+        # Not counting the wait for the forward thread: that is serving, not moving; nor what the
+        # pace asks for.
+        started = time.perf_counter()
         try:
-            if half.is_lent and not half.freed.wait(self._timeout_s):
-                return self._handover.wanted
-            half.is_lent = False
-            if (wanted := self._handover.rest(self._pace.wait_s)) is not Status.FINE:
-                return wanted
-            self._pace.note(share.busiest_bytes)
-            # Not counting the wait for the forward thread: that is serving, not moving; nor
-            # what the pace asks for.
-            started = time.perf_counter()
             part.mover.stage(share, half.staging)
-            standing = self._standing[part.model.name]
-            maps = part.model.prepare(standing, part.plan.new, share.layers.tolist())
-            self._staged = AsyncEplbLayerResult(
-                model=part.model,
-                maps=maps,
-                # One launch for slots and maps.
-                copies=part.mover.prepare(share, half.staging, part.model.maps.list_copies(maps)),
-                staging=half.staging,
-                freed=half.freed,
-            )
-            if half.staging.is_cuda:
-                # The forward thread's stream builds on it from here on.
-                torch.cuda.current_stream(half.staging.device).synchronize()
+            self._staged = self._prepare(part, share, half)
         except Exception as error:
-            return self._fail(error)
+            failed = self._fail(error)
+            # Where all stop, it may be a peer that declined.
+            return Status.STOPPED if self._handover.wanted is Status.STOPPED else failed
         self.transfer_s += time.perf_counter() - started
         self.received_bytes += share.remote_bytes
         return Status.FINE
+
+    def _await_half(self, half: _Half) -> Status:
+        """Wait until the forward thread has emptied it, and the pace allows an exchange."""
+        try:
+            if half.is_lent and not half.freed.wait(self._timeout_s):
+                return self._handover.wanted
+        except Exception as error:
+            return self._fail(error)
+        half.is_lent = False
+        return self._handover.rest(self._pace.wait_s)
+
+    def _prepare(self, part: _Part, share: ChunkShare, half: _Half) -> AsyncEplbLayerResult:
+        standing = self._standing[part.model.name]
+        maps = part.model.prepare(standing, part.plan.new, share.layers.tolist())
+        result = AsyncEplbLayerResult(
+            model=part.model,
+            maps=maps,
+            # One launch for slots and maps.
+            copies=part.mover.prepare(share, half.staging, part.model.maps.list_copies(maps)),
+            staging=half.staging,
+            freed=half.freed,
+        )
+        if half.staging.is_cuda:
+            # The forward thread's stream builds on it from here on.
+            torch.cuda.current_stream(half.staging.device).synchronize()
+        return result
 
     def _meet(self, worker: Worker) -> Sequence[int] | None:
         busy_s = self._find_busy_s(worker.chunk) if self._chunks else 0.0

@@ -157,6 +157,7 @@ class EplbState:
             self.group.rank,
             on_commit,
         )
+        communicator.is_beside_forward = self._background is not None
         with self._lock:
             self._models[name] = model
         return model
@@ -421,7 +422,9 @@ class EplbState:
             held: list[Tensor] = []
             if self._background is not None:
                 num_slots = model.placement.topology.slots_per_rank
-                staging_bytes = find_half_bytes(model.expert_bytes, num_slots, self.config)
+                staging_bytes = find_half_bytes(
+                    model.expert_bytes, num_slots, self.config, self.group.device
+                )
                 # The pass takes one half; the worker has all of them at once.
                 held = [
                     torch.empty(staging_bytes, dtype=torch.uint8, device=self.group.device)

@@ -88,6 +88,10 @@ class EplbCommunicator(ABC):
     """Exchanges that travel beside the oldest one, once they were started; 0 where `finish` does it
     all."""
 
+    is_beside_forward: bool = False
+    """Set it where a forward pass runs beside exchanges: they then take longer between two looks at
+    how far they have come, and leave the interpreter to it."""
+
     can_hold: bool = False
     """Whether `start` takes `may_land`."""
 

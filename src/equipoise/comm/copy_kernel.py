@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -69,14 +70,23 @@ class KernelTable:
         rest = sources.num_bytes - in_words
         words = (sources.address, destinations.address, in_words // _WORD_BYTES)
         ends = (sources.address + in_words, destinations.address + in_words, rest)
-        tables, self._starts = [], []
+        tables, all_starts = [], []
         for columns in (words, ends):
             kept = columns[2] > 0
             tables.append(np.stack([column[kept] for column in columns]))
-            self._starts.append(np.concatenate(([0], np.cumsum(kept)))[list(edges)].tolist())
-        self._num_wide = tables[0].shape[1]
-        table = np.concatenate([each.ravel() for each in tables])
+            all_starts.append(np.concatenate(([0], np.cumsum(kept)))[list(edges)].tolist())
+        # Both aligned alike: for another alignment Triton would compile, beside a forward pass.
+        wide = tables[0].size + tables[0].size % 2
+        table = np.zeros(wide + tables[1].size, dtype=np.int64)
+        table[: tables[0].size], table[wide:] = tables[0].ravel(), tables[1].ravel()
         self._table: Tensor = torch.from_numpy(table).pin_memory().to(device, non_blocking=True)
+        parts = self._table[: tables[0].size], self._table[wide:]
+        self._launches = [
+            (kernel, columns, len(columns) // 3, starts)
+            for kernel, columns, starts in zip(
+                (_copy_words, _copy_bytes), parts, all_starts, strict=True
+            )
+        ]
         # Whoever launches may do so on another stream, and sooner than this one has brought it.
         self._brought = torch.cuda.current_stream(device).record_event()
 
@@ -87,15 +97,14 @@ class KernelTable:
         stream.wait_event(self._brought)
         # Another stream may have made it: it must outlive this one's use of it.
         self._table.record_stream(stream)
-        rows = self._table[: 3 * self._num_wide], self._table[3 * self._num_wide :]
-        with torch.cuda.device(device):
-            for kernel, columns, starts in zip(
-                (_copy_words, _copy_bytes), rows, self._starts, strict=True
-            ):
+        # To enter a device costs as much as a launch.
+        is_current = torch.cuda.current_device() == device.index
+        with contextlib.nullcontext() if is_current else torch.cuda.device(device):
+            for kernel, columns, num_spans, starts in self._launches:
                 if part + 1 < len(starts) and (count := starts[part + 1] - starts[part]):
                     programs, lanes = count, _NUM_LANES
                     if gently:
                         programs = min(count, _GENTLE_PROGRAMS)
                         lanes = _GENTLE_PROGRAMS // programs
                     between = starts[part], starts[part + 1]
-                    kernel[(programs, lanes)](columns, len(columns) // 3, *between, BLOCK=_BLOCK)
+                    kernel[(programs, lanes)](columns, num_spans, *between, BLOCK=_BLOCK)

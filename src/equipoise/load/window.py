@@ -34,6 +34,9 @@ class LoadWindow:
         self._sum = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
         # One column more takes what empty slots say.
         self._step = torch.zeros(num_layers, num_experts + 1, dtype=torch.int64, device=device)
+        # Views that every step needs: to make one costs as much as an operation.
+        self._newest = self._step[:, :-1]
+        self._rows = self._ring.unbind()
         self._next = 0
 
     def push(self, slot_counts: Tensor, slot_to_expert: Tensor) -> None:
@@ -44,17 +47,17 @@ class LoadWindow:
             slot_to_expert: [L, P] int64, the placement that the step ran on; -1 for empty slots.
         Collective: none; no host sync.
         """
-        trash = self._step.shape[1] - 1
-        index = torch.where(slot_to_expert < 0, trash, slot_to_expert)
+        # -1 becomes the column more.
+        index = slot_to_expert.remainder(self._step.shape[1])
         self._step.zero_().scatter_add_(1, index, slot_counts)
-        oldest = self._ring[self._next]
-        self._sum.add_(self.newest()).sub_(oldest)
-        oldest.copy_(self.newest())
-        self._next = (self._next + 1) % self._ring.shape[0]
+        oldest = self._rows[self._next]
+        self._sum.add_(self._newest).sub_(oldest)
+        oldest.copy_(self._newest)
+        self._next = (self._next + 1) % len(self._rows)
 
     def newest(self) -> Tensor:
         """[L, E] int64, the last step that was pushed; a view that the next push overwrites."""
-        return self._step[:, :-1]
+        return self._newest
 
     def sum(self) -> Tensor:
         """[L, E] int64, tokens per expert over the window; a copy. Collective: none."""

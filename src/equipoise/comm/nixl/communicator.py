@@ -33,8 +33,9 @@ _TAG_HELLO = 5
 _FORMAT = 1
 _POOL_BYTES = 32 << 20
 _FEWEST_PIECES = 8
-# Ranks may share cores: who waits sleeps, from a notification's latency up to a thousandth. With
-# weights on GPUs they do not, and a READ of many experts is over in some thousandths.
+# Ranks may share cores, and a forward pass wants the interpreter: who waits sleeps, from a
+# notification's latency up to a thousandth. With weights on GPUs and nothing beside, a READ of many
+# experts is over in some thousandths, and looked at all the time.
 _SHORTEST_PAUSE_S = 50e-6
 _LONGEST_PAUSE_S = 1e-3
 
@@ -234,7 +235,8 @@ class NixlEplbCommunicator(QueuedCommunicator[_Flight]):
 
     def _end(self, flight: _Flight) -> None:
         flights = [flight, *self._under_way]
-        pause = _SHORTEST_PAUSE_S
+        is_alone = self._is_cuda and not self.is_beside_forward
+        longest, pause = _SHORTEST_PAUSE_S if is_alone else _LONGEST_PAUSE_S, _SHORTEST_PAUSE_S
         try:
             while not flight.exchange.is_over:
                 self._refuse_if_interrupted()
@@ -242,7 +244,7 @@ class NixlEplbCommunicator(QueuedCommunicator[_Flight]):
                     pause = _SHORTEST_PAUSE_S
                     continue
                 time.sleep(pause)
-                pause = min(2 * pause, _SHORTEST_PAUSE_S if self._is_cuda else _LONGEST_PAUSE_S)
+                pause = min(2 * pause, longest)
         except BaseException:
             self._set_apart(flights)
             raise
