@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from equipoise.errors import ModelError, PlacementError
 from equipoise.models.contract import ADAPTED, ALIKE, ExpertLayer, find_expert_layers, group_by_size
-from equipoise.models.families import FAMILIES
+from equipoise.models.families import FAMILIES, read_config
 from equipoise.models.headers import INDEX, SINGLE, StoredTensor, read_index
 from equipoise.models.skeleton import build_model, build_skeleton, find_missing, sort_sources
 from equipoise.models.stored_experts import check_complete
@@ -96,8 +96,16 @@ def inspect_checkpoint(directory: Path, num_ranks: int, num_redundant: int | Non
     Collective: none.
     Raises: ModelError if there is no configuration that transformers can make a model of.
     """
-    model, dtype, quantizer = build_model(directory)
-    refused = []
+    refused: list[str] = []
+    try:
+        model, dtype, _ = build_model(directory)
+    except ModelError as error:
+        if not read_config(directory).get("quantization_config"):
+            raise
+        # What can be said of it all the same.
+        refused.append(str(error))
+        model, dtype, _ = build_model(directory, ignore_quantisation=True)
+    can_be_read = not refused
     layers: list[ExpertLayer] = []
     try:
         layers = find_expert_layers(model)
@@ -110,18 +118,18 @@ def inspect_checkpoint(directory: Path, num_ranks: int, num_redundant: int | Non
         one, reason = _inspect_set(model, group, num_ranks, num_redundant)
         sets.append(one)
         refused += reason
-    refused += _check_files(directory) if layers else []
+    refused += _check_files(directory) if layers and can_be_read else []
     model_type = str(model.config.model_type)
     if layers and model_type not in FAMILIES:
         refused.append(
             f"equipoise run: serves {', '.join(FAMILIES)}; use equipoise.parallelize for others"
         )
-    method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
+    said = read_config(directory).get("quantization_config") or {}
     return Inspection(
         model_type=model_type,
         architecture=type(model).__name__,
         dtype=str(dtype).removeprefix("torch."),
-        quantisation=None if quantizer is None else str(getattr(method, "value", method)),
+        quantisation=said.get("quant_method"),
         adapter=_name_adapter(layers),
         sets=tuple(sets),
         shared_bytes=_count_shared(model, layers),

@@ -181,8 +181,12 @@ def build_model(
     attention: str | None = None,
     *,
     dequantize: bool = False,
+    ignore_quantisation: bool = False,
 ) -> tuple[Any, torch.dtype, Any]:
-    """Make the model alone, on the meta device, its dtype, and what quantises it; as above."""
+    """Make the model alone, on the meta device, its dtype, and what quantises it; as above.
+
+    `ignore_quantisation` makes it as if its weights were not quantised.
+    """
     read_config(directory)
     transformers: Any = import_module("transformers")
     with quiet():
@@ -192,6 +196,8 @@ def build_model(
             )
             if attention is not None:
                 config._attn_implementation = attention
+            if ignore_quantisation and hasattr(config, "quantization_config"):
+                del config.quantization_config
             choose_quantisation(config, dequantize=dequantize)
             chosen = dtype or getattr(config, "dtype", None) or torch.float32
             model, quantizer = _make_model(transformers, config, chosen, device)
