@@ -94,8 +94,8 @@ def find_pids(controller: Controller) -> set[int]:
     return {rank.pid for rank in controller.status().ranks if rank.pid is not None}
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
+def wait_until(is_so: Callable[[], bool], timeout_s: float = WAIT_S) -> None:
+    deadline = time.monotonic() + timeout_s
     while not is_so():
         assert time.monotonic() < deadline, "it did not come to be"
         threading.Event().wait(0.02)

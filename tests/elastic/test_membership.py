@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ from equipoise.elastic.planning import plan_change, plan_recovery, rehearse
 from equipoise.elastic.traffic import RESTORE, list_fetches
 from equipoise.elastic.verdict import Word, settle
 from equipoise.errors import MembershipError
-from equipoise.models.host_copies import CopyKey, assign_copies
+from equipoise.models.host_copies import CopyKey, CopyRule, HostCopies, assign_copies
 from equipoise.placement import Placement, place_in_order
 from equipoise.topology import IntArray, Topology
 
@@ -147,6 +148,34 @@ def test_copies_are_with_ranks_that_have_no_slot_and_stay_where_they_are() -> No
         for mine, slots in zip(given, split(placement), strict=True):
             assert not any(key.expert in slots[key.layer] for key in mine)
         assert assign_copies([placement], backup, given) == given  # type: ignore[arg-type]
+
+
+def test_copies_follow_what_is_committed() -> None:
+    before = place_in_order(1, 4, Topology(2, 2))
+    # Rank 0 has slots of experts 0 and 1, rank 1 of 2 and 3.
+    kept_by = assign_copies([before], "unreplicated", [(), ()])
+    assert kept_by == [{CopyKey(0, 0, 2), CopyKey(0, 0, 3)}, {CopyKey(0, 0, 0), CopyKey(0, 0, 1)}]
+    read: list[CopyKey] = []
+
+    def read_copy(key: CopyKey) -> list[torch.Tensor]:
+        read.append(key)
+        return [torch.full((2,), float(key.expert))]
+
+    rule = CopyRule("unreplicated", 0, kept_by, read_copy)
+    copies = HostCopies({key: read_copy(key) for key in kept_by[0]}, rule)
+    read.clear()
+    swapped = Placement(np.array([[2, 1, 0, 3]]), 4, Topology(2, 2))
+    copies.follow([swapped])
+    assert copies.wait(10.0)
+    assert set(copies) == {CopyKey(0, 0, 0), CopyKey(0, 0, 3)}
+    assert read == [CopyKey(0, 0, 0)]
+    assert copies[CopyKey(0, 0, 0)][0].tolist() == [0.0, 0.0]
+    # Where a copy cannot be read, a death finds it missing.
+    failing = HostCopies({}, CopyRule("unreplicated", 1, kept_by, {}.__getitem__))
+    failing.follow([swapped])
+    assert failing.wait(10.0)
+    assert len(failing) == 0
+    HostCopies().follow([swapped])
 
 
 @pytest.mark.parametrize(

@@ -165,3 +165,40 @@ def test_whatever_ranks_do_tokens_come_once_and_in_order(story: list[tuple[str, 
     assert all(heard.tokens(key) == [0, 1, 2, 3, 4] for key in keys)
     assert table.wait_empty(0.0)
     assert table.counts()["finished"] == len(keys)
+
+
+def test_requests_of_a_controller_that_has_gone_are_kept_until_asked_for() -> None:
+    table, heard = RequestTable(8), []
+    told = {"id": "a", "tokens": [1], "sampling": {"max_new_tokens": 8}, "attempt": 2}
+    assert table.adopt("rank-0", {**told, "generated": [5, 6], "finish_reason": None})
+    # Another rank had it before.
+    assert not table.adopt(
+        "rank-1", {**told, "attempt": 1, "generated": [5], "finish_reason": None}
+    )
+    ended = {**told, "id": "b", "generated": [3, 4], "finish_reason": "length"}
+    assert table.adopt("rank-1", ended)
+    assert not table.adopt("rank-1", ended)
+    assert set(table.list_unclaimed()) == {"a", "b"}
+    assert table.take("rank-0", 2, Delta("a", 2, (7,))) == []
+    assert table.held() == {"rank-0": 1}
+    assert table.num_unfinished == 1
+
+    with pytest.raises(ConfigError, match="has 3 tokens so far, and 4 is behind them"):
+        table.take_up("a", 4, heard.append)
+    assert table.take_up("a", 1, heard.append) == [(heard.append, Delta("a", 1, (6, 7)))]
+    with pytest.raises(ConfigError, match="was not taken over, or has been asked for"):
+        table.take_up("a", 1, heard.append)
+    assert table.take("rank-0", 2, Delta("a", 3, (8,), "stop")) == [
+        (heard.append, Delta("a", 3, (8,), "stop"))
+    ]
+    assert table.take_up("b", 2, heard.append) == [(heard.append, Delta("b", 2, (), "length"))]
+    assert table.list_unclaimed() == ()
+
+    # It ends before anybody asks; or is not wanted.
+    for key in ("c", "d"):
+        table.adopt("rank-0", {**told, "id": key, "generated": [], "finish_reason": None})
+        table.take("rank-0", 2, Delta(key, 0, (9,), "stop"))
+    table.cancel("d")
+    assert table.list_unclaimed() == ("c",)
+    assert table.take_up("c", 0, heard.append) == [(heard.append, Delta("c", 0, (9,), "stop"))]
+    assert table.wait_empty(0.0)

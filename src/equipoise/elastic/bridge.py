@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 _BATCH_BYTES = {"cpu": 32 << 20, "cuda": 4 << 30}
 _WORTH_A_WIRE = 64 << 20
 """Bytes of what all ranks have, from which on a wire of its own saves more than it takes."""
+_LARGE, _TOUCHED = 1 << 20, 16
+"""Bytes of a tensor that is worth touching, and elements of it that are read then."""
 _ALIGNMENT = 256
 """Bytes; of tensors in memory for several of them, as torch's own allocator aligns."""
 _OVER_NCCL = ("pynccl", "torch_nccl")
@@ -132,6 +134,42 @@ class Bridge:
         except BaseException:
             self.close()
             raise
+
+    def touch(self, fetches: Sequence[Fetch], givers: Sequence[int], takers: Sequence[int]) -> None:
+        """Have wires reach all large memory that will be read: its first bytes take a while.
+
+        Args:
+            fetches: of all participants.
+            givers: as for `share`.
+            takers: as for `share`.
+        Collective: every participant.
+        Raises: TransferError if a peer fails.
+        """
+        landings: list[Tensor] = []
+        for index, wire in enumerate(self._wires[: len(self._given)]):
+            ways = {(f.layer, f.source, f.member) for f in fetches if f.set == index and f.travels}
+            for layer, source, member in sorted(ways):
+                for tensor in self._given[index][layer]:
+                    landings += self._touch(wire, tensor, source, member)
+            wire.execute()
+        if len(self._wires) > len(self._given):
+            for taker, place, giver in _share_out(self._shared, givers, takers):
+                one = self._shared[place]
+                if one.num_bytes >= _LARGE and one.tensor is not None:
+                    landings += self._touch(self._wires[-1], one.tensor, giver, taker)
+            self._wires[-1].execute()
+
+    def _touch(
+        self, wire: EplbCommunicator, tensor: Tensor, source: int, member: int
+    ) -> list[Tensor]:
+        """Queue some bytes of a tensor that the source has; where they land."""
+        if self._group.rank == source:
+            wire.add_send(tensor.detach().reshape(-1)[:_TOUCHED], member)
+        if self._group.rank != member:
+            return []
+        landing = tensor.new_empty(_TOUCHED)
+        wire.add_recv(landing, source)
+        return [landing]
 
     def haul(
         self,
@@ -256,10 +294,9 @@ class Bridge:
         # A wire of its own, if there is one: it knows these tensors.
         rank, wire, shared = self._group.rank, self._wires[-1], self._shared
         received = batched = 0
-        jobs = [(place, taker) for taker in takers for place in range(len(shared))]
-        for turn, (place, taker) in enumerate(jobs):
+        jobs = list(_share_out(shared, givers, takers))
+        for turn, (taker, place, giver) in enumerate(jobs):
             one = shared[place]
-            giver = givers[(place + taker) % len(givers)]
             # No element, nothing to send: its shape was told.
             if one.num_bytes:
                 assert rank not in (giver, taker) or one.tensor is not None
@@ -361,6 +398,15 @@ class Bridge:
         for into, tensor in zip(tensors, source, strict=True):
             into.copy_(tensor)
         _settle(fetch, tensors, target, keeps, haul)
+
+
+def _share_out(
+    shared: Sequence[SharedTensor], givers: Sequence[int], takers: Sequence[int]
+) -> Iterator[tuple[int, int, int]]:
+    """Who takes which of what all ranks have, and who gives it."""
+    for taker in takers:
+        for place in range(len(shared)):
+            yield taker, place, givers[(place + taker) % len(givers)]
 
 
 def _list_rows(shared: Sequence[SharedTensor], device: torch.device) -> list[Tensor]:

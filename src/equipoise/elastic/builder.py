@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from equipoise.elastic.membership import MembershipPlan
 from equipoise.elastic.newcomer import build_newcomer, find_sets, finish_newcomer
 from equipoise.elastic.planning import describe, find_room
 from equipoise.elastic.reach import meet_peers
-from equipoise.elastic.rehearsal import try_alone, try_together
+from equipoise.elastic.rehearsal import try_alone, try_choices, try_together
 from equipoise.elastic.room import check_room
 from equipoise.elastic.shared_weights import SharedTensor, list_shared
 from equipoise.elastic.traffic import find_kept, keeps_tensors, list_copy_fetches, list_fetches
@@ -38,6 +39,8 @@ from equipoise.models.checkpoint import Checkpoint
 from equipoise.models.experts import ExpertParallelModel, ExpertSet, SetPlan, allocate_slots
 from equipoise.models.host_copies import CopyKey, CopyRule, HostCopies
 from equipoise.models.parallel import MakeDispatcher, ParallelModel, assemble, read_copy
+
+logger = logging.getLogger(__name__)
 
 TryOut = Callable[[ParallelModel], None]
 """What a rank does with a generation that does not serve yet; what it raises fails the change."""
@@ -59,6 +62,7 @@ class Home:
         device_group: what tokens travel over.
         dispatcher: makes what sends them; None for `torch`.
         on_commit: of a newcomer, as for `parallelize`; a rank that serves has its own.
+        checkpoint: opened ahead, for the one change by which this rank comes; None to open it then.
     """
 
     name: str
@@ -72,6 +76,7 @@ class Home:
     device_group: Literal["gloo", "nccl"] = "gloo"
     dispatcher: MakeDispatcher | None = None
     on_commit: OnCommit | None = None
+    checkpoint: Checkpoint | None = None
 
 
 class Builder:
@@ -121,7 +126,9 @@ class Builder:
         """
         plan, name = self._plan, self._home.name
         self._check_standing()
-        check_room(find_room(plan, name), self._home.device, f"generation {plan.generation}")
+        needed = find_room(plan, name)
+        logger.info("%s: generation %d takes %s bytes more", name, plan.generation, f"{needed:,}")
+        check_room(needed, self._home.device, f"generation {plan.generation}")
         checkpoint = self._open_checkpoint()
         self._store.tell(f"here/{name}", "yes")
         self._store.hear_all("here", plan.participants, self._deadline)
@@ -177,6 +184,8 @@ class Builder:
             return
         if self._serving.state.is_rebalancing:
             raise MembershipError(f"{name}: a rebalance is under way; drain it first")
+        if not plan.is_recovery and any(d.is_in_the_way for d in self._serving.dispatchers):
+            raise MembershipError(f"{name}: tokens are in the way of NCCL; have them take a detour")
         number = self._serving.state.group.rank
         names = [str(other) for other in range(number)] + [name]
         mine = describe(self._serving, names, only=name)
@@ -190,7 +199,8 @@ class Builder:
         """A newcomer's; it takes its time, so nobody is waited for before."""
         home = self._home
         if self._serving is None:
-            return Checkpoint(home.model, home.dtype, home.device, home.attention)
+            opened = home.checkpoint
+            return opened or Checkpoint(home.model, home.dtype, home.device, home.attention)
         return self._serving.checkpoint
 
     def _spread(self, checkpoint: Checkpoint | None) -> ExpertParallelModel | None:
@@ -280,12 +290,14 @@ class Builder:
             for index in range(len(plan.placements))
         ]
         self._notify("pull")
-        started = time.perf_counter()
         newcomers = [plan.participants.index(name) for name in plan.newcomers]
         givers = [plan.participants.index(name) for name in plan.serving.held]
+        fetches = list_fetches(plan)
+        if home.device.type == "cuda":
+            self._bridge.touch(fetches, givers, newcomers)
+        started = time.perf_counter()
         received = self._bridge.share(givers, newcomers, store.check)
         with _Restorer(spread, checkpoint, home.name) as restore:
-            fetches = list_fetches(plan)
             self.haul = self._bridge.haul(fetches, target, keeps, restore, store.check)
             if home.device.type == "cuda":
                 torch.cuda.current_stream(home.device).synchronize()
@@ -324,6 +336,7 @@ class Builder:
         self._store.check()
         if self._serving is None:
             try_alone(parallel.spread, self._home.device)
+        try_choices(parallel.spread, self._home.device)
         if self._try_out is not None:
             self._try_out(parallel)
         try_together(parallel.spread, self._home.device)

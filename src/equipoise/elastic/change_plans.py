@@ -6,9 +6,10 @@ import time
 from collections.abc import Sequence
 from typing import Literal
 
+from equipoise.elastic.channel import Message
 from equipoise.elastic.membership import Deadlines, MembershipPlan, Serving
 from equipoise.elastic.orders import Change
-from equipoise.elastic.placing import Redundancy
+from equipoise.elastic.placing import Redundancy, order_by_node
 from equipoise.elastic.planning import plan_change, plan_recovery, rehearse
 from equipoise.elastic.roster import Roster, sort_names
 from equipoise.elastic.service import ScaleReport
@@ -45,6 +46,29 @@ def make_plan(change: Change, roster: Roster, spec: ServiceSpec, generation: int
     return plan_change(
         Serving.join(parts), members, generation, redundancy, deadlines, spec.host_backup, nodes
     )
+
+
+def order_begin(roster: Roster, joining: Sequence[str], generation: int) -> dict[str, Message]:
+    """What each rank of the first generation is told, by name."""
+    names, num_nodes = order_by_node(joining, roster.find_nodes())
+    return {
+        name: {
+            "do": "begin",
+            "generation": generation,
+            "number": number,
+            "names": names,
+            "num_nodes": num_nodes,
+            "device_group": choose_device_group(roster, names),
+        }
+        for number, name in enumerate(names)
+    }
+
+
+def order_prepare(roster: Roster, plan: MembershipPlan) -> Message:
+    """What all participants of a change are told."""
+    members = [member.name for member in plan.members]
+    group = choose_device_group(roster, members)
+    return {"do": "prepare", "plan": plan.to_json(), "device_group": group}
 
 
 def foretell(change: Change, plan: MembershipPlan, serving: int, device: str) -> ScaleReport:
@@ -93,6 +117,10 @@ def describe_change(change: Change, roster: Roster, generation: int, *, done: bo
         pause_s=max((r.pause_s for r in serving if r.name not in change.joining), default=0.0),
         prepare_s=(change.decided_at or now) - change.warm_at,
         total_s=(change.full_at or now) - change.warm_at,
+        newcomer_bytes_per_s=min(
+            (r.pull_bytes_per_s for r in serving if r.name in change.joining and done),
+            default=None,
+        ),
     )
 
 

@@ -24,14 +24,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from equipoise.elastic.change_plans import (
-    choose_device_group,
     describe_change,
     foretell,
     make_plan,
+    order_begin,
+    order_prepare,
 )
 from equipoise.elastic.channel import Message
 from equipoise.elastic.orders import STAGE_ENDS, Change, Hands, settle_names
-from equipoise.elastic.placing import order_by_node
 from equipoise.elastic.reach import choose_cut_off
 from equipoise.elastic.respawn import MOST_RECOVERIES, Recoveries, Respawn
 from equipoise.elastic.roster import RankRecord, Roster
@@ -91,11 +91,37 @@ class Changes:
     def begin(self) -> Change:
         """Start the ranks of the first generation."""
         change = Change("begin")
-        self._current = change
-        self.phase = "preparing"
-        self.reason = str(change)
+        self.hold(change)
         self._launch(change, self._roster.pick_names(self._spec.num_ranks))
         return change
+
+    def hold(self, change: Change) -> None:
+        """Have nothing begin while a change of another's goes on."""
+        self._current = change
+        self.phase, self.reason = "preparing", str(change)
+
+    def take_over(self, names: Sequence[str], generation: int) -> None:
+        """Ranks of a controller that has gone are this one's from here on.
+
+        Args:
+            names: of all ranks of their generation; who is missing in the roster is dead.
+            generation: its number; -1 where there was none.
+        """
+        self._current = None
+        self.phase, self.reason = "idle", ""
+        serving = self._roster.serving()
+        if not serving:
+            return
+        self.generation = self._last_generation = generation
+        self._wanted = len(names)
+        fine = [one.name for one in serving if not one.is_lost]
+        failed = [name for name in names if name not in fine]
+        if failed:
+            self._register(f"{', '.join(failed)} failed while there was no controller")
+        else:
+            change = Change("renew")
+            self.hold(change)
+            self._describe(change)
 
     def ask(self, change: Change, busy: Busy) -> None:
         """Take up a change that is asked for, or have it wait.
@@ -119,7 +145,7 @@ class Changes:
         if said == "warm":
             record.is_warm = True
         elif said in ("serving", "switched"):
-            self._note_serving(record, message)
+            self.note_serving(record, message)
         elif said == "lost":
             record.is_lost = True
             record.told["holding"] = message
@@ -165,7 +191,7 @@ class Changes:
                 change.why = record.detail
                 self.reason = str(change)
             self._register(record.detail)
-        elif change is None:
+        elif change is None or change.kind == "adopt":
             return
         elif change.stage == "retiring":
             self._advance(change)
@@ -180,8 +206,7 @@ class Changes:
         change = self._current
         if change is None or now < change.deadline:
             return
-        late = ", ".join(sorted(change.awaited))
-        text = f"{late} not in time ({change.stage})"
+        text = f"{', '.join(sorted(change.awaited))} not in time ({change.stage})"
         if change.stage in ("launching", "describing", "preparing"):
             if change.kind == "begin":
                 self._end(change, MembershipError(text))
@@ -212,7 +237,7 @@ class Changes:
     # What follows takes a change from stage to stage.
 
     def _take_up(self, change: Change) -> None:
-        serving = [record.name for record in self._roster.serving()]
+        serving = self._roster.names_serving()
         free = self._roster.pick_names(max(0, (change.to or 0) - len(serving)))
         change.joining, change.leaving = settle_names(change, serving, free)
         if change.dry_run:
@@ -223,8 +248,7 @@ class Changes:
         if not change.joining and not change.leaving:
             change.answer.set_result(self._report(change))
             return
-        self._current = change
-        self.phase, self.reason = "preparing", str(change)
+        self.hold(change)
         logger.info("%s", self.reason)
         self._launch(change, change.joining)
 
@@ -270,27 +294,16 @@ class Changes:
         change.deadline = time.monotonic() + self._spec.start_s
         change.awaited = set(change.joining)
         self._last_generation += 1
-        names, num_nodes = order_by_node(change.joining, self._roster.find_nodes())
-        for number, name in enumerate(names):
-            self._tell(
-                [name],
-                {
-                    "do": "begin",
-                    "generation": self._last_generation,
-                    "number": number,
-                    "names": names,
-                    "num_nodes": num_nodes,
-                    "device_group": choose_device_group(self._roster, names),
-                },
-            )
+        orders = order_begin(self._roster, change.joining, self._last_generation)
+        for name, order in orders.items():
+            self._roster.tell([name], order)
 
     def _describe(self, change: Change) -> None:
         change.stage = "describing"
         change.deadline = time.monotonic() + self._spec.change_s
-        serving = [record.name for record in self._roster.serving()]
-        change.awaited = set(serving)
-        self._tell(serving, {"do": "pause", "paused": True})
-        self._tell(serving, {"do": "describe"})
+        change.awaited = set(self._roster.names_serving())
+        self._roster.tell(change.awaited, {"do": "pause", "paused": True})
+        self._roster.tell(change.awaited, {"do": "describe"})
 
     def _prepare(self, change: Change) -> None:
         change.stage = "preparing"
@@ -304,19 +317,10 @@ class Changes:
             return
         self._last_generation += 1
         change.plan = plan
-        participants = list(plan.participants)
-        change.awaited = set(participants)
+        change.awaited = set(plan.participants)
         change.switched.clear()
         change.deadline = time.monotonic() + self._spec.change_s + self._spec.timeout_s
-        members = [member.name for member in plan.members]
-        self._tell(
-            participants,
-            {
-                "do": "prepare",
-                "plan": plan.to_json(),
-                "device_group": choose_device_group(self._roster, members),
-            },
-        )
+        self._roster.tell(plan.participants, order_prepare(self._roster, plan))
 
     def _retire(self, change: Change) -> None:
         """All members serve in the next generation."""
@@ -342,10 +346,6 @@ class Changes:
     def _finish(self, change: Change) -> None:
         self._count(change)
         self._end(change, self._report(change))
-
-    def _report(self, change: Change) -> ScaleReport:
-        """What a change has done."""
-        return describe_change(change, self._roster, self.generation, done=True)
 
     def _count(self, change: Change) -> None:
         """All members of its generation serve."""
@@ -373,12 +373,10 @@ class Changes:
         change.stage = "aborting"
         change.deadline = time.monotonic() + self._spec.timeout_s
         for name in change.joining:
-            self._end_newcomer(name, why)
-        change.awaited = set()
-        if is_told:
-            serving = [record.name for record in self._roster.serving()]
-            change.awaited = set(serving) - change.aborted
-            self._tell(serving, {"do": "abort", "reason": why})
+            self._roster.end_newcomer(name, why)
+        serving = self._roster.names_serving() if is_told else []
+        change.awaited = set(serving) - change.aborted
+        self._roster.tell(serving, {"do": "abort", "reason": why})
         self._advance(change)
 
     def _call_off(self, change: Change, why: str) -> bool:
@@ -408,6 +406,8 @@ class Changes:
             if before.stage == "registering":
                 self._advance(before)
                 return
+            if before.kind == "adopt":
+                return
             is_told = before.plan is not None and before.stage in ("preparing", "aborting")
             if is_told and not self._call_off(before, why) and not is_void:
                 # The next generation stands: its members switch, and find out there.
@@ -422,7 +422,7 @@ class Changes:
                     self._respawn.note_failure(time.monotonic())
                 for name in before.joining:
                     if name not in before.switched:
-                        self._end_newcomer(name, why)
+                        self._roster.end_newcomer(name, why)
                 if not before.answer.done():
                     before.answer.set_exception(MembershipError(f"not done: {why}"))
         change = Change("recover", why=why, stage="registering")
@@ -431,9 +431,9 @@ class Changes:
         logger.warning("%s", self.reason)
         change.deadline = time.monotonic() + self._spec.timeout_s + self._spec.silence_s
         # Whoever was given up may be cut off from here alone, and their steps go on.
-        for one in self._roster.serving():
-            if not one.is_lost:
-                one.tell({"do": "over", "generation": one.generation, "reason": why})
+        for record in self._roster.serving():
+            if not record.is_lost:
+                record.tell({"do": "over", "generation": record.generation, "reason": why})
         self._advance(change)
 
     def _recover(self, change: Change) -> None:
@@ -464,8 +464,7 @@ class Changes:
                 self._respawn.note_failure(time.monotonic())
         elif not change.answer.done():
             change.answer.set_result(outcome)
-        serving = [record.name for record in self._roster.serving()]
-        self._tell(serving, {"do": "pause", "paused": False})
+        self._roster.tell(self._roster.names_serving(), {"do": "pause", "paused": False})
 
     def start_next(self) -> None:
         """Take up what waits, if nothing is under way; first of all, replace the dead."""
@@ -480,10 +479,15 @@ class Changes:
             except (ConfigError, MembershipError) as error:
                 change.answer.set_exception(error)
 
-    def _note_serving(self, record: RankRecord, message: Message) -> None:
+    def _report(self, change: Change) -> ScaleReport:
+        """What a change has done."""
+        return describe_change(change, self._roster, self.generation, done=True)
+
+    def note_serving(self, record: RankRecord, message: Message) -> None:
+        """A rank says in which generation it serves."""
         record.state, record.number = "serving", int(message["number"])
-        record.generation = int(message["generation"])
-        record.is_lost = False
+        record.generation, record.is_lost = int(message["generation"]), False
+        record.pull_bytes_per_s = float(message.get("pull_bytes_per_s", 0.0))
         if record.number == 0:
             self.placements = message["placements"]
         change = self._current
@@ -492,16 +496,3 @@ class Changes:
             change.decided_at = change.decided_at or time.monotonic()
             if change.stage == "preparing":
                 self.phase = "committing"
-
-    def _end_newcomer(self, name: str, why: str) -> None:
-        record = self._roster.find(name)
-        if record is not None and record.state != "dead" and record.number is None:
-            record.state, record.detail = "leaving", why
-            # It may hang, and has nothing that anybody needs.
-            record.handle.stop(kill=True)
-
-    def _tell(self, names: Sequence[str], message: Message) -> None:
-        for name in names:
-            record = self._roster.find(name)
-            if record is not None:
-                record.tell(message)

@@ -17,31 +17,31 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
+from equipoise.elastic.admission import check_request, find_facts
+from equipoise.elastic.adoption import Adoption
 from equipoise.elastic.change_store import call_off
 from equipoise.elastic.changes import Changes
 from equipoise.elastic.channel import Channel, ChannelClosed, Listener, Message
-from equipoise.elastic.launcher import Launcher, RankSeat
+from equipoise.elastic.launcher import UNKNOWN_EXIT, Launcher, RankSeat
 from equipoise.elastic.orders import Change, Hands
+from equipoise.elastic.overview import Tally, describe_service
 from equipoise.elastic.requests import Delivery, RequestTable, read_delta
 from equipoise.elastic.roster import RankRecord, Roster, describe_exit
+from equipoise.elastic.scoring import Scores
 from equipoise.elastic.service import (
     Busy,
     Deliver,
-    ModelFacts,
     ScaleReport,
     ServiceClosed,
     ServiceRequest,
     ServiceStatus,
-    ServiceTotals,
 )
 from equipoise.elastic.spec import ServiceSpec
 from equipoise.elastic.store import open_store
 from equipoise.errors import ConfigError, MembershipError
-from equipoise.models.families import check_weights, read_config, read_model_shape
-from equipoise.policy import find_policy
-from equipoise.topology import choose_num_redundant
 
 logger = logging.getLogger(__name__)
 
@@ -61,21 +61,26 @@ class Controller:
     Args:
         spec: what to serve.
         launcher: starts ranks.
+        state: file by which a controller that is started in place of this one finds its ranks; one
+            that is there already tells of the ranks that this one takes over. None for none.
     Collective: none; its ranks meet among themselves.
-    Raises: ConfigError, ModelError or PlacementError if it cannot be served; OSError if the
-        interface cannot be listened on.
+    Raises: ConfigError, ModelError or PlacementError if it cannot be served, or a living
+        controller, or one of another service, has the state; OSError if the interface cannot be
+        listened on, or the state not be written.
     """
 
-    def __init__(self, spec: ServiceSpec, launcher: Launcher) -> None:
-        self.facts = _find_facts(spec)
+    def __init__(self, spec: ServiceSpec, launcher: Launcher, state: Path | None = None) -> None:
+        self.facts = find_facts(spec)
         if "on_failure" not in spec.config.model_fields_set:
             # Serving does not end with balancing; the next generation balances again.
             disabled = spec.config.model_copy(update={"on_failure": "disable"})
             spec = replace(spec, config=disabled)
         self._spec, self._launcher = spec, launcher
-        self._token = secrets.token_hex(16)
         self._requests = RequestTable(spec.queue_limit)
         self._roster = Roster()
+        self._scores = Scores(self._roster)
+        self._adoption = Adoption(spec, state, self._roster, self._requests, launcher)
+        self._token = self._adoption.token
         self._changes = Changes(
             spec,
             self._roster,
@@ -85,32 +90,46 @@ class Controller:
                 self._call_off,
                 self._give_up,
                 self._end_rank,
-                lambda: self._num_steps,
+                lambda: self._tally.steps,
             ),
         )
         self._events: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._closing: str | None = None
         self._has_failed = False
         self._stop_by: float | None = None
-        self._is_over = threading.Event()
-        self._num_steps = self._num_deaths = self._num_rebalances = self._num_moves = 0
-        self._balancedness: float | None = None
+        self._is_over, self._can_launch = threading.Event(), threading.Event()
+        self._tally = Tally()
         self._store = open_store(spec.interface, spec.timeout_s)
-        self._listener = Listener(
-            (spec.interface, 0), self._token, self._greet, name="equipoise-controller"
-        )
+        try:
+            self._listener = Listener(
+                (spec.interface, self._adoption.port),
+                self._token,
+                self._greet,
+                name="equipoise-controller",
+            )
+        except BaseException:
+            self._adoption.close(keep=True)
+            raise
         self._thread = threading.Thread(target=self._run, name="equipoise-controller", daemon=True)
 
     def start(self, timeout_s: float | None = None) -> None:
-        """Start the ranks of the first generation, and return when they serve.
+        """Take over ranks of a controller that has gone, or start some; return when they serve.
 
         Args:
             timeout_s: longest wait; None for what the spec gives them.
         Raises: MembershipError, naming the rank, if they do not come to serve; all have ended then.
         """
+        is_first = self._adoption.is_over
+        if not is_first:
+            self._adoption.begin(self._changes)
         self._thread.start()
         try:
-            self._launcher.open(self._spec.start_s)
+            if not is_first and self._adoption.wait(self._spec.silence_s + CALL_S):
+                # Ranks serve already; what another would be forked from is loaded meanwhile.
+                threading.Thread(target=self._open, name="equipoise-open", daemon=True).start()
+                return
+            self._adoption.write(self._listener.port)
+            self._open()
             change = self._call(self._changes.begin)
             change.answer.result(2 * self._spec.start_s if timeout_s is None else timeout_s)
         except BaseException as error:
@@ -119,10 +138,26 @@ class Controller:
                 raise MembershipError("the ranks did not come to serve in time") from error
             raise
 
+    def unfinished(self) -> tuple[str, ...]:
+        """Ids of requests taken over from a controller that has gone, and not asked for yet."""
+        return self._requests.list_unclaimed()
+
+    def take_up(self, request_id: str, position: int, deliver: Deliver) -> None:
+        """Have the tokens of a request that was taken over delivered from here on.
+
+        Args:
+            request_id: one of `unfinished`.
+            position: index of the first of its tokens that has not been delivered before.
+            deliver: as for `submit`.
+        Raises: ConfigError if it is none of these, or has fewer tokens; ServiceClosed.
+        """
+        self._check_open()
+        self._call(lambda: self._deliver(self._requests.take_up(request_id, position, deliver)))
+
     def submit(self, request: ServiceRequest, deliver: Deliver) -> None:
         """Take a request. As `Service.submit`."""
         self._check_open()
-        _check_request(request, self.facts)
+        check_request(request, self.facts)
         self._requests.add(request, deliver)
         self._post(_look)
 
@@ -159,6 +194,8 @@ class Controller:
             raise ConfigError("say either how many ranks there shall be, or which shall leave")
         if to is not None and to < 1:
             raise ConfigError(f"at least 1 rank must serve, got {to}")
+        if not self._can_launch.wait(self._spec.start_s):
+            raise MembershipError(f"no rank could be started within {self._spec.start_s:g} s")
         change = Change("scale", to=to, remove=tuple(remove), dry_run=dry_run)
         self._call(lambda: self._changes.ask(change, busy))
         if not wait and not dry_run:
@@ -172,6 +209,18 @@ class Controller:
         """Have a rebalance begin. As `Service.rebalance`."""
         self._check_open()
         self._call(self._rebalance)
+
+    def score(self, texts: Sequence[Sequence[int]], timeout_s: float) -> list[float]:
+        """How likely texts are to the model, over the ranks that serve now.
+
+        Args:
+            texts: tokens of each, at least two.
+            timeout_s: longest wait; a change of the membership meanwhile may take the texts along.
+        Returns: of each text its negative log-likelihood per token, in nats.
+        Raises: TimeoutError; ServiceClosed.
+        """
+        self._check_open()
+        return self._call(lambda: self._scores.ask(texts)).result(timeout_s)
 
     def drain(self, deadline_s: float) -> bool:
         """Take no more requests, and wait for those taken. As `Service.drain`."""
@@ -224,12 +273,17 @@ class Controller:
         if self._closing is not None:
             raise ServiceClosed(f"no more is taken: {self._closing}")
 
+    def _open(self) -> None:
+        self._launcher.open(self._spec.start_s)
+        self._can_launch.set()
+
     def _end(self) -> None:
         """Let everything go; twice is fine."""
         self._is_over.set()
         self._deliver(self._requests.fail(self._closing or "it was closed"))
         self._listener.close()
         self._launcher.close()
+        self._adoption.close(keep=False)
 
     # What follows runs on the controller's thread.
 
@@ -242,7 +296,8 @@ class Controller:
                 if time.monotonic() >= next_tick:
                     next_tick = time.monotonic() + TICK_S
                     self._tick()
-                self._changes.start_next()
+                if self._can_launch.is_set():
+                    self._changes.start_next()
                 self._assign()
             except Exception as error:
                 # What it knows may be wrong from here on: nothing is served on that.
@@ -254,7 +309,10 @@ class Controller:
     def _welcome(self, channel: Channel, hello: Message) -> RankRecord | None:
         """Take a rank's call; None from one that is not, or no longer, known."""
         record = self._roster.find(str(hello.get("name")), str(hello.get("incarnation")))
-        if record is None or record.state == "dead":
+        store = [self._spec.interface, self._store.port]
+        if record is None:
+            return self._adoption.welcome(channel, hello, store)
+        if record.state == "dead":
             return None
         channel.peer = record.name
         record.settle(hello)
@@ -267,8 +325,8 @@ class Controller:
             record.tell({"do": "pause", "paused": not self._changes.is_idle})
             self._release(record)
         else:
-            store = [self._spec.interface, self._store.port]
-            record.tell({"do": "welcome", "spec": self._spec.to_json(), "store": store})
+            welcome = {"do": "welcome", "spec": self._spec.to_json(), "store": store}
+            record.tell({**welcome, "service": self._adoption.service})
         return record
 
     def _miss(self, record: RankRecord, channel: Channel) -> None:
@@ -282,6 +340,7 @@ class Controller:
         now = time.monotonic()
         for record in self._roster.living():
             self._look_after(record, now)
+        self._adoption.tick(now, self._changes)
         self._changes.tick(now)
         if self._stop_by is None:
             return
@@ -294,7 +353,8 @@ class Controller:
     def _look_after(self, record: RankRecord, now: float) -> None:
         code = record.handle.exit_code
         if code is not None:
-            self._bury(record, record.detail or describe_exit(record.name, code), code)
+            how = record.detail or record.handle.detail or describe_exit(record.name, code)
+            self._bury(record, how, code)
         elif record.state == "serving" and now - record.heard_at > self._spec.silence_s:
             silence = f"{record.name} gave no sign of life for {self._spec.silence_s:g} s"
             record.detail = f"{silence}, and was given up"
@@ -312,11 +372,11 @@ class Controller:
         if self._stop_by is not None:
             return
         if not left_well:
-            self._num_deaths += 1
+            self._tally.deaths += 1
             logger.warning("%s", how)
         self._release(record)
         self._changes.lose(record, is_expected=left_well)
-        if left_well and code == 0:
+        if left_well and code in (0, UNKNOWN_EXIT):
             self._roster.forget(record)
 
     def _assign(self) -> None:
@@ -346,27 +406,22 @@ class Controller:
         record.hear()
         said = message["say"]
         if said == "beat":
-            steps = int(message.get("steps", 0))
-            # Ranks step together: the first speaks for all.
-            self._num_steps += steps - record.steps_seen if record.number == 0 else 0
-            record.facts, record.steps_seen = message, steps
+            self._tally.note_beat(record, message)
         elif said == "deltas":
-            self._take_deltas(record, message)
+            for attempt, delta in map(read_delta, message["deltas"]):
+                self._deliver(self._requests.take(record.name, attempt, delta))
+        elif said == "adopted":
+            self._adoption.hear(record, message, self._changes)
         elif said == "rebalanced":
-            self._num_rebalances += 1
-            self._num_moves += message["moves"]
-            self._balancedness = message["balancedness"]
+            self._tally.note_rebalance(message)
             self._changes.placements = message["placements"]
+        elif said == "scores":
+            self._scores.hear(message)
         elif said == "failed":
             logger.debug("%s", message["traceback"])
             record.detail = f"{record.name}: {message['reason']}"
         else:
             self._changes.hear(record, message)
-
-    def _take_deltas(self, record: RankRecord, message: Message) -> None:
-        for values in message["deltas"]:
-            attempt, delta = read_delta(values)
-            self._deliver(self._requests.take(record.name, attempt, delta))
 
     def _deliver(self, deliveries: list[Delivery]) -> None:
         for deliver, event in deliveries:
@@ -429,76 +484,17 @@ class Controller:
             record.tell({"do": "stop"})
 
     def _describe(self) -> ServiceStatus:
-        spec, changes = self._spec, self._changes
-        held = self._requests.held()
-        serving = [one for one in self._roster.serving() if one.state == "serving"]
-        is_ready = bool(serving) and not self._closing and not any(r.is_lost for r in serving)
-        totals = ServiceTotals(
-            **self._requests.counts(),
-            steps=self._num_steps,
-            scalings=changes.num_scalings,
-            recoveries=changes.num_recoveries,
-            deaths=self._num_deaths,
-            rebalances=self._num_rebalances,
-            moves=self._num_moves,
-        )
-        return ServiceStatus(
-            model=self.facts,
-            generation=changes.generation,
-            phase="failed" if self._has_failed else changes.phase,
-            reason=(self._closing or "") if self._has_failed else changes.reason,
-            ready=is_ready,
-            balancing=is_ready and changes.is_idle,
-            balancedness=self._balancedness,
-            ranks=tuple(
-                one.describe(held.get(one.name, 0), spec.max_batch_size, spec.silence_s)
-                for one in self._roster
-            ),
-            queue_length=self._requests.num_waiting,
-            queue_limit=spec.queue_limit,
-            running=sum(held.values()),
-            changes_waiting=changes.num_waiting,
-            totals=totals,
+        return describe_service(
+            self.facts,
+            self._spec,
+            self._changes,
+            self._roster,
+            self._requests,
+            self._tally,
+            self._closing,
+            has_failed=self._has_failed,
         )
 
 
 def _look() -> None:
     """Nothing but a reason to look what there is to do."""
-
-
-def _find_facts(spec: ServiceSpec) -> ModelFacts:
-    shape = read_model_shape(spec.model)
-    check_weights(spec.model)
-    config = read_config(spec.model)
-    config = config.get("text_config", config)
-    longest = config.get("max_position_embeddings")
-    if longest is not None and spec.max_len > longest:
-        raise ConfigError(f"max_len of {spec.max_len}: the model takes {longest} tokens at most")
-    requested = spec.config.num_redundant_experts
-    choose_num_redundant(
-        shape.num_experts, spec.num_ranks, None if requested == "auto" else requested
-    )
-    find_policy(spec.config.policy)
-    return ModelFacts(
-        name=spec.model.name,
-        directory=spec.model,
-        max_len=spec.max_len,
-        vocabulary_size=int(config["vocab_size"]),
-        max_batch_size=spec.max_batch_size,
-    )
-
-
-def _check_request(request: ServiceRequest, facts: ModelFacts) -> None:
-    if not request.tokens:
-        raise ConfigError(f"request {request.id!r} is empty: it needs at least one token")
-    if len(request.tokens) + request.sampling.max_new_tokens > facts.max_len:
-        raise ConfigError(
-            f"request {request.id!r} has {len(request.tokens)} tokens and asks for "
-            f"{request.sampling.max_new_tokens} more: {facts.max_len} are served"
-        )
-    wrong = [t for t in request.tokens if not 0 <= t < facts.vocabulary_size]
-    if wrong:
-        raise ConfigError(
-            f"request {request.id!r} has token {wrong[0]}: tokens are 0 to "
-            f"{facts.vocabulary_size - 1}"
-        )

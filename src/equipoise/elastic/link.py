@@ -39,6 +39,7 @@ class ControllerLink:
     def __init__(self, seat: RankSeat, describe: Callable[[], Message]) -> None:
         self._seat, self._describe = seat, describe
         self._beat_s, self._orphan_s = BEAT_S, 0.0
+        self._met = ""
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._has_channel = threading.Event()
@@ -55,6 +56,11 @@ class ControllerLink:
         """How often to give signs of life, and how long to call for a controller that has gone."""
         with self._lock:
             self._beat_s, self._orphan_s = beat_s, orphan_s
+
+    def meet(self, service: str) -> None:
+        """Which service this rank is of: a controller that takes the place of another asks."""
+        with self._lock:
+            self._met = service
 
     @property
     def local_address(self) -> str:
@@ -98,6 +104,7 @@ class ControllerLink:
             "host": socket.gethostname(),
             "node": seat.node or socket.gethostname(),
             "device": seat.device,
+            "met": self._met,
         }
         return connect((seat.host, seat.port), hello, peer="the controller")
 
@@ -133,12 +140,15 @@ class ControllerLink:
 
     def _write(self) -> None:
         next_beat = time.monotonic()
+        unsent: Message | None = None
         while not self._is_closed.is_set():
             if not self._has_channel.wait(RETRY_S):
                 continue
             try:
                 left = max(0.0, next_beat - time.monotonic())
-                message = self._outbox.get(timeout=left) if left else self._outbox.get_nowait()
+                message = unsent or (
+                    self._outbox.get(timeout=left) if left else self._outbox.get_nowait()
+                )
             except queue.Empty:
                 message = self._describe()
                 with self._lock:
@@ -149,6 +159,9 @@ class ControllerLink:
                 channel = self._channel
             try:
                 channel.send(message)
+                unsent = None
             except ChannelClosed:
-                # What the lost frame held is asked for again by the controller that comes next.
+                # Not whole at the other side, which drops it. What was, and was lost with a
+                # controller, the one that comes next asks for.
+                unsent = message
                 self._has_channel.clear()

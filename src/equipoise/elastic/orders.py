@@ -56,7 +56,9 @@ class Change:
     """A change of the membership, from the asking to its end. Owner: the controller's thread.
 
     Attributes:
-        kind: `begin` makes the first generation, `scale` was asked for, `recover` follows deaths.
+        kind: `begin` makes the first generation, `scale` was asked for, `recover` follows deaths;
+            `adopt` takes ranks of another controller over, `renew` has them meet through the store
+            of this one.
         to: ranks that there shall be, as asked for.
         remove: names that shall leave, as asked for.
         dry_run: whether it is only rehearsed.
@@ -77,7 +79,7 @@ class Change:
         missed: by name, whom a participant does not reach.
     """
 
-    kind: Literal["begin", "scale", "recover"]
+    kind: Literal["adopt", "begin", "recover", "renew", "scale"]
     to: int | None = None
     remove: tuple[str, ...] = ()
     dry_run: bool = False
@@ -102,6 +104,10 @@ class Change:
             return "starting the first generation"
         if self.kind == "recover":
             return f"recovering: {self.why}"
+        if self.kind == "adopt":
+            return "taking over the ranks of a controller that has gone"
+        if self.kind == "renew":
+            return "its controller was restarted: ranks go over to the new one's store"
         parts = []
         if self.joining:
             parts.append(f"{', '.join(self.joining)} coming")

@@ -6,11 +6,11 @@ import logging
 import os
 import threading
 import traceback
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from equipoise.elastic.builder import Home
 from equipoise.elastic.channel import ChannelClosed, Message
@@ -19,6 +19,7 @@ from equipoise.elastic.launcher import RankSeat
 from equipoise.elastic.link import ControllerLink
 from equipoise.elastic.rank_loop import RankLoop
 from equipoise.elastic.spec import ServiceSpec
+from equipoise.elastic.store import connect_store
 from equipoise.errors import EquipoiseError
 from equipoise.models.checkpoint import Checkpoint
 from equipoise.models.loading import load_tokenizer
@@ -84,6 +85,7 @@ def _serve(seat: RankSeat, link: ControllerLink, pulse: Pulse) -> int:
         return 1
     spec = ServiceSpec.from_json(welcome["spec"])
     link.set_times(spec.beat_s, spec.orphan_s)
+    link.meet(str(welcome["service"]))
     # Ranks meet where they reach the controller; the host's name may lead elsewhere. What the user
     # has set wins.
     interface = find_name(link.local_address)
@@ -94,9 +96,8 @@ def _serve(seat: RankSeat, link: ControllerLink, pulse: Pulse) -> int:
     device = torch.device(seat.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    host, port = welcome["store"]
     timeout = timedelta(seconds=spec.timeout_s)
-    store = TCPStore(host, port, is_master=False, timeout=timeout)
+    store = connect_store(welcome["store"], spec.timeout_s)
     home = Home(
         name=seat.name,
         store=store,
@@ -110,6 +111,7 @@ def _serve(seat: RankSeat, link: ControllerLink, pulse: Pulse) -> int:
     # What takes time is loaded before anybody waits for this rank.
     tokenizer = load_tokenizer(spec.model)
     get_policy(spec.config.policy)
-    Checkpoint(spec.model, home.dtype, device, home.attention)
+    checkpoint = Checkpoint(spec.model, home.dtype, device, home.attention)
+    home = replace(home, checkpoint=checkpoint)
     link.say({"say": "warm"})
     return RankLoop(seat.name, spec, home, tokenizer, link, pulse.set).run()

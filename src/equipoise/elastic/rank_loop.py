@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -10,28 +9,28 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
-from equipoise.balancer import EplbState, RebalanceOutcome
-from equipoise.comm.groups import RankGroup, create_rank_group
+from equipoise.comm.groups import create_rank_group
 from equipoise.elastic.builder import Home
 from equipoise.elastic.channel import Message
+from equipoise.elastic.duty import Duty, Meeting
 from equipoise.elastic.generation import NextGeneration
+from equipoise.elastic.held_requests import HeldRequests
 from equipoise.elastic.link import ControllerLink
-from equipoise.elastic.membership import MembershipPlan, Serving
+from equipoise.elastic.membership import MembershipPlan
 from equipoise.elastic.placing import Redundancy
-from equipoise.elastic.planning import describe
 from equipoise.elastic.recovery import abandon
-from equipoise.elastic.requests import read_sampling, write_delta
 from equipoise.elastic.retirement import Retirement
+from equipoise.elastic.scoring import RankScores
 from equipoise.elastic.spec import ServiceSpec
+from equipoise.elastic.store import connect_store
 from equipoise.elastic.verdict import Word, settle
 from equipoise.engine.engine import Engine, EngineLimits
 from equipoise.engine.figures import StepResult
-from equipoise.engine.requests import Request
 from equipoise.errors import MembershipError, TransferError
 from equipoise.models.families import read_model_shape
 from equipoise.models.parallel import ParallelModel, keep_copies, parallelize
@@ -45,50 +44,6 @@ LISTEN_S = 0.05
 
 MEDIAN_STEPS = 32
 """Steps whose median a rank tells of."""
-
-
-@dataclass(frozen=True)
-class Meeting:
-    """What all ranks do next.
-
-    Attributes:
-        works: whether any has a request, so that all run a forward pass.
-        stops: whether any was told to stop, so that all do.
-        is_paused: whether any was told that no rebalance shall begin.
-        num_rebalances: most that any was asked for.
-        word: what becomes of the next generation.
-    """
-
-    works: bool
-    stops: bool
-    is_paused: bool
-    num_rebalances: int
-    word: Word
-
-
-@dataclass(frozen=True)
-class Duty:
-    """The generation that a rank serves in.
-
-    Attributes:
-        generation: its number.
-        names: of its ranks, by number.
-        parallel: the model with its groups, maps and balancer.
-    """
-
-    generation: int
-    names: tuple[str, ...]
-    parallel: ParallelModel
-
-    @property
-    def group(self) -> RankGroup:
-        """The ranks of the generation."""
-        return self.parallel.state.group
-
-    @property
-    def number(self) -> int:
-        """Of this rank in it."""
-        return self.group.rank
 
 
 class RankLoop:
@@ -118,7 +73,7 @@ class RankLoop:
         self._next: NextGeneration | None = None
         self._retirement: Retirement | None = None
         self._engine: Engine | None = None
-        self._attempts: dict[str, int] = {}
+        self._held, self._scores = HeldRequests(), RankScores()
         self._num_steps = 0
         self._stepped_at: float | None = None
         self._pause_s = 0.0
@@ -141,7 +96,9 @@ class RankLoop:
             "over": self._end_generation,
             "stop": self._stop,
             "wake": self._ignore,
+            "score": self._scores.take,
             "orphaned": self._go_on_alone,
+            "adopt": self._join_controller,
             "abandoned": self._leave_alone,
             "given up": self._leave_alone,
         }
@@ -179,7 +136,9 @@ class RankLoop:
         if meeting.word is Word.ABORT:
             self._forget_next("it was called off")
         self._is_busy = meeting.works
-        self._balance(duty.parallel.state, meeting)
+        self._balance(duty, meeting)
+        if meeting.scores:
+            self._link.say(self._scores.run(duty))
         result = engine.step() if meeting.works else engine.tick()
         self._num_steps += meeting.works
         self._tell(duty, result)
@@ -203,16 +162,27 @@ class RankLoop:
     def _meet(self, duty: Duty, engine: Engine) -> Meeting:
         """What all ranks do next, found out together."""
         word = Word.OPEN if self._next is None else self._next.word
-        told = [engine.has_work, self._stops, self._is_paused, self._num_rebalances, word]
+        flags = [engine.has_work, self._stops, self._is_paused]
+        told = [*flags, self._num_rebalances, self._scores.asked, word]
         heard = torch.stack(duty.group.all_gather(torch.tensor(told, dtype=torch.int64)))
-        works, stops, is_paused, num_rebalances, _ = heard.amax(0).tolist()
-        words = heard[:, -1].tolist()
-        return Meeting(bool(works), bool(stops), bool(is_paused), num_rebalances, settle(words))
+        works, stops, is_paused, num_rebalances, _, _ = heard.amax(0).tolist()
+        least, words = int(heard[:, -2].amin()), heard[:, -1].tolist()
+        return Meeting(
+            bool(works),
+            bool(stops),
+            bool(is_paused),
+            num_rebalances,
+            self._scores.is_due(least),
+            settle(words),
+        )
 
-    def _balance(self, state: EplbState, meeting: Meeting) -> None:
+    def _balance(self, duty: Duty, meeting: Meeting) -> None:
         """Follow what was asked of balancing; all ranks at this one step."""
+        state = duty.parallel.state
         if meeting.is_paused != state.is_paused:
             (state.pause if meeting.is_paused else state.resume)()
+            for dispatcher in duty.parallel.dispatchers:
+                dispatcher.take_detour(meeting.is_paused)
         if meeting.num_rebalances > self._num_rebalances_done:
             self._num_rebalances = self._num_rebalances_done = meeting.num_rebalances
             if not meeting.is_paused:
@@ -222,27 +192,24 @@ class RankLoop:
             self._link.say(
                 {
                     "say": "holding",
-                    "serving": self._describe().to_json(),
-                    "fingerprints": self._fingerprint(),
+                    "serving": duty.describe().to_json(),
+                    "fingerprints": duty.fingerprint(),
                 }
             )
 
     def _tell(self, duty: Duty, result: StepResult) -> None:
         """Say what the step gave, and go on."""
         if result.deltas:
-            deltas = [
-                write_delta(delta, self._attempts[delta.request_id]) for delta in result.deltas
-            ]
+            noted = [self._held.note(delta) for delta in result.deltas]
+            deltas = [values for values in noted if values is not None]
             self._link.say({"say": "deltas", "generation": duty.generation, "deltas": deltas})
-            for delta in result.deltas:
-                if delta.finish_reason is not None:
-                    del self._attempts[delta.request_id]
+            self._held.forget_old()
         if duty.number == 0:
             for outcome in result.outcomes:
-                self._link.say(_write_outcome(duty, outcome))
+                self._link.say(duty.tell_outcome(outcome))
         self._set_pulse(
             steps=self._num_steps,
-            running=len(self._attempts),
+            running=len(self._held),
             step_s=statistics.median(self._step_s or [0.0]),
         )
 
@@ -303,26 +270,24 @@ class RankLoop:
         topology = Topology(num_ranks, num_slots, num_nodes)
         return place_in_order(shape.num_layers, shape.num_experts, topology)
 
-    def _serve(self, duty: Duty, said: Literal["serving", "switched"]) -> None:
+    def _serve(
+        self, duty: Duty, said: Literal["serving", "switched"], bytes_per_s: float = 0.0
+    ) -> None:
         """Serve in a generation from here on."""
         self._duty, self._lost_by = duty, None
         if self._engine is None:
-            limits = EngineLimits(self._spec.max_batch_size, self._spec.max_len)
-            self._engine = Engine(duty.parallel, limits, tokenizer=self._tokenizer)
-        else:
-            self._engine.adopt(duty.parallel)
+            self._make_engine(duty.parallel)
+        self._find_engine().adopt(duty.parallel)
         # The first round of a generation waits for nobody: others may have work.
         self._is_busy = True
         # Ranks count alike from here on, newcomers too.
         self._num_rebalances = self._num_rebalances_done = 0
-        self._link.say(
-            {
-                "say": said,
-                "generation": duty.generation,
-                "number": duty.number,
-                "placements": _write_placements(duty),
-            }
-        )
+        self._link.say({"say": said, "pull_bytes_per_s": bytes_per_s, **duty.to_json()})
+
+    def _make_engine(self, parallel: ParallelModel) -> None:
+        """Also of a generation that does not serve yet, on the thread that builds it."""
+        limits = EngineLimits(self._spec.max_batch_size, self._spec.max_len)
+        self._engine = Engine(parallel, limits, tokenizer=self._tokenizer)
 
     def _prepare(self, message: Message) -> None:
         """Build the next generation, beside what serves."""
@@ -332,7 +297,8 @@ class RankLoop:
         plan = MembershipPlan.from_json(message["plan"])
         home = replace(self._home, device_group=message["device_group"])
         parallel = None if self._duty is None else self._duty.parallel
-        self._next = NextGeneration(plan, home, parallel)
+        try_out = self._make_engine if self._engine is None else None
+        self._next = NextGeneration(plan, home, parallel, try_out=try_out)
 
     def _switch(self) -> None:
         """The next generation takes over."""
@@ -342,13 +308,16 @@ class RankLoop:
         self._retirement = change.retirement
         self._pause_s = -1.0
         self._step_s.clear()
+        # What was paused for has come; without a controller nothing begins.
+        self._is_paused = self._held.keeps_all
         if parallel is None:
             self._link.say({"say": "left"})
             self._find_engine().evict()
             self._exit_code = 0
             return
         names = tuple(member.name for member in change.plan.members)
-        self._serve(Duty(change.plan.generation, names, parallel), "switched")
+        rate = change.figures.received_bytes / max(change.figures.pull_s, 1e-9)
+        self._serve(Duty(change.plan.generation, names, parallel), "switched", rate)
 
     def _abort(self, message: Message) -> None:
         if self._next is not None:
@@ -388,7 +357,7 @@ class RankLoop:
                 "generation": duty.generation,
                 "reason": reason,
                 "peer": None if error.peer is None else duty.names[error.peer],
-                "serving": self._describe().to_json(),
+                "serving": duty.describe().to_json(),
             }
         )
 
@@ -397,31 +366,13 @@ class RankLoop:
         del message
         self._is_asked = True
 
-    def _describe(self) -> Serving:
-        assert self._duty is not None
-        return describe(self._duty.parallel, self._duty.names, only=self._name)
-
-    def _fingerprint(self) -> list[str]:
-        """Of the placements that this rank goes by."""
-        assert self._duty is not None
-        return [one.maps.placement.fingerprint() for one in self._duty.parallel.spread.sets]
-
     def _submit(self, message: Message) -> None:
-        engine = self._find_engine()
         for given in message["requests"]:
-            self._attempts[given["id"]] = given["attempt"]
-            engine.submit(
-                Request(
-                    given["id"],
-                    tuple(given["tokens"]),
-                    read_sampling(given["sampling"]),
-                    list(given["generated"]),
-                )
-            )
+            self._find_engine().submit(self._held.take(given))
 
     def _cancel(self, message: Message) -> None:
         for request_id in message["ids"]:
-            if request_id in self._attempts:
+            if request_id in self._held:
                 self._find_engine().cancel(request_id)
 
     def _evict(self, message: Message) -> None:
@@ -429,7 +380,8 @@ class RankLoop:
         del message
         if self._engine is not None:
             self._engine.evict()
-        self._attempts.clear()
+        self._held.clear()
+        self._held.keeps_all = False
 
     def _set_paused(self, message: Message) -> None:
         self._is_paused = bool(message["paused"])
@@ -451,6 +403,28 @@ class RankLoop:
         """The controller has gone: what this rank has is served, and no rebalance begins."""
         del message
         self._is_paused = True
+        self._held.keeps_all = True
+
+    def _join_controller(self, message: Message) -> None:
+        """Another controller has taken the place of the one that has gone: tell it everything."""
+        try:
+            store = connect_store(message["store"], self._spec.timeout_s)
+        except MembershipError as error:
+            # It has gone as well, and the link looks for the next one.
+            logger.warning("%s: %s", self._name, error)
+            return
+        self._home = replace(self._home, store=store)
+        self._held.keeps_all = False
+        told: Message = {
+            "say": "adopted",
+            "is_lost": self._lost_by is not None,
+            "is_joining": self._next is not None,
+            "steps": self._num_steps,
+            "requests": self._held.to_json(),
+        }
+        if self._duty is not None:
+            told |= {"serving": self._duty.describe().to_json(), **self._duty.to_json()}
+        self._link.say(told)
 
     def _ignore(self, message: Message) -> None:
         """A word that only wakes, or that there is nothing to do about."""
@@ -473,18 +447,3 @@ class RankLoop:
         how = self._faults.pop(self._num_steps, None)
         if how is not None:
             os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
-
-
-def _write_outcome(duty: Duty, outcome: RebalanceOutcome) -> Message:
-    return {
-        "say": "rebalanced",
-        "generation": duty.generation,
-        "moves": int(outcome.moves),
-        "balancedness": float(outcome.balancedness_after.mean()),
-        "placements": _write_placements(duty),
-    }
-
-
-def _write_placements(duty: Duty) -> list[Any]:
-    sets = duty.parallel.spread.sets
-    return [json.loads(one.maps.placement.to_json()) for one in sets]

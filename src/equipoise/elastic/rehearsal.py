@@ -56,6 +56,28 @@ def try_alone(spread: ExpertParallelModel, device: torch.device) -> None:
 
 
 @torch.inference_mode()
+def try_choices(spread: ExpertParallelModel, device: torch.device) -> None:
+    """Have the kernel that chooses slots compiled for a generation's number of them.
+
+    Args:
+        spread: of the generation.
+        device: of its weights.
+    Collective: none.
+    """
+    if device.type == "cpu":
+        return
+    for one in spread.sets:
+        recorder, maps = one.recorder, one.maps
+        experts = torch.zeros(1, _find_top_k(spread), dtype=torch.int64, device=device)
+        valid = torch.ones(1, dtype=torch.bool, device=device)
+        recorder.enabled = False
+        for some in (None, valid):
+            turns, dtype = (maps.turns[0], maps.num_turns[0]), one.dispatcher.slot_dtype
+            recorder.choose_and_record(0, experts, *turns, 0, some, dtype)
+        recorder.enabled = True
+
+
+@torch.inference_mode()
 def try_together(spread: ExpertParallelModel, device: torch.device) -> None:
     """Have the dispatchers of a generation connect its ranks.
 
@@ -66,7 +88,7 @@ def try_together(spread: ExpertParallelModel, device: torch.device) -> None:
     Raises: TransferError or MembershipError within the deadline if a rank does not take part.
     """
     config: Any = spread.model.config.get_text_config()
-    width, top_k = config.hidden_size, getattr(config, "num_experts_per_tok", 1)
+    width, top_k = config.hidden_size, _find_top_k(spread)
     dtype = spread.model.dtype
     for one in spread.sets:
         topology = one.maps.placement.topology
@@ -75,3 +97,7 @@ def try_together(spread: ExpertParallelModel, device: torch.device) -> None:
         slots = torch.full((topology.num_ranks, top_k), -1, device=device)
         slots[:, 0] = torch.arange(topology.num_ranks, device=device) * topology.slots_per_rank
         one.dispatcher.prepare(hidden, slots)
+
+
+def _find_top_k(spread: ExpertParallelModel) -> int:
+    return int(getattr(spread.model.config.get_text_config(), "num_experts_per_tok", 1))

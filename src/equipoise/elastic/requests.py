@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from equipoise.elastic.service import Deliver, QueueFull, RequestFailed, ServiceRequest
-from equipoise.engine.requests import Delta, SamplingParams
+from equipoise.engine.requests import Delta, FinishReason, SamplingParams
 from equipoise.errors import ConfigError
 
 Delivery = tuple[Deliver, Delta | RequestFailed]
@@ -47,7 +47,8 @@ class Assignment:
 @dataclass
 class _Entry:
     request: ServiceRequest
-    deliver: Deliver
+    # None of a request that was taken over, until somebody asks for its tokens.
+    deliver: Deliver | None
     generated: list[int] = field(default_factory=list)
     rank: str | None = None
     attempt: int = 0
@@ -67,6 +68,8 @@ class RequestTable:
         self._held: Counter[str] = Counter()
         self._entries: dict[str, _Entry] = {}
         self._queue: deque[str] = deque()
+        # Tokens and ends of requests that were taken over, and that nobody has asked for yet.
+        self._ended: dict[str, tuple[list[int], FinishReason]] = {}
         self._counts = dict.fromkeys(
             ("submitted", "finished", "cancelled", "failed", "rerun"), 0
         ) | {"prompt_tokens": 0, "generated_tokens": 0}
@@ -81,6 +84,7 @@ class RequestTable:
                 raise ConfigError(f"request {request.id!r} has not ended yet: take another id")
             if len(self._queue) >= self.queue_limit:
                 raise QueueFull(f"{len(self._queue)} requests wait already: come again later")
+            self._ended.pop(request.id, None)
             self._entries[request.id] = _Entry(request, deliver)
             self._queue.append(request.id)
             self._counts["submitted"] += 1
@@ -137,7 +141,79 @@ class RequestTable:
                 self._forget(delta.request_id)
                 ended = "cancelled" if delta.finish_reason == "cancelled" else "finished"
                 self._counts[ended] += 1
+            if entry.deliver is None:
+                if delta.finish_reason is not None:
+                    self._ended[delta.request_id] = entry.generated, delta.finish_reason
+                return []
             return [(entry.deliver, Delta(delta.request_id, known, tokens, delta.finish_reason))]
+
+    def adopt(self, rank: str, told: Mapping[str, Any]) -> bool:
+        """Take over a request of a controller that has gone, as a rank tells of it.
+
+        Args:
+            rank: that tells.
+            told: what it was given, as `Assignment.to_json` wrote it, its tokens so far, and its
+                `finish_reason`.
+        Returns:
+            Whether the rank has it; False where another was given it later.
+        """
+        request = ServiceRequest(told["id"], tuple(told["tokens"]), read_sampling(told["sampling"]))
+        with self._lock:
+            before = self._entries.get(request.id)
+            if request.id in self._ended or (before and before.attempt >= told["attempt"]):
+                return False
+            if before is not None:
+                self._forget(request.id)
+            if told["finish_reason"] is not None:
+                self._ended[request.id] = list(told["generated"]), told["finish_reason"]
+                return True
+            self._entries[request.id] = _Entry(
+                request, None, list(told["generated"]), rank, told["attempt"]
+            )
+            self._held[rank] += 1
+            return True
+
+    def list_unclaimed(self) -> tuple[str, ...]:
+        """Ids of requests that were taken over, and that nobody has asked for yet."""
+        with self._lock:
+            waiting = [key for key, entry in self._entries.items() if entry.deliver is None]
+            return (*waiting, *self._ended)
+
+    def take_up(self, request_id: str, position: int, deliver: Deliver) -> list[Delivery]:
+        """Have a request that was taken over delivered, from a token on.
+
+        Args:
+            request_id: which.
+            position: index of the first token that is wanted.
+            deliver: gets its tokens, once and in order, and its end.
+        Returns:
+            at most one delivery: of what has come by now.
+        Raises: ConfigError if it is none that nobody has asked for, or has no such token yet.
+        """
+        with self._lock:
+            entry = self._entries.get(request_id)
+            reason: FinishReason | None = None
+            if request_id in self._ended:
+                generated, reason = self._ended[request_id]
+            elif entry is not None and entry.deliver is None:
+                generated = entry.generated
+            else:
+                raise ConfigError(
+                    f"request {request_id!r} was not taken over, or has been asked for: one that "
+                    "waited for a rank went with the controller before; ask for it anew"
+                )
+            if not 0 <= position <= len(generated):
+                raise ConfigError(
+                    f"request {request_id!r} has {len(generated)} tokens so far, and {position} "
+                    "is behind them"
+                )
+            if entry is not None:
+                entry.deliver = deliver
+            self._ended.pop(request_id, None)
+            tokens = tuple(generated[position:])
+        if not tokens and reason is None:
+            return []
+        return [(deliver, Delta(request_id, position, tokens, reason))]
 
     def release(self, rank: str) -> int:
         """Take a rank's requests away from it: they wait in front of all others.
@@ -161,9 +237,13 @@ class RequestTable:
             the delivery of one that waited; the name of the rank that must be told otherwise.
         """
         with self._lock:
+            self._ended.pop(request_id, None)
             entry = self._entries.get(request_id)
-            if entry is None or entry.rank is not None:
-                return [], None if entry is None else entry.rank
+            if entry is None:
+                return [], None
+            entry.deliver = entry.deliver or _ignore
+            if entry.rank is not None:
+                return [], entry.rank
             self._queue.remove(request_id)
             self._forget(request_id)
             self._counts["cancelled"] += 1
@@ -177,7 +257,7 @@ class RequestTable:
             gone = {key for key, _ in failed}
             self._queue = deque(key for key in self._queue if key not in gone)
             self._counts["failed"] += len(failed)
-        return [(entry.deliver, RequestFailed(key, reason)) for key, entry in failed]
+        return [(entry.deliver or _ignore, RequestFailed(key, reason)) for key, entry in failed]
 
     def held(self) -> dict[str, int]:
         """Requests by rank; a rank without any counts none."""
@@ -219,6 +299,10 @@ class RequestTable:
         if not self._entries:
             self._is_empty.notify_all()
         return entry
+
+
+def _ignore(event: Delta | RequestFailed) -> None:
+    """For requests that nobody wants the tokens of."""
 
 
 def read_sampling(values: Mapping[str, Any]) -> SamplingParams:

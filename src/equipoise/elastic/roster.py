@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from equipoise.elastic.channel import Channel, ChannelClosed, Message
-from equipoise.elastic.launcher import RankHandle, RankSeat
+from equipoise.elastic.launcher import UNKNOWN_EXIT, RankHandle, RankSeat
 from equipoise.elastic.service import RankState, RankStatus
 
 
@@ -31,6 +31,7 @@ class RankRecord:
         heard_at: when something came from it last, monotonic.
         longest_silence_s: between two things that came from it.
         pause_s: between its last step before and its first behind the last switch.
+        pull_bytes_per_s: at which weights came to it before the last switch.
         steps_seen: forward passes that it has told of.
         is_lost: whether its step has failed, so that it waits for a recovery.
         told: facts that it was asked for, by what it said.
@@ -51,6 +52,7 @@ class RankRecord:
     heard_at: float = field(default_factory=time.monotonic)
     longest_silence_s: float = 0.0
     pause_s: float = 0.0
+    pull_bytes_per_s: float = 0.0
     is_lost: bool = False
     steps_seen: int = 0
     told: dict[str, Message] = field(default_factory=dict)
@@ -148,6 +150,25 @@ class Roster:
         """Where the living sit, by name."""
         return {record.name: record.node for record in self.living()}
 
+    def tell(self, names: Iterable[str], message: Message) -> None:
+        """Send the same to several."""
+        for name in names:
+            record = self.find(name)
+            if record is not None:
+                record.tell(message)
+
+    def end_newcomer(self, name: str, why: str) -> None:
+        """Do without a rank that was to serve, and does not yet."""
+        record = self.find(name)
+        if record is not None and record.state != "dead" and record.number is None:
+            record.state, record.detail = "leaving", why
+            # It may hang, and has nothing that anybody needs.
+            record.handle.stop(kill=True)
+
+    def names_serving(self) -> list[str]:
+        """Names of the living members of the serving generation, by their numbers."""
+        return [record.name for record in self.serving()]
+
     def pick_names(self, count: int) -> list[str]:
         """Names for newcomers: the lowest numbers that no living rank has."""
         taken = {record.name for record in self.living()}
@@ -165,6 +186,8 @@ def describe_exit(name: str, code: int | None) -> str:
     """How a process ended, for people."""
     if code is None:
         return f"{name} hung up"
+    if code == UNKNOWN_EXIT:
+        return f"{name} has ended"
     if code >= 0:
         return f"{name} ended with exit code {code}"
     try:

@@ -218,6 +218,7 @@ class ScaleReport:
         prepare_s: seconds from the request, start of processes excluded, to the decision.
         total_s: the same up to serving at the full new size.
         notes: what else is worth knowing, one line each.
+        newcomer_bytes_per_s: at which the slowest newcomer's weights came; None where none did.
     """
 
     dry_run: bool
@@ -232,6 +233,7 @@ class ScaleReport:
     prepare_s: float | None = None
     total_s: float | None = None
     notes: tuple[str, ...] = ()
+    newcomer_bytes_per_s: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything, of JSON's own types. Collective: none."""

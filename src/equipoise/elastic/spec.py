@@ -50,8 +50,8 @@ class ServiceSpec:
         beat_s: between two signs of life of a rank.
         silence_s: after so long without one a rank that serves is given up; a slow one gives them.
         idle_tick_s: between two ticks of ranks that have nothing to do.
-        orphan_s: how long ranks that have lost their controller serve on what they have and call
-            for it; then they end.
+        orphan_s: how long ranks that have lost their controller serve on what they have and wait
+            for one that takes its place; then they end.
         respawn: whether a rank that died is replaced.
         respawn_tries: replacements that fail in a row, after which no more are tried.
         respawn_s: between the first that fails and the next try; doubled each time.
@@ -77,7 +77,7 @@ class ServiceSpec:
     beat_s: float = 0.2
     silence_s: float = 10.0
     idle_tick_s: float = 0.05
-    orphan_s: float = 10.0
+    orphan_s: float = 60.0
     respawn: bool = False
     respawn_tries: int = 5
     respawn_s: float = 1.0

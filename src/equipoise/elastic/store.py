@@ -1,11 +1,19 @@
-"""The store that a controller keeps for its ranks."""
+"""The store that a controller keeps for its ranks.
+
+It ends with its controller. A generation that serves needs it for balancing alone, as its groups
+are connected; a controller that takes over has one of its own, and generations from then on are
+made through that.
+"""
 
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from datetime import timedelta
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from equipoise.errors import MembershipError
 
 
 def open_store(interface: str, timeout_s: float) -> TCPStore:
@@ -30,3 +38,20 @@ def open_store(interface: str, timeout_s: float) -> TCPStore:
         timeout=timedelta(seconds=timeout_s),
         master_listen_fd=listening.detach(),
     )
+
+
+def connect_store(address: Sequence[object], timeout_s: float) -> TCPStore:
+    """A rank's client of a controller's store.
+
+    Args:
+        address: host and port.
+        timeout_s: longest wait of the client.
+    Collective: none.
+    Raises: MembershipError if nobody answers there.
+    """
+    host, port = address
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        return TCPStore(str(host), int(str(port)), is_master=False, timeout=timeout)
+    except RuntimeError as error:
+        raise MembershipError(f"no store answers at {host}:{port}: {error}") from error
