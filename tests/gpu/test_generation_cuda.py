@@ -166,7 +166,7 @@ class Player:
         self.parallel: ParallelModel | None = None
         self.names: tuple[str, ...] = ()
         self.step_s: list[float] = []
-        self.link_bytes_per_s = float("nan")
+        self.rates: list[float] = []
 
     def send_by_nixl_ep(self, group: RankGroup, topology: Topology) -> TokenDispatcher:
         from equipoise.dispatch.nixl_ep.dispatcher import NixlEPOptions
@@ -181,26 +181,12 @@ class Player:
             torch.cuda.synchronize(self.device)
         self.step_s.append(time.perf_counter() - started)
 
-    def measure_link(self) -> None:
-        """What one READ of the other rank's memory reaches, into memory that is registered."""
-        assert self.parallel is not None
-        group = self.parallel.state.group
-        block = torch.empty(1, LINK_BYTES, dtype=torch.uint8, device=self.device)
-        wire = create_eplb_communicator(group, "nixl", [[block]])
-        peer, seconds = 1 - group.rank, []
-        for _ in range(4):
-            group.barrier()
-            started = time.perf_counter()
-            (wire.add_send if self.rank.rank == 0 else wire.add_recv)(block, peer)
-            wire.execute()
-            seconds.append(time.perf_counter() - started)
-        wire.close()
-        self.link_bytes_per_s = LINK_BYTES / min(seconds)
-
     def change(self, number: int, names: tuple[str, ...]) -> None:
         store = self.rank.store
         if self.parallel is not None:
             self.parallel.state.pause()
+            for dispatcher in self.parallel.dispatchers:
+                dispatcher.take_detour(True)
         if self.parallel is not None and self.parallel.state.group.rank == 0:
             facts = describe(self.parallel, self.names).to_json()
             store.set(f"facts/{number}", json.dumps(facts))
@@ -230,16 +216,16 @@ class Player:
         pause_s = time.perf_counter() - started
         figures = next_one.figures
         rate = figures.received_bytes / max(figures.pull_s, 1e-9)
-        if self.parallel is not None and len(names) > 1:
-            self.measure_link()
         during = f", {len(steps)} steps meanwhile"
         if steps:
             during += f", median {steps[len(steps) // 2]:.4f} s, longest {steps[-1]:.4f} s"
         print(
-            f"generation {number}, {self.home.name}: {figures}, {rate / 1e9:.1f} GB/s, one READ "
-            f"{self.link_bytes_per_s / 1e9:.1f}; switch and first step {pause_s:.4f} s{during}",
+            f"generation {number}, {self.home.name}: {figures}, {rate / 1e9:.1f} GB/s; "
+            f"switch and first step {pause_s:.4f} s{during}",
             flush=True,
         )
+        if figures.received_bytes:
+            self.rates.append(rate)
         if next_one.retirement is not None:
             assert next_one.retirement.wait(60.0)
 
@@ -290,6 +276,37 @@ def grow_and_shrink(rank: Rank, device: torch.device, device_group: Any, wires: 
         player.parallel.state.group.close()
     if player.manager is not None:
         player.manager.close()
+    link = measure_link(rank, device)
+    rates = ", ".join(f"{rate / 1e9:.0f} GB/s ({rate / link:.2f})" for rate in player.rates)
+    print(f"{player.home.name}: weights at {rates} of one READ's {link / 1e9:.0f}", flush=True)
+
+
+def measure_link(rank: Rank, device: torch.device) -> float:
+    """What one READ of the other rank's memory reaches, into memory that is registered."""
+    group = create_rank_group(
+        rank.store.clone(),
+        rank.rank,
+        rank.size,
+        device,
+        generation=99,
+        timeout=timedelta(seconds=60),
+        device_group="gloo",
+    )
+    block = torch.empty(1, LINK_BYTES, dtype=torch.uint8, device=device)
+    wire = create_eplb_communicator(group, "nixl", [[block]])
+    seconds = []
+    for _ in range(4):
+        group.barrier()
+        started = time.perf_counter()
+        if rank.rank == 0:
+            wire.add_send(block, 1)
+        else:
+            wire.add_recv(block, 0)
+        wire.execute()
+        seconds.append(time.perf_counter() - started)
+    wire.close()
+    group.close()
+    return LINK_BYTES / min(seconds)
 
 
 @pytest.mark.multi_gpu

@@ -58,12 +58,25 @@ class AllToAllDispatcher(TokenDispatcher):
     def __init__(self, group: RankGroup, topology: Topology) -> None:
         self._group = group
         self._staged = group.device.type == "cuda" and group.device_group is group.cpu_group
-        self._is_nccl = group.device.type == "cuda" and not self._staged
+        self._is_nccl = self._has_nccl = group.device.type == "cuda" and not self._staged
         self._even = [1] * topology.num_ranks
         self._counts = torch.empty(
             2, topology.num_ranks, 2, dtype=torch.int64, pin_memory=group.device.type == "cuda"
         )
         self._packer = _create_packer(group.device, topology)
+
+    @property
+    def is_in_the_way(self) -> bool:
+        """Over NCCL: to connect ranks waits for the device, and so for exchanges of this group.
+
+        Those wait for peers, which may wait for this rank meanwhile: seen to be for good.
+        """
+        return self._is_nccl and len(self._even) > 1
+
+    def take_detour(self, on: bool) -> None:
+        """As the contract says: over gloo, through pinned memory, instead of NCCL."""
+        if self._has_nccl:
+            self._staged, self._is_nccl = on, not on
 
     def dispatch(self, hidden_TD: Tensor, slot_TK: Tensor) -> Dispatched:
         """As the contract says; rows come ordered by source rank, then by token, then by k."""
@@ -142,7 +155,10 @@ class AllToAllDispatcher(TokenDispatcher):
                 time.sleep(_POLL_S)
 
     def _exchange(self, into: Tensor, rows: Tensor, received: list[int], sent: list[int]) -> None:
-        if self._staged:
+        if len(sent) == 1:
+            # A rank alone: no wire is needed, nor connected.
+            into.copy_(rows)
+        elif self._staged:
             landed = torch.empty_like(into, device="cpu", pin_memory=True)
             left = torch.empty_like(rows, device="cpu", pin_memory=True)
             left.copy_(rows)
@@ -153,7 +169,8 @@ class AllToAllDispatcher(TokenDispatcher):
 
     def _all_to_all(self, into: Tensor, rows: Tensor, received: list[int], sent: list[int]) -> None:
         try:
-            work = self._group.device_group.alltoall_base(into, rows, received, sent)
+            group = self._group.cpu_group if self._staged else self._group.device_group
+            work = group.alltoall_base(into, rows, received, sent)
             if self._is_nccl:
                 # In stream order alone: a wait with a deadline asks NCCL once a millisecond.
                 work.wait()
