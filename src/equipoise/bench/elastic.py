@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,9 +10,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+import torch
+
+from equipoise.bench.link import LinkSpec, measure_link
 from equipoise.bench.outcome import BenchOutcome, Row, with_goal
+from equipoise.bench.random_model import write_random_model
 from equipoise.bench.request_stream import RequestStream, StreamResult
 from equipoise.bundled import model_directory
+from equipoise.bundled.texts import KINDS, excerpts
+from equipoise.comm.nixl.agent import has_nixl
 from equipoise.config import EPLBConfig
 from equipoise.elastic.controller import Controller
 from equipoise.elastic.service import ScaleReport, ServiceStatus
@@ -19,8 +26,13 @@ from equipoise.elastic.spec import ServiceSpec
 from equipoise.errors import ConfigError
 from equipoise.launch.processes import LocalLauncher
 
-PAUSE_STEPS = 3.0
+PAUSE_STEPS, PAUSE_MS = 3.0, 100.0
 UP_S = 3.0
+LINK_SHARE = 0.8
+SAME_LOSS = 1e-5
+"""Nats: other ranks sum the same outputs, and round some differently."""
+TEXTS, TEXT_BYTES = 4, 192
+"""Of each kind."""
 WAIT_S = 120.0
 
 
@@ -37,6 +49,8 @@ class ElasticBench:
         device: kind of device.
         timeout_s: longest wait of a rank for another.
         seed: of the prompts.
+        size_gb: serve a model of random weights with so many GB of experts instead; written to a
+            directory for temporary files first.
     """
 
     sizes: tuple[int, ...] = (2, 4, 2, 3, 5, 2)
@@ -47,8 +61,11 @@ class ElasticBench:
     device: Literal["cpu", "cuda"] = "cpu"
     timeout_s: float = 30.0
     seed: int = 0
+    size_gb: float | None = None
 
     def __post_init__(self) -> None:
+        if self.model is not None and self.size_gb is not None:
+            raise ConfigError("a model is either given or made of a size, not both")
         if len(self.sizes) < 2 or min(self.sizes) < 1:
             raise ConfigError(f"sizes must be at least two, each from 1 on, got {self.sizes}")
         if any(before == after for before, after in pairwise(self.sizes)):
@@ -61,6 +78,28 @@ class _Change:
     after: int
     report: ScaleReport
     step_s: dict[int, float]
+    losses: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """Texts that losses are of, by kind."""
+
+    kinds: tuple[str, ...]
+    texts: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, encode: Callable[[str], list[int]]) -> _HeldOut:
+        named = [(kind, text) for kind in KINDS for text in excerpts(kind, TEXTS, TEXT_BYTES)]
+        return cls(tuple(kind for kind, _ in named), tuple(tuple(encode(t)) for _, t in named))
+
+    def score(self, controller: Controller) -> dict[str, float]:
+        """Mean loss by kind, over the ranks that serve now."""
+        losses = controller.score(self.texts, WAIT_S)
+        sums = dict.fromkeys(self.kinds, 0.0)
+        for kind, loss in zip(self.kinds, losses, strict=True):
+            sums[kind] += loss / TEXTS
+        return sums
 
 
 def measure_elastic(bench: ElasticBench, say: Callable[[str], None]) -> BenchOutcome:
@@ -72,7 +111,17 @@ def measure_elastic(bench: ElasticBench, say: Callable[[str], None]) -> BenchOut
     Collective: none; starts those who meet.
     Raises: MembershipError or TimeoutError if a change is not done.
     """
-    model = bench.model or model_directory()
+    if bench.size_gb is None:
+        return _measure(bench, bench.model or model_directory(), say)
+    with tempfile.TemporaryDirectory(prefix="equipoise-model-") as directory:
+        say(f"writing a model of {bench.size_gb:g} GB")
+        write_random_model(Path(directory), bench.size_gb * 1e9, bench.seed)
+        return _measure(bench, Path(directory), say)
+
+
+def _measure(bench: ElasticBench, model: Path, say: Callable[[str], None]) -> BenchOutcome:
+    encode = make_encoder(model)
+    held_out = _HeldOut.of(encode)
     spec = ServiceSpec(
         model=model,
         num_ranks=bench.sizes[0],
@@ -82,29 +131,40 @@ def measure_elastic(bench: ElasticBench, say: Callable[[str], None]) -> BenchOut
         timeout_s=bench.timeout_s,
     )
     controller = Controller(spec, LocalLauncher(bench.device, model))
+    say("starting ranks")
     controller.start()
     try:
+        losses = held_out.score(controller)
         stream = RequestStream(
             controller,
-            make_encoder(model),
+            encode,
             bench.num_in_flight,
             bench.num_new_tokens,
             bench.seed,
         )
         stream.start()
-        changes = _change_all(bench, controller, stream, say)
+        changes = _change_all(bench, controller, stream, held_out, say)
         stream.end(WAIT_S)
         status = controller.status()
     finally:
         controller.close()
+    link = None
+    if bench.device == "cuda" and torch.cuda.device_count() > 1 and has_nixl():
+        say("measuring one READ between two GPUs")
+        link = measure_link(LinkSpec(timeout_s=bench.timeout_s))
     say("comparing every token with the plain model's")
-    return _sum_up(bench, changes, stream.check(model, bench.device), status)
+    result = stream.check(model, bench.device)
+    rows = [_describe_requests(result), *_compare_losses(losses, changes)]
+    for change in changes:
+        rows += _describe_change(change, link, is_cpu=bench.device == "cpu")
+    return _sum_up(bench, rows, result, status)
 
 
 def _change_all(
     bench: ElasticBench,
     controller: Controller,
     stream: RequestStream,
+    held_out: _HeldOut,
     say: Callable[[str], None],
 ) -> list[_Change]:
     share = -(-bench.num_requests // len(bench.sizes))
@@ -119,9 +179,9 @@ def _change_all(
         step_s[after] = _find_step_s(status)
         # Told by then: ranks measure it with the first step behind the switch.
         pauses = [rank.pause_s for rank in status.ranks if rank.name in report.staying]
-        changes.append(
-            _Change(before, after, replace(report, pause_s=max(pauses, default=0.0)), step_s)
-        )
+        report = replace(report, pause_s=max(pauses, default=0.0))
+        losses = held_out.score(controller)
+        changes.append(_Change(before, after, report, step_s, losses))
     return changes
 
 
@@ -142,11 +202,8 @@ def _encode(tokenizer: Callable[..., dict[str, list[int]]], text: str) -> list[i
 
 
 def _sum_up(
-    bench: ElasticBench, changes: list[_Change], result: StreamResult, status: ServiceStatus
+    bench: ElasticBench, rows: list[Row], result: StreamResult, status: ServiceStatus
 ) -> BenchOutcome:
-    rows = [_describe_requests(result)]
-    for change in changes:
-        rows += _describe_change(change, is_cpu=bench.device == "cpu")
     notes = [
         f"{result.num_requests} requests, {result.num_tokens} tokens in {result.seconds:.1f} s; "
         f"{status.totals.rerun} requests were given to another rank on the way; the longest time "
@@ -154,6 +211,8 @@ def _sum_up(
         "a pause is from the end of the last step before the switch to the end of the first one "
         "behind it, on the slowest rank; both are measured in steps of the larger size",
         "a change counts from when its newcomers' processes have started and imported",
+        "held-out loss: the largest difference of a kind's mean negative log-likelihood, after any "
+        "of the changes, from the one before the first",
     ]
     setting = {
         "sizes": list(bench.sizes),
@@ -163,6 +222,7 @@ def _sum_up(
         "model": str(bench.model or "bundled"),
         "device": bench.device,
         "seed": bench.seed,
+        "size_gb": bench.size_gb,
     }
     return BenchOutcome("elastic", setting, tuple(rows), tuple(notes))
 
@@ -178,14 +238,29 @@ def _describe_requests(result: StreamResult) -> Row:
     return with_goal(row, "value", 0, at_most=True)
 
 
-def _describe_change(change: _Change, *, is_cpu: bool) -> list[Row]:
+def _compare_losses(before: dict[str, float], changes: list[_Change]) -> list[Row]:
+    rows = []
+    for kind, loss in before.items():
+        most = max(abs(change.losses[kind] - loss) for change in changes)
+        row: Row = {
+            "what": f"held-out loss of {kind}: largest difference",
+            "value": most,
+            "unit": "nats",
+            "loss": loss,
+        }
+        rows.append(with_goal(row, "value", SAME_LOSS, at_most=True))
+    return rows
+
+
+def _describe_change(change: _Change, link: float | None, *, is_cpu: bool) -> list[Row]:
     report, name = change.report, f"{change.before} to {change.after} ranks"
     step_s = change.step_s[max(change.before, change.after)]
-    steps: Row = {
+    pause_ms = (report.pause_s or 0.0) * 1000
+    pause: Row = {
         "what": f"{name}: pause",
-        "value": (report.pause_s or 0.0) / step_s,
-        "unit": "steps",
-        "pause_ms": (report.pause_s or 0.0) * 1000,
+        "value": pause_ms / 1000 / step_s if is_cpu else pause_ms,
+        "unit": "steps" if is_cpu else "ms",
+        "pause_ms": pause_ms,
         "step_ms": step_s * 1000,
         "bytes": report.bytes,
     }
@@ -196,7 +271,16 @@ def _describe_change(change: _Change, *, is_cpu: bool) -> list[Row]:
         "prepare_s": report.prepare_s,
     }
     has_goal = is_cpu and (change.before, change.after) == (2, 4)
-    return [
-        with_goal(steps, "value", PAUSE_STEPS, at_most=True) if is_cpu else steps,
+    rows = [
+        with_goal(pause, "value", PAUSE_STEPS if is_cpu else PAUSE_MS, at_most=True),
         with_goal(total, "value", UP_S, at_most=True) if has_goal else total,
     ]
+    if link is not None and report.newcomer_bytes_per_s is not None:
+        rate: Row = {
+            "what": f"{name}: a newcomer's weights",
+            "value": report.newcomer_bytes_per_s / 1e9,
+            "unit": "GB/s",
+            "of_link": report.newcomer_bytes_per_s / link,
+        }
+        rows.append(with_goal(rate, "of_link", LINK_SHARE, at_most=False))
+    return rows

@@ -16,6 +16,7 @@ _COLUMNS = (
     ("unit", "unit"),
     ("pause ms", "pause_ms"),
     ("step ms", "step_ms"),
+    ("of link", "of_link"),
     ("goal", "goal"),
     ("met", "met"),
 )
@@ -32,6 +33,10 @@ def bench_elastic(
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Of the ranks.")] = "cpu",
     timeout: Annotated[float, typer.Option(help="Longest wait for another rank, in s.")] = 30.0,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    size_gb: Annotated[
+        float | None,
+        typer.Option(help="Serve random weights, so many GB of experts; written to TMPDIR."),
+    ] = None,
     json_path: JsonPath = None,
 ) -> None:
     """Change the number of ranks under load: what it costs, and whether any answer suffers."""
@@ -47,6 +52,7 @@ def bench_elastic(
         device=device,
         timeout_s=timeout,
         seed=seed,
+        size_gb=size_gb,
     )
     show_outcome(measure_elastic(bench, _say), _COLUMNS, json_path)
 
