@@ -56,8 +56,12 @@ def bench_stall(
         str | None, typer.Option(help="Wire for weights; auto on the CPU, nixl on GPUs.")
     ] = None,
     policy: Annotated[
-        str, typer.Option(help="What plans; deepseek plans from nothing, and moves much.")
-    ] = "deepseek",
+        str | None,
+        typer.Option(
+            help="What plans; deepseek on the CPU, which plans from nothing and moves half of all "
+            "experts each time; flow on GPUs."
+        ),
+    ] = None,
     max_bytes_per_s: Annotated[
         int | None, typer.Option(help="Most bytes a second that a rank sends and receives.")
     ] = None,
@@ -99,7 +103,8 @@ def bench_stall(
     }
     if communicator is not None:
         check_name(communicator)
-    get_policy(policy)
+    if policy is not None:
+        get_policy(policy)
     usual = StallSpec.on_gpus() if on_gpus else StallSpec()
     chosen = {name: value for name, value in given.items() if value is not None}
     show_outcome(measure_stalls(dataclasses.replace(usual, **chosen)), _COLUMNS, json_path)
