@@ -36,6 +36,7 @@ LAYOUTS = (
     "Ernie4_5_VLMoeMoeExperts",  # one list of experts for two modules, inside a larger model
     "GptOssExperts",  # fused, interleaved, transposed, with biases
     "GraniteMoeExperts",  # fused under other names
+    "Llama4TextExperts",  # fused, through an adapter
     "MixtralExperts",  # an expert each, under other names
     "OlmoeExperts",
     "Qwen3VLMoeTextExperts",  # fused, stored transposed, inside a larger model

@@ -23,6 +23,7 @@ COMMON = frozenset(
         "Glm4MoeExperts",
         "GptOssExperts",
         "GraniteMoeExperts",
+        "Llama4TextExperts",
         "MiniMaxM2Experts",
         "MixtralExperts",
         "OlmoeExperts",
