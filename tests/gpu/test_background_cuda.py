@@ -26,6 +26,13 @@ MOST_STEPS_EACH = 200
 NUM_ROUNDS = 300
 
 
+def assert_maps_say(maps: PlacementMaps, step: int) -> None:
+    """Every map on the device is that of the placement that stands."""
+    wanted = PlacementMaps(maps.placement, maps.slot_to_expert.device)
+    for name in ("slot_to_expert", "expert_to_slots", "replica_counts", "turns", "num_turns"):
+        assert torch.equal(getattr(maps, name), getattr(wanted, name)), (name, step)
+
+
 def serve_and_rebalance(group: RankGroup, wire: str, num_rebalances: int) -> None:
     """Steps of some products each, and after each a look at every slot and every map."""
     topology = Topology(group.size, 24 // group.size)
@@ -55,8 +62,7 @@ def serve_and_rebalance(group: RankGroup, wire: str, num_rebalances: int) -> Non
         done += len(state.step())
         # In stream order behind the commit, as a forward pass would read them.
         library.assert_hold(weights, maps.placement, group.rank, step)
-        wanted = torch.from_numpy(maps.placement.slot_to_expert.copy())
-        assert torch.equal(maps.slot_to_expert.cpu(), wanted), step
+        assert_maps_say(maps, step)
         group.barrier()
         if warm is None and done >= num_rebalances // 2:
             warm = count_held(group.device, communicator)
