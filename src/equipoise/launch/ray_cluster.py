@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import threading
 import time
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ PINNED_S = 2.0
 """How long one node is asked for room before another is."""
 LOOK_S = 0.1
 """Between two looks at whether a rank is to be ended."""
+CALL_S = 5.0
+"""How long a cluster has to answer at all."""
 STOP_S = 5.0
 """How long the ends of all ranks are waited for."""
 NODE_LABEL = "ray.io/node-id"
@@ -320,7 +323,10 @@ def load_ray() -> Any:
 
 
 def _connect(ray: Any, address: str) -> None:
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", address)
     try:
+        _call(address)
         ray.init(
             address=address,
             namespace="equipoise",
@@ -328,11 +334,18 @@ def _connect(ray: Any, address: str) -> None:
             configure_logging=False,
             logging_level="error",
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"no Ray cluster at {address} ({_say(error)}): start one by `ray start --head`, or "
             "name one by --ray-address HOST:PORT"
         ) from error
+
+
+def _call(address: str) -> None:
+    """See whether somebody answers at HOST:PORT; Ray itself tries for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=CALL_S).close()
 
 
 def _say(error: Exception) -> str:
