@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -109,14 +108,3 @@ class KVCache:
         for pair in self._layers.values():
             for tensor in pair:
                 tensor[into, :, :length] = tensor[source, :, :length]
-
-
-def find_free_bytes(device: torch.device) -> int | None:
-    """Bytes that a cache could take; None where that cannot be found out. Collective: none."""
-    if device.type == "cuda":
-        # What torch keeps of freed memory serves a cache as well.
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    path = Path("/proc/meminfo")
-    lines = path.read_text(encoding="ascii").splitlines() if path.exists() else []
-    return next((int(line.split()[1]) << 10 for line in lines if "MemAvailable" in line), None)
