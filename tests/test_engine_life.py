@@ -63,7 +63,7 @@ def check_tokens(family: str, requests: list[Request]) -> None:
         with torch.inference_mode():
             logits = plain(ids, use_cache=False, logits_to_keep=num).logits[0]
         prefixes = [replace(request, generated=request.generated[:i]) for i in range(num)]
-        assert request.generated == choose_tokens(logits, prefixes)
+        assert request.generated == choose_tokens(logits, prefixes).tolist()
         ended = request.generated[-1] == 1 and not request.sampling.ignore_end
         assert ended or num == request.sampling.max_new_tokens
 

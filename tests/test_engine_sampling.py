@@ -20,7 +20,7 @@ def make_request(position: int, seed: int = 3, temperature: float = 1.0, top_p: 
 
 def draw_many(num: int, **sampling: float) -> np.ndarray:
     requests = [make_request(0, seed=seed, **sampling) for seed in range(num)]
-    tokens = choose_tokens(LOGITS.expand(num, -1), requests)
+    tokens = choose_tokens(LOGITS.expand(num, -1), requests).tolist()
     return np.bincount(tokens, minlength=len(LOGITS)) / num
 
 
@@ -43,13 +43,15 @@ def test_top_p_leaves_the_likeliest_tokens_that_have_it_together() -> None:
 
 def test_a_token_depends_on_seed_and_position_alone() -> None:
     alone = [
-        choose_tokens(LOGITS[None], [make_request(position, seed)])[0]
+        int(choose_tokens(LOGITS[None], [make_request(position, seed)])[0])
         for seed in range(4)
         for position in range(25)
     ]
     requests = [make_request(position, seed) for seed in range(4) for position in range(25)]
     greedy = [make_request(2, temperature=0.0)]
-    together = choose_tokens(LOGITS.expand(101, -1), [*requests[:50], *greedy, *requests[50:]])
+    together = choose_tokens(
+        LOGITS.expand(101, -1), [*requests[:50], *greedy, *requests[50:]]
+    ).tolist()
     assert together[:50] + together[51:] == alone
     assert together[50] == 0
     assert len(set(alone)) > 3

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from equipoise.balancer import RebalanceOutcome
 from equipoise.engine.cache import CacheMemory
 from equipoise.engine.detokenizer import TextStream
 from equipoise.engine.figures import SetLoad, StepFigures, StepResult
@@ -50,8 +51,8 @@ class EngineLimits:
 class Engine:
     """Serves this rank's requests, in lockstep with the other ranks. Owner: the forward thread.
 
-    A step gives every running sequence a token and takes some of the prompts of new ones. A rank
-    without requests sends a dummy token nowhere. Requests join and leave between steps.
+    A step gives every running sequence a token and takes some of the prompts of new ones; requests
+    join and leave between steps. A rank without requests sends a dummy token nowhere.
 
     After an error, requests are as the last step that ended left them: they go on once another
     generation is adopted, or are handed over by `evict`.
@@ -75,13 +76,11 @@ class Engine:
         balance: bool = True,
         graphs: bool = True,
     ) -> None:
-        self.limits = limits
+        self.limits, rows, end = limits, limits.max_batch_size, limits.end_tokens
         self._parallel, self._tokenizer, self._balance = parallel, tokenizer, balance
-        rows = limits.max_batch_size
         self._forward = Forward(parallel, rows, limits.max_len, graphs=graphs)
         self._schedule = Schedule(rows, limits.prefill_chunk, self._forward.cache.move)
-        end_tokens = limits.end_tokens
-        self._end_tokens = find_end_tokens(parallel.model) if end_tokens is None else end_tokens
+        self._end_tokens = find_end_tokens(parallel.model) if end is None else end
         # Kept beyond an error: each token is told, and once.
         self._deltas: list[Delta] = []
 
@@ -150,33 +149,43 @@ class Engine:
         started_s, cpu_s = time.perf_counter(), self._parallel.spread.expert_cpu_s
         work = self._schedule.plan()
         logits, getters = self._forward.run(work)
-        self._take(logits, getters)
-        self._schedule.advance(work)
+        tokens = choose_tokens(logits, [sequence.request for sequence in getters])
         sets = self._parallel.spread.sets if self.limits.keep_load else ()
+        loads = tuple(SetLoad(one.maps.placement, one.recorder.counts.clone()) for one in sets)
+        # On a GPU the balancer does its part while the device computes.
+        balance_s, outcomes = self._balance_step()
+        self._forward.check()
+        self._take(tokens.tolist(), logits, getters)
+        self._schedule.advance(work)
         figures = StepFigures(
             num_tokens=work.num_tokens,
             num_new_tokens=len(getters),
             kinds=frozenset(sequence.request.kind for sequence, _ in work.parts),
             expert_cpu_s=self._parallel.spread.expert_cpu_s - cpu_s,
-            loads=tuple(SetLoad(one.maps.placement, one.recorder.counts.clone()) for one in sets),
+            loads=loads,
+            step_s=time.perf_counter() - started_s,
+            balance_s=balance_s,
         )
-        return self._close(started_s, figures)
+        return self._tell(figures, outcomes)
 
     def tick(self) -> StepResult:
         """Close a step in which no rank has anything to do, without a forward pass.
 
         Rebalances that are under way go on. Collective and Raises: as `step`.
         """
-        return self._close(time.perf_counter(), StepFigures())
+        taken_s, outcomes = self._balance_step()
+        return self._tell(StepFigures(step_s=taken_s, balance_s=taken_s), outcomes)
 
-    def _close(self, started_s: float, figures: StepFigures) -> StepResult:
-        before_s = time.perf_counter()
+    def _balance_step(self) -> tuple[float, tuple[RebalanceOutcome, ...]]:
+        """Close the forward pass that is under way; and the seconds that it took."""
+        started_s = time.perf_counter()
         outcomes = self._parallel.step() if self._balance else ()
         for one in () if self._balance else self._parallel.spread.sets:
             one.recorder.clear()
-        ended_s = time.perf_counter()
+        return time.perf_counter() - started_s, outcomes
+
+    def _tell(self, figures: StepFigures, outcomes: tuple[RebalanceOutcome, ...]) -> StepResult:
         deltas, self._deltas = tuple(self._deltas), []
-        figures = replace(figures, step_s=ended_s - started_s, balance_s=ended_s - before_s)
         return StepResult(deltas, figures, outcomes)
 
     def _check(self, request: Request, known: set[str]) -> None:
@@ -196,9 +205,8 @@ class Engine:
         if problem is not None:
             raise ConfigError(f"request {request.id!r} {problem}")
 
-    def _take(self, logits: Tensor, getters: list[Sequence]) -> None:
+    def _take(self, tokens: list[int], logits: Tensor, getters: list[Sequence]) -> None:
         """Give sequences their tokens, and find out which have ended."""
-        tokens = choose_tokens(logits, [sequence.request for sequence in getters])
         kept = logits.cpu() if self.limits.keep_logits else None
         for index, (sequence, token) in enumerate(zip(getters, tokens, strict=True)):
             request = sequence.request

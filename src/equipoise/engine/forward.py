@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from equipoise.engine.attention import Attention, Chunk, Layout
-from equipoise.engine.cache import CacheMemory, KVCache, find_free_bytes
+from equipoise.engine.cache import CacheMemory, KVCache
 from equipoise.engine.graphs import DecodeGraphs
 from equipoise.engine.schedule import Sequence, Work
 from equipoise.errors import ConfigError, ModelError
+from equipoise.models.free_memory import find_free_bytes
 from equipoise.models.grouped import computes_grouped
 from equipoise.models.parallel import ParallelModel
 
@@ -53,8 +55,8 @@ class Forward:
         if (window or max_len) < max_len and not any(s.knows_window for s in shapes.values()):
             raise ModelError(f"it attends to {window} tokens only, and does not tell its attention")
         token_bytes = sum(shape.num_bytes for shape in shapes.values())
-        free_bytes = find_free_bytes(self._device)
-        memory = CacheMemory(num_rows, max_len, token_bytes, free_bytes, self._device)
+        free, device = find_free_bytes(self._device), self._device
+        memory = CacheMemory(num_rows, max_len, token_bytes, free, device)
         memory.check()
         return KVCache(shapes, memory)
 
@@ -90,7 +92,7 @@ class Forward:
     def run(self, work: Work) -> tuple[Tensor, list[Sequence]]:
         """Run a step; a dummy token that is sent nowhere if there is no work.
 
-        Returns: [sequences that get a token, V] float32, and these sequences.
+        Returns: [sequences that get a token, V] float32, and these; of use once `check` returns.
         Collective: every rank of the generation, equally often.
         """
         columns: list[tuple[int, int, int]] = []
@@ -104,20 +106,22 @@ class Forward:
         chunks = tuple(chunk for _, chunk in work.parts)
         decoding, chunks = chunks[: work.num_decoding], chunks[work.num_decoding :]
         longest = max((chunk.start + 1 for chunk in decoding), default=0)
-        placed = torch.tensor(columns or [(0, 0, 0)]).T.contiguous()
+        placed = np.array(columns or [(0, 0, 0)]).T
         first, self._position = self._position, self._position + placed.shape[1]
         if self._captures and decoding and not chunks:
-            one = torch.ones_like(placed[0])
-            inputs = torch.stack([placed[0], placed[2], one, one * first])
-            logits = self._graphs.run(inputs, longest, self._device)
-        else:
-            there = placed.to(self._device, non_blocking=True)
-            layout = Layout(there[1], there[2], len(decoding), longest, chunks)
-            hidden = self._call(there[0], there[2], layout if columns else None, None, first)
-            logits = self._score(hidden[lasts])
+            inputs = np.stack(
+                [placed[0], placed[2], np.ones_like(placed[0]), placed[0] * 0 + first]
+            )
+            return self._graphs.run(inputs, longest, self._device), getters
+        there = torch.from_numpy(placed.copy()).to(self._device, non_blocking=True)
+        layout = Layout(there[1], there[2], len(decoding), longest, chunks)
+        hidden = self._call(there[0], there[2], layout if columns else None, None, first)
+        return self._score(hidden[lasts]), getters
+
+    def check(self) -> None:
+        """Return when all ranks have taken part; raises as a step. Collective: none; may wait."""
         for dispatcher in self._parallel.dispatchers:
             dispatcher.check()
-        return logits, getters
 
     def _decode(self, inputs: Tensor, longest: int) -> Tensor:
         """As `Decode` says; what is no token goes nowhere, and leaves its mark in a free row."""

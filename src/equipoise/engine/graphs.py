@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from equipoise.topology import IntArray
 
 _LEAST_KEYS = 128
 
@@ -37,15 +40,15 @@ class DecodeGraphs:
         self._captured: dict[tuple[int, int], _Captured] = {}
         self._pool: Any = None
 
-    def run(self, columns: Tensor, longest: int, device: torch.device) -> Tensor:
-        """Decode a token of each row, [4, rows] on the CPU; gives [rows, V] until the next call.
+    def run(self, columns: IntArray, longest: int, device: torch.device) -> Tensor:
+        """Decode a token of each row, [4, rows] int64; gives [rows, V] until the next call.
 
+        Few calls of torch: each lets other threads have the interpreter, and waits to get it back.
         Collective: as the forward pass.
         """
         num_rows = columns.shape[1]
         shape = _round_up(num_rows, self._most[0]), _round_up(longest, self._most[1], _LEAST_KEYS)
-        inputs = columns.new_zeros(4, shape[0])
-        inputs[:, :num_rows] = columns
+        inputs = torch.from_numpy(np.pad(columns, ((0, 0), (0, shape[0] - num_rows))))
         captured = self._captured.get(shape)
         if captured is None:
             there = inputs.to(device)

@@ -15,23 +15,21 @@ from equipoise.engine.requests import Request
 
 
 @torch.inference_mode()
-def choose_tokens(logits: Tensor, requests: Sequence[Request]) -> list[int]:
+def choose_tokens(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     """Choose the next token of each request, as its sampling asks.
 
     Args:
         logits: [B, V] float32, behind each request's last token.
         requests: B of them.
-    Collective: none; waits for the device.
+    Returns:
+        [B] int64, where the logits are. Collective: none; waits for the device where any are drawn.
     """
-    if not requests:
-        return []
     tokens = logits.argmax(dim=-1)
     drawn = [row for row, request in enumerate(requests) if request.sampling.temperature > 0]
     if drawn:
         row_D = torch.tensor(drawn, device=logits.device)  # noqa: N806 - D drawn rows
         tokens[row_D] = _draw(logits[row_D], [requests[row] for row in drawn])
-    chosen: list[int] = tokens.tolist()
-    return chosen
+    return tokens
 
 
 def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
