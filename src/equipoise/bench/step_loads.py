@@ -11,6 +11,7 @@ from equipoise.bench.step_case import ModelSize
 from equipoise.bundled.traces import gptoss_routes
 from equipoise.errors import ConfigError
 from equipoise.load.trace_files import read_trace
+from equipoise.load.trace_routes import Serving
 from equipoise.topology import IntArray
 
 
@@ -26,7 +27,8 @@ def read_shares(size: ModelSize, kind: str) -> IntArray:
     Collective: none.
     Raises: ConfigError if the trace has no such text, or its experts cannot stand for as many.
     """
-    trace = read_trace(gptoss_routes())
+    # One sequence at a time: each step is of one kind.
+    trace = read_trace(gptoss_routes(), serving=Serving(num_in_flight=1, tokens_per_step=64))
     kinds = sorted(set(trace.phases))
     if kind not in kinds:
         raise ConfigError(f"--kind: the trace has {', '.join(kinds)}, not {kind!r}")

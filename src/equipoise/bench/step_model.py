@@ -10,7 +10,6 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from equipoise.topology import IntArray
 
 _POOL = 4096
 """Tokens whose routes are drawn; they come round and round, from another one on in each call."""
-_ROUNDS, _NUM_POINTS = 20, 7
+_ROUNDS = 10
 
 
 def build_model(size: ModelSize, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
@@ -115,15 +114,13 @@ class Routes:
         return forward
 
 
-def measure_experts(
-    parallel: ParallelModel, num_rows: tuple[int, int], occupied: tuple[int, int]
-) -> ExpertTime:
+def measure_experts(parallel: ParallelModel, slot_count: Tensor) -> ExpertTime:
     """Seconds of a layer's experts by how many rows come, to how many slots.
 
     Args:
         parallel: the model, of one set of layers.
-        num_rows: the least and the most that came.
-        occupied: the least and the most slots that any came to.
+        slot_count: [n, S] int64, rows that came to the slots of a rank, n times; as kernels take
+            rows in tiles, their time also depends on how slots share them.
     Collective: none; other ranks should be at the same thing, or at rest.
     """
     (one,) = parallel.spread.sets
@@ -131,20 +128,21 @@ def measure_experts(
     computation = type(module).forward
     device = parallel.state.group.device
     dtype = next(module.parameters()).dtype
-    most = max(num_rows)
+    slot_count = slot_count.to(device)
+    most = int(slot_count.sum(1).max())
     hidden = torch.randn(most, parallel.model.config.hidden_size, dtype=dtype, device=device)
     weight = hidden.new_ones(most, 1)
     points, seconds = [], []
-    # Fewer slots than were met too, or nothing would tell what a slot costs.
-    for slots in sorted({max(1, occupied[0] * 3 // 4), *occupied}):
-        for rows in np.linspace(*num_rows, _NUM_POINTS).round().astype(int).tolist():
-            slot = (torch.arange(rows, device=device) * slots // max(1, rows))[:, None]
+    for count in slot_count:
+        slot = torch.arange(len(count), device=device).repeat_interleave(count)
+        rows = len(slot)
+        slot = slot[torch.randperm(rows, device=device)][:, None]
 
-            def compute(rows: int = rows, slot: Tensor = slot) -> object:
-                return computation(module, hidden[:rows], slot, weight[:rows])
+        def compute(rows: int = rows, slot: Tensor = slot) -> object:
+            return computation(module, hidden[:rows], slot, weight[:rows])
 
-            points.append([1.0, float(rows), float(slots)])
-            seconds.append(_time(compute, device))
+        points.append([1.0, float(rows), float((count > 0).sum())])
+        seconds.append(_time(compute, device))
     design = torch.tensor(points, dtype=torch.float64)
     measured = torch.tensor(seconds, dtype=torch.float64)
     plane = torch.linalg.lstsq(design, measured[:, None]).solution[:, 0]

@@ -40,8 +40,10 @@ if TYPE_CHECKING:
 
 BLOCK_STEPS = 50
 _WARM_STEPS, _FILL_STEPS = 5, 10
-_DECODE_PROMPT, _DECODE_TOKENS = 1, 500
-"""Rows are replaced all at once: one step in 500 takes prompts, so that no percentile shows it."""
+_NUM_TIMED = 96
+"""Of the loads that came to a rank in a layer, how many its experts are timed with."""
+_DECODE_PROMPT, _DECODE_TOKENS = 1, 120
+"""Rows are replaced all at once; all lengths are of one graph."""
 _NEVER = 1 << 40
 
 Fed = tuple[Engine, Callable[[], None]]
@@ -85,6 +87,7 @@ class _Tally:
     """Steps of one kind on this rank.
 
     Attributes:
+        decodes: whether steps that take prompts are left out.
         step_s: wall seconds of each.
         balance_s: of these in the balancer's step.
         num_tokens: of all.
@@ -93,6 +96,7 @@ class _Tally:
         rebalances: that ended meanwhile.
     """
 
+    decodes: bool = False
     step_s: list[float] = field(default_factory=list)
     balance_s: list[float] = field(default_factory=list)
     num_tokens: int = 0
@@ -101,12 +105,14 @@ class _Tally:
     rebalances: int = 0
 
     def add(self, result: StepResult) -> None:
+        self.note(result.outcomes)
+        if self.decodes and any(delta.position == 0 for delta in result.deltas):
+            return
         figures = result.figures
         self.step_s.append(figures.step_s)
         self.balance_s.append(figures.balance_s)
         self.num_tokens += figures.num_tokens
         self.counts += [load.slot_count for load in figures.loads]
-        self.note(result.outcomes)
 
     def note(self, outcomes: Sequence[RebalanceOutcome]) -> None:
         """Rebalances have ended."""
@@ -172,7 +178,7 @@ class _Bench:
             return LeftOut("recorder", "a GPU: on a CPU it is lost among the steps' own noise")
         engine, feed = self._make_decoding(self.parallel)
         (one,) = self.parallel.spread.sets
-        tallies = _Tally(), _Tally()
+        tallies = _Tally(decodes=True), _Tally(decodes=True)
         for step in range(2 * self._spec.num_steps):
             # Off, on, on, off: what grows with the sequences is the same on both sides.
             counts = step % 4 in (1, 2)
@@ -186,7 +192,7 @@ class _Bench:
         spec = self._spec
         num_blocks = 2 * -(-spec.num_stall_steps // BLOCK_STEPS)
         engine, feed = self._make_decoding(self.parallel)
-        off, on, between = _Tally(), _Tally(), _Tally()
+        off, on, between = _Tally(decodes=True), _Tally(decodes=True), _Tally()
         for block in range(num_blocks):
             # What the block before has begun ends outside of what is measured.
             self._settle(engine, feed, between)
@@ -206,7 +212,7 @@ class _Bench:
         if not all(dispatcher.captures for dispatcher in self.parallel.dispatchers):
             return LeftOut("graphs", "two GPUs and --dispatcher nixl_ep")
         sides = [
-            (self._make_decoding(self.parallel, graphs=graphs), _Tally())
+            (self._make_decoding(self.parallel, graphs=graphs), _Tally(decodes=True))
             for graphs in (False, True)
         ]
         for _ in range(self._spec.num_steps):
@@ -230,7 +236,8 @@ class _Bench:
         balanced, _ = self._spread(EPLBConfig(use_async=False))
         try:
             sides = make(self.parallel), make(balanced)
-            tallies, between = (_Tally(), _Tally()), _Tally()
+            decodes = case == "decode"
+            tallies, between = (_Tally(decodes), _Tally(decodes)), _Tally()
             for side in sides:
                 self._run(*side, _FILL_STEPS, _Tally())
             between.note(balanced.state.rearrange())
@@ -240,11 +247,10 @@ class _Bench:
                 is_balanced = step % 4 in (1, 2)
                 self._run(*sides[is_balanced], 1, tallies[is_balanced])
             off, on = (self._merge(tally) for tally in tallies)
-            rows, occupied = (
-                (int(min(a.min(), b.min())), int(max(a.max(), b.max())))
-                for a, b in ((off.rank_tokens, on.rank_tokens), (off.occupied, on.occupied))
-            )
-            expert_time = measure_experts(balanced, rows, occupied)
+            slot_count = torch.cat([self._sum_counts(tally).flatten(0, 2) for tally in tallies])
+            random = torch.Generator().manual_seed(self._spec.seed)
+            chosen = torch.randperm(len(slot_count), generator=random)[:_NUM_TIMED]
+            expert_time = measure_experts(balanced, slot_count[chosen])
         finally:
             balanced.close()
         return Compared(case, off, on, expert_time, between.moves, between.rebalances)
@@ -286,7 +292,9 @@ class _Bench:
         return Request(str(self._num_requests), tuple(tokens), sampling)
 
     def _run(self, engine: Engine, feed: Callable[[], None], num_steps: int, tally: _Tally) -> None:
-        for _ in range(num_steps):
+        """Until so many more steps have been counted: ranks take prompts at the same steps."""
+        most = len(tally.step_s) + num_steps
+        while len(tally.step_s) < most:
             feed()
             tally.add(engine.step())
 
@@ -299,11 +307,9 @@ class _Bench:
         """The figures of all ranks."""
         seconds = torch.tensor([tally.step_s, tally.balance_s], dtype=torch.float64)
         num_tokens = torch.tensor(tally.num_tokens)
-        slot_count = torch.stack(tally.counts).cpu()
         self._group.all_reduce(seconds, "max")
         self._group.all_reduce(num_tokens)
-        self._group.all_reduce(slot_count)
-        by_rank = slot_count.view(*slot_count.shape[:2], self._group.size, -1)
+        by_rank = self._sum_counts(tally)
         return Timed(
             step_s=seconds[0].numpy(),
             balance_s=seconds[1].numpy(),
@@ -311,3 +317,9 @@ class _Bench:
             rank_tokens=by_rank.sum(3).numpy(),
             occupied=(by_rank > 0).sum(3).numpy(),
         )
+
+    def _sum_counts(self, tally: _Tally) -> Tensor:
+        """[steps, L, R, S] int64, rows that came to each slot."""
+        slot_count = torch.stack(tally.counts).cpu()
+        self._group.all_reduce(slot_count)
+        return slot_count.view(*slot_count.shape[:2], self._group.size, -1)
