@@ -111,7 +111,11 @@ class ControllerLink:
     def _read(self) -> None:
         while not self._is_closed.is_set():
             try:
-                self._inbox.put(self._channel.receive())
+                message = self._channel.receive()
+                self._inbox.put(message)
+                if message.get("do") == "given up":
+                    # Whoever calls again hears the same again.
+                    return
             except ChannelClosed as error:
                 self._has_channel.clear()
                 if self._is_closed.is_set():

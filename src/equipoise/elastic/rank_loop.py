@@ -228,7 +228,7 @@ class RankLoop:
     def _obey(self, wait_s: float) -> None:
         """Do all that the controller has said by now; wait so long for a first word."""
         message = self._link.receive(wait_s)
-        while message is not None:
+        while message is not None and self._exit_code is None:
             self._orders[message["do"]](message)
             message = self._link.receive(0.0)
 
