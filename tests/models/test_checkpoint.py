@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ from equipoise.comm.groups import RankGroup
 from equipoise.errors import ModelError
 from equipoise.models.checkpoint import Checkpoint
 from equipoise.models.experts import take_over
-from equipoise.models.headers import StoredTensor, read_header
+from equipoise.models.headers import StoredTensor, read_header, read_headers
 from equipoise.models.loading import load_spread
 from equipoise.models.parallel import _plan_sets
 from equipoise.models.read_ahead import FileReader, ReadAhead, Span, join_spans
@@ -482,6 +483,55 @@ def test_damage_is_named_before_anything_is_read(number: int, sound: Path, tmp_p
         Checkpoint(tmp_path)
     assert "\n" not in str(raised.value)
     assert str(tmp_path) in str(raised.value)
+
+
+def test_random_damage_to_a_header_is_an_error_or_none(sound: Path, tmp_path: Path) -> None:
+    """Whatever stands in a header: one line that names the file, or a checkpoint that can be read.
+
+    What can be read is: a change of a space, or of the order, does no harm.
+    """
+    for file in sound.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = whole[8 : 8 + length]
+    random = np.random.default_rng(0)
+    refused, checked = [], 0
+    for number in range(400):
+        text = damage_text(header, random)
+        # Some keep their length, so that the text is cut or data begin elsewhere.
+        start = whole[:8] if number % 2 else len(text).to_bytes(8, "little")
+        file.write_bytes(start + text + whole[8 + length :])
+        try:
+            read_headers(tmp_path)
+            if checked < 30:
+                checked += 1
+                with Checkpoint(tmp_path) as checkpoint:
+                    for layer in checkpoint.layers:
+                        checkpoint.read_expert(layer, number % 8)
+        except ModelError as error:
+            refused.append(str(error))
+    assert all("\n" not in error and str(tmp_path) in error for error in refused)
+    assert len(refused) > 200
+    assert checked > 20
+
+
+def damage_text(text: bytes, random: np.random.Generator) -> bytes:
+    """Some bytes flipped, left out, repeated, or exchanged."""
+    begin, end = sorted(random.integers(0, len(text), 2).tolist())
+    end = min(end, begin + int(random.integers(1, 40)))
+    match random.integers(4):
+        case 0:
+            return text[:begin] + bytes([int(random.integers(256))]) + text[begin + 1 :]
+        case 1:
+            return text[:begin] + text[end:]
+        case 2:
+            return text[:end] + text[begin:]
+        case _:
+            digits = [i for i in range(len(text)) if text[i : i + 1].isdigit()]
+            place = digits[int(random.integers(len(digits)))]
+            return text[:place] + b"%d" % random.integers(10) + text[place + 1 :]
 
 
 def test_a_rank_that_cannot_load_ends_all(
