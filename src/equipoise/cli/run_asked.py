@@ -136,7 +136,7 @@ def settle(asked: Asked, place: TorchrunRank | None) -> JobSpec:
     check_dispatch(dispatch, found, dtype)
     if place is None:
         # Last: it may take long.
-        _make_policy(config.policy)
+        _make_policy(config.policy, quiet=asked.output.quiet)
     return JobSpec(
         model=model,
         prompts=prompts,
@@ -226,14 +226,15 @@ def _check_communicator(name: str) -> None:
     check_name(name)
 
 
-def _make_policy(name: str) -> None:
+def _make_policy(name: str, *, quiet: bool) -> None:
     """Make it here first: what it compiles is kept on disk, and ranks need not all compile it."""
     from equipoise.policy import get_policy
 
     words = f"compiling the policy {name}, once: half a minute or so"
     told = threading.Timer(PATIENCE_S, typer.echo, [words], {"err": True})
     told.daemon = True
-    told.start()
+    if not quiet:
+        told.start()
     try:
         get_policy(name)
     finally:
