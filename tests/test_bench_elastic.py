@@ -23,6 +23,7 @@ runs_long = pytest.mark.skipif(
         (("elastic", "--sizes=2"), "sizes must be at least two"),
         (("elastic", "--sizes=2,0"), "each from 1 on, got (2, 0)"),
         (("elastic", "--sizes=2,2"), "sizes must differ from the ones before them"),
+        (("elastic", "--model=x", "--size-gb=1"), "either given or made of a size, not both"),
         (("elastic", "--sizes=two"), "must be numbers with commas between, like 2,4,2"),
         (("recovery", "--ranks=1"), "at least 2 ranks, of which one may die, got 1"),
         (("recovery", "--kills=0"), "at least 1 rank must be killed, got 0"),
@@ -57,8 +58,10 @@ def test_answers_are_right_through_changes_of_the_ranks(tmp_path: Path) -> None:
     rows = json.loads(path.read_text())["rows"]
     assert rows[0]["what"].startswith("requests failed or wrong, of ")
     assert (rows[0]["value"], rows[0]["goal"], rows[0]["met"]) == (0, 0, True)
-    assert len(rows) == 5
-    assert all(row["value"] > 0 for row in rows[1:])
+    losses, changes = rows[1:5], rows[5:]
+    assert all(row["what"].startswith("held-out loss of ") and row["met"] for row in losses)
+    assert len(changes) == 4
+    assert all(row["value"] > 0 for row in changes)
 
 
 @runs_long

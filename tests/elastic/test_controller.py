@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.nn.functional import cross_entropy
 
+from equipoise.bundled import model_directory
 from equipoise.elastic.control import ControlSocket, ask
 from equipoise.elastic.controller import Controller
 from equipoise.elastic.service import (
@@ -20,6 +23,7 @@ from equipoise.elastic.service import (
 )
 from equipoise.engine.requests import SamplingParams
 from equipoise.errors import ConfigError, MembershipError
+from equipoise.models.loading import load_model
 from equipoise.placement import Placement
 from tests.elastic.services import (
     WAIT_S,
@@ -115,6 +119,19 @@ def test_a_full_queue_says_so(controller: Controller) -> None:
     for number, events in enumerate(asked):
         controller.cancel(f"many-{number}")
         assert read_end(events)[1] in ("cancelled", "length")
+
+
+def test_texts_are_as_likely_as_to_the_plain_model(controller: Controller) -> None:
+    texts = [tuple(range(5, 5 + length)) for length in (2, 30, 9)]
+    plain = load_model(model_directory(), torch.float32, torch.device("cpu"))
+    wanted = []
+    for text in texts:
+        tokens = torch.tensor([text])
+        with torch.inference_mode():
+            logits = plain(input_ids=tokens, use_cache=False).logits[0, :-1]
+        wanted.append(float(cross_entropy(logits, tokens[0, 1:])))
+    assert controller.score(texts, WAIT_S) == pytest.approx(wanted, rel=1e-5)
+    assert controller.score(texts[:1], WAIT_S) == pytest.approx(wanted[:1], rel=1e-5)
 
 
 def test_ranks_come_and_go_while_requests_are_served(controller: Controller) -> None:
