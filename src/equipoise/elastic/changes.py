@@ -156,7 +156,7 @@ class Changes:
         elif said == "retired":
             record.pause_s = float(message["pause_s"])
         change = self._current
-        if change is None or said not in STAGE_ENDS[change.stage]:
+        if change is None or said not in STAGE_ENDS[change.stage] or change.is_other(message):
             return
         change.missed |= message.get("missed", {})
         if said == "aborted" and change.stage == "preparing":

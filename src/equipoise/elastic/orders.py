@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
+from equipoise.elastic.channel import Message
 from equipoise.elastic.membership import MembershipPlan
 from equipoise.elastic.roster import RankRecord
 from equipoise.elastic.service import ScaleReport
@@ -98,6 +99,11 @@ class Change:
     switched: set[str] = field(default_factory=set)
     aborted: set[str] = field(default_factory=set)
     missed: dict[str, list[str]] = field(default_factory=dict)
+
+    def is_other(self, message: Message) -> bool:
+        """Whether a rank speaks of another generation than this change leads to."""
+        wanted = None if self.plan is None else self.plan.generation
+        return wanted is not None and message.get("generation", wanted) != wanted
 
     def __str__(self) -> str:
         if self.kind == "begin":

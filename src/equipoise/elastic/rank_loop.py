@@ -335,8 +335,14 @@ class RankLoop:
         if self._next is None:
             return
         self._next.drop(reason)
-        missed = self._next.missed
-        self._link.say({"say": "aborted", "reason": self._next.reason or reason, "missed": missed})
+        self._link.say(
+            {
+                "say": "aborted",
+                "generation": self._next.plan.generation,
+                "reason": self._next.reason or reason,
+                "missed": self._next.missed,
+            }
+        )
         self._next = None
         if self._duty is None:
             self._exit_code = 0
