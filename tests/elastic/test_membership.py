@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from equipoise.elastic.membership import PHASES, Holding, MembershipPlan, Serving, SetShape
 from equipoise.elastic.placing import Redundancy, place_members
 from equipoise.elastic.planning import plan_change, plan_recovery, rehearse
-from equipoise.elastic.traffic import RESTORE, list_fetches
+from equipoise.elastic.traffic import IN_HOST, RESTORE, list_fetches, split_runs
 from equipoise.elastic.verdict import Word, settle
 from equipoise.errors import MembershipError
 from equipoise.models.host_copies import CopyKey, CopyRule, HostCopies, assign_copies
@@ -148,6 +148,24 @@ def test_copies_are_with_ranks_that_have_no_slot_and_stay_where_they_are() -> No
         for mine, slots in zip(given, split(placement), strict=True):
             assert not any(key.expert in slots[key.layer] for key in mine)
         assert assign_copies([placement], backup, given) == given  # type: ignore[arg-type]
+
+
+def test_experts_that_lie_side_by_side_travel_as_one() -> None:
+    serving = make_serving(12, 1, Redundancy(num_redundant=0))
+    plan = plan_change(serving, ["rank-0", "rank-1"], 8, Redundancy(num_redundant=0))
+    fetches = [fetch for fetch in list_fetches(plan) if fetch.travels]
+    runs = list(split_runs(fetches))
+    assert [fetch for run in runs for fetch in run] == fetches
+    for run in runs:
+        first = run[0]
+        for place, fetch in enumerate(run):
+            assert fetch.held_in == first.held_in + place
+            assert fetch.slots[0] == first.slots[0] + place
+            assert (fetch.layer, fetch.source, fetch.member) == (first.layer, 0, 1)
+    # Six experts of each layer, which its one holder has in order.
+    assert len(runs) == 2
+    in_host = [fetch._replace(held_in=IN_HOST) for fetch in fetches]
+    assert len(list(split_runs(in_host))) == len(fetches)
 
 
 def test_copies_follow_what_is_committed() -> None:
