@@ -46,6 +46,7 @@ class RecoveryBench:
         timeout_s: longest wait of a rank for another.
         seed: of the prompts, and of who is killed.
         host_backup: experts that ranks keep in host memory.
+        respawn: whether a rank that was killed is replaced.
         size_gb: serve a model of random weights with so many GB of experts instead; written to a
             directory for temporary files first.
     """
@@ -61,6 +62,7 @@ class RecoveryBench:
     timeout_s: float = 30.0
     seed: int = 0
     host_backup: HostBackup = "none"
+    respawn: bool = True
     size_gb: float | None = None
 
     def __post_init__(self) -> None:
@@ -68,6 +70,8 @@ class RecoveryBench:
             raise ConfigError("a model is either given or made of a size, not both")
         if self.num_ranks < 2:
             raise ConfigError(f"at least 2 ranks, of which one may die, got {self.num_ranks}")
+        if not self.respawn and self.num_kills >= self.num_ranks:
+            raise ConfigError(f"{self.num_kills} of {self.num_ranks} ranks killed leave none")
         if self.num_kills < 1:
             raise ConfigError(f"at least 1 rank must be killed, got {self.num_kills}")
 
@@ -116,7 +120,7 @@ def _measure(bench: RecoveryBench, model: Path, say: Callable[[str], None]) -> B
         device=bench.device,
         max_len=128,
         timeout_s=bench.timeout_s,
-        respawn=True,
+        respawn=bench.respawn,
         host_backup=bench.host_backup,
     )
     controller = Controller(spec, LocalLauncher(bench.device, model))
@@ -162,7 +166,9 @@ def _kill_all(
         stream.take_gap_s()
         os.kill(victim.pid, signal.SIGKILL)
         kill = _watch_recovery(controller, stream, number, _Kill(victim.name, 0, 0, 0, 0), started)
-        full_s = _wait_for_size(controller, bench.num_ranks, started)
+        say(f"the next token came after {kill.next_token_s:.2f} s")
+        num_ranks = bench.num_ranks if bench.respawn else bench.num_ranks - number - 1
+        full_s = _wait_for_size(controller, num_ranks, started)
         kills.append(replace(kill, full_s=full_s))
         if number + 1 < bench.num_kills:
             # So that requests are served between two deaths, also where ranks are back at once.
@@ -259,6 +265,7 @@ def _sum_up(
         "model": str(bench.model or "bundled") if bench.size_gb is None else "random",
         "size_gb": bench.size_gb,
         "host_backup": bench.host_backup,
+        "respawn": bench.respawn,
         "device": bench.device,
         "seed": bench.seed,
     }

@@ -38,6 +38,7 @@ def bench_recovery(
         Literal["none", "unreplicated", "all"],
         typer.Option(help="Experts that ranks keep in host memory."),
     ] = "none",
+    respawn: Annotated[bool, typer.Option(help="Replace each rank that was killed.")] = True,
     size_gb: Annotated[
         float | None,
         typer.Option(help="Serve random weights, so many GB of experts; written to TMPDIR."),
@@ -60,6 +61,7 @@ def bench_recovery(
         timeout_s=timeout,
         seed=seed,
         host_backup=host_backup,
+        respawn=respawn,
         size_gb=size_gb,
     )
     show_outcome(measure_recovery(bench, _say), _COLUMNS, json_path)
