@@ -38,7 +38,7 @@ from equipoise.topology import Topology
 if TYPE_CHECKING:
     from equipoise.dispatch.nixl_ep.all_to_all import NixlEPAll2AllManager
 
-BLOCK_STEPS = 50
+_BLOCK_STEPS = 100
 _WARM_STEPS, _FILL_STEPS = 5, 10
 _NUM_TIMED = 96
 """Of the loads that came to a rank in a layer, how many its experts are timed with."""
@@ -190,14 +190,15 @@ class _Bench:
     def compare_stall(self) -> Compared:
         """Decode steps with rebalances back to back and without, in blocks by turns."""
         spec = self._spec
-        num_blocks = 2 * -(-spec.num_stall_steps // BLOCK_STEPS)
+        block_steps = min(_BLOCK_STEPS, spec.num_stall_steps)
+        num_blocks = 2 * -(-spec.num_stall_steps // block_steps)
         engine, feed = self._make_decoding(self.parallel)
         off, on, between = _Tally(decodes=True), _Tally(decodes=True), _Tally()
         for block in range(num_blocks):
             # What the block before has begun ends outside of what is measured.
             self._settle(engine, feed, between)
             into = on if block % 2 else off
-            for _ in range(BLOCK_STEPS):
+            for _ in range(block_steps):
                 if block % 2 and not self.parallel.state.is_rebalancing:
                     self._routes.rename_experts()
                     self.parallel.state.rearrange()
