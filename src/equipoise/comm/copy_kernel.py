@@ -18,8 +18,8 @@ _WORD_BYTES = 8
 _BLOCK = 1024
 # Programs that share a span: enough to fill a GPU when a few experts move.
 _NUM_LANES = 32
-# Of all spans together, where a wire reads and writes the same memory: copies that take all of its
-# bandwidth slow the wire down by more than they gain.
+# Of all spans together, about, where a wire reads and writes the same memory: copies that take all
+# of its bandwidth slow the wire down by more than they gain. Each copies 6 to 8 GB/s.
 _GENTLE_PROGRAMS = 64
 
 
@@ -105,6 +105,6 @@ class KernelTable:
                     programs, lanes = count, _NUM_LANES
                     if gently:
                         programs = min(count, _GENTLE_PROGRAMS)
-                        lanes = _GENTLE_PROGRAMS // programs
+                        lanes = max(1, round(_GENTLE_PROGRAMS / programs))
                     between = starts[part], starts[part + 1]
                     kernel[(programs, lanes)](columns, num_spans, *between, BLOCK=_BLOCK)
