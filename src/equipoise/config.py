@@ -48,7 +48,7 @@ class EPLBConfig(BaseModel):
     staging_bytes: Annotated[int, Field(ge=1)] | None = None
     """Most bytes of staging on a rank; None: as much as the largest layer's incoming experts need,
     twice that in the background, where there are two buffers, each of 16 MB at least, on a GPU of
-    128 MB."""
+    256 MB."""
 
     max_bytes_per_s: Annotated[int, Field(ge=1)] | None = None
     """Most bytes of experts per second that a rank sends and receives in the background, both ways

@@ -26,6 +26,9 @@ class CpuGpuEvent:
 
     def __init__(self, device: torch.device) -> None:
         self._event = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        if self._event is not None:
+            # The device's part of it is made by its first record, which may be in a hurry later.
+            self._event.record()
         self._changed = threading.Condition()
         self._is_recorded = False
         self._is_cancelled = False

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from equipoise.bench.outcome import BenchOutcome, Row, with_goal
-from equipoise.bench.stall_case import Stall, StallSpec, StepParts, find_slowest
+from equipoise.bench.stall_case import Stall, StallSpec, StepParts, find_slowest, find_times
 from equipoise.errors import ConfigError
 from equipoise.launch.local import run_local
 from equipoise.launch.seats import assign_local_seats
@@ -20,8 +20,8 @@ _MOST_P99, _MOST_LAYER_US = 1.05, 100.0
 _NUM_SLOWEST = 12
 _FEW_BYTES = 64 << 20
 _NOTE = (
-    "Steps in alternating blocks, with rebalances back to back and without; each step's time is "
-    "the slowest rank's."
+    "Steps in alternating blocks, with rebalances back to back and without, ranks in lockstep: a "
+    "step is from when the last rank began until the last one was done."
 )
 _CPU_NOTE = (
     "On the CPU workers plan and copy on the cores that compute the steps, so the ratio of step "
@@ -94,7 +94,7 @@ def _make_rows(
     p99: Row = {"what": "p99 step beside rebalances / without"}
     p99["value"] = during["p99"] / without["p99"]
     layer_us: Row = {"what": "forward thread, us per committed layer"}
-    layer_us["value"] = _find_layer_us(stall)
+    layer_us["value"] = _find_layer_us(stall, "balancer_s")
     if spec.device == "cuda":
         p99 = with_goal(p99, "value", _MOST_P99, at_most=True)
         layer_us = with_goal(layer_us, "value", _MOST_LAYER_US, at_most=True)
@@ -113,6 +113,10 @@ def _make_rows(
             "value": during["p50"] / without["p50"],
         },
         layer_us,
+        {
+            "what": "of these on a processor, not waiting",
+            "value": _find_layer_us(stall, "balancer_cpu_s"),
+        },
         steps,
         {"what": "rebalances", "value": stall.rebalances},
         {"what": "experts received", "value": stall.moves},
@@ -123,22 +127,22 @@ def _make_rows(
     ]  # fmt: skip
 
 
-def _find_layer_us(stall: Stall) -> float:
+def _find_layer_us(stall: Stall, part: str) -> float:
     """The forward thread's time inside the balancer beyond that without rebalances."""
-    place, layers = StepParts._fields.index("balancer_s"), StepParts._fields.index("num_layers")
+    place, layers = StepParts._fields.index(part), StepParts._fields.index("num_layers")
     beyond = stall.during[:, :, place].sum(axis=1) - stall.without[:, :, place].sum(axis=1)
     return float((beyond / np.maximum(1, stall.during[:, :, layers].sum(axis=1))).max() * 1e6)
 
 
 def _find_percentiles(parts: FloatArray) -> dict[str, float]:
-    values = np.percentile(parts[:, :, 0].max(axis=0), _PERCENTILES)
+    values = np.percentile(find_times(parts), _PERCENTILES)
     return {f"p{p}": float(value) for p, value in zip(_PERCENTILES, values, strict=True)}
 
 
 def _keep_slowest(parts: FloatArray) -> FloatArray:
-    """The slowest percent of steps, by the slowest rank."""
+    """The slowest percent of steps."""
     count = max(1, parts.shape[1] // 100)
-    return parts[:, np.argsort(parts[:, :, 0].max(axis=0))[-count:]]
+    return parts[:, np.argsort(find_times(parts))[-count:]]
 
 
 def _average(parts: FloatArray) -> dict[str, float]:

@@ -101,6 +101,7 @@ class StepParts(NamedTuple):
 
     Attributes:
         step_s: all of it.
+        began_s: when, on the clock that all processes of a machine share.
         launch_s: until the forward pass was computed, or on GPUs enqueued.
         launch_cpu_s: of these on a processor; the rest went into waits, for the interpreter too.
         balancer_s: inside `EplbState`.
@@ -112,6 +113,7 @@ class StepParts(NamedTuple):
     """
 
     step_s: float
+    began_s: float
     launch_s: float
     launch_cpu_s: float
     balancer_s: float
@@ -172,6 +174,19 @@ class Tally:
     steps_of_rebalances: int = 0
 
 
+def find_times(parts: FloatArray) -> FloatArray:
+    """[steps] float64, seconds of each step.
+
+    Ranks are in lockstep, so it is from when the last one began until the last one was done.
+
+    Args:
+        parts: [R, steps, parts] float64.
+    """
+    began = parts[:, :, StepParts._fields.index("began_s")]
+    times: FloatArray = (began + parts[:, :, 0]).max(axis=0) - began.max(axis=0)
+    return times
+
+
 def find_slowest(parts: FloatArray, count: int) -> list[list[StepParts]]:
     """The slowest steps, the slowest first; of each what all ranks did.
 
@@ -179,5 +194,5 @@ def find_slowest(parts: FloatArray, count: int) -> list[list[StepParts]]:
         parts: [R, steps, parts] float64.
         count: how many.
     """
-    slowest = np.argsort(parts[:, :, 0].max(axis=0))[::-1][:count]
+    slowest = np.argsort(find_times(parts))[::-1][:count]
     return [[StepParts(*rank[step].tolist()) for rank in parts] for step in slowest]

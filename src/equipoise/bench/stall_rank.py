@@ -114,6 +114,8 @@ class _Serving:
             begins = with_rebalances and not self.state.is_rebalancing
             if begins:
                 self._draw_load()
+                # One rank has drawn sooner than another.
+                self._group.barrier()
             into.append(self._step(tally, begins=begins))
 
     def check_slots(self) -> None:
@@ -183,6 +185,7 @@ class _Serving:
         tally.layers += num_layers
         return StepParts(
             step_s=ended - started,
+            began_s=started,
             launch_s=launched - started,
             launch_cpu_s=launched_cpu - started_cpu,
             balancer_s=balanced - launched,
