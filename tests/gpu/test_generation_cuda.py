@@ -33,6 +33,13 @@ HIDDEN, INTERMEDIATE, EXPERTS, VOCABULARY = 2048, 768, 128, 1024
 NUM_LAYERS = int(os.environ.get("EQUIPOISE_GPU_LAYERS", "2"))
 """An MoE layer has 1.2 GB of experts; 16 make 19 GB."""
 LINK_BYTES = 4 << 30
+CHANGES = (
+    (2, ("rank-0", "rank-1")),
+    (3, ("rank-0",)),
+    (4, ("rank-0", "rank-1")),
+    (5, ("rank-1",)),
+)
+NUM_CHANGES = int(os.environ.get("EQUIPOISE_GPU_CHANGES", len(CHANGES)))
 PATIENCE_S = 200.0
 
 
@@ -255,12 +262,7 @@ def grow_and_shrink(rank: Rank, device: torch.device, device_group: Any, wires: 
         torch.save(compute(player.parallel, device).cpu(), rank.path / "logits")
         for _ in range(3):
             player.serve()
-    for number, names in (
-        (2, ("rank-0", "rank-1")),
-        (3, ("rank-0",)),
-        (4, ("rank-0", "rank-1")),
-        (5, ("rank-1",)),
-    ):
+    for number, names in CHANGES[:NUM_CHANGES]:
         player.change(number, names)
         if player.parallel is not None:
             wanted = torch.load(rank.path / "sums")

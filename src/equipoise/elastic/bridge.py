@@ -28,8 +28,9 @@ logger = logging.getLogger(__name__)
 _BATCH_BYTES = {"cpu": 32 << 20, "cuda": 4 << 30}
 _WORTH_A_WIRE = 64 << 20
 """Bytes of what all ranks have, from which on a wire of its own saves more than it takes."""
-_LARGE, _TOUCHED = 1 << 20, 16
-"""Bytes of a tensor that is worth touching, and elements of it that are read then."""
+_LARGE, _TOUCHED = 1 << 20, 1 << 16
+"""Bytes of a tensor that is worth touching, and those of it that are read then: where it was 32,
+the process that gave them ended by a fault (nixl-cu13 1.4.0)."""
 _ALIGNMENT = 256
 """Bytes; of tensors in memory for several of them, as torch's own allocator aligns."""
 _OVER_NCCL = ("pynccl", "torch_nccl")
@@ -150,12 +151,14 @@ class Bridge:
             ways = {(f.layer, f.source, f.member) for f in fetches if f.set == index and f.travels}
             for layer, source, member in sorted(ways):
                 for tensor in self._given[index][layer]:
-                    landings += self._touch(wire, tensor, source, member)
+                    # By what is the same on all ranks, which have different numbers of slots.
+                    if tensor[0].nbytes >= _TOUCHED:
+                        landings += self._touch(wire, tensor, source, member)
             wire.execute()
         if len(self._wires) > len(self._given):
             for taker, place, giver in _share_out(self._shared, givers, takers):
                 one = self._shared[place]
-                if one.num_bytes >= _LARGE and one.tensor is not None:
+                if one.tensor is not None and one.num_bytes >= _LARGE:
                     landings += self._touch(self._wires[-1], one.tensor, giver, taker)
             self._wires[-1].execute()
 
@@ -163,11 +166,12 @@ class Bridge:
         self, wire: EplbCommunicator, tensor: Tensor, source: int, member: int
     ) -> list[Tensor]:
         """Queue some bytes of a tensor that the source has; where they land."""
+        count = _TOUCHED // tensor.element_size()
         if self._group.rank == source:
-            wire.add_send(tensor.detach().reshape(-1)[:_TOUCHED], member)
+            wire.add_send(tensor.detach().reshape(-1)[:count], member)
         if self._group.rank != member:
             return []
-        landing = tensor.new_empty(_TOUCHED)
+        landing = tensor.new_empty(count)
         wire.add_recv(landing, source)
         return [landing]
 
@@ -413,7 +417,8 @@ def _list_rows(shared: Sequence[SharedTensor], device: torch.device) -> list[Ten
     """Tensors that a wire may read from and write to as they are, each as one row."""
     rows = []
     ends = 0
-    held = [one.tensor.detach() for one in shared if one.tensor is not None and one.num_bytes]
+    large = [one.tensor for one in shared if one.num_bytes >= _LARGE]
+    held = [tensor.detach() for tensor in large if tensor is not None]
     for tensor in sorted(held, key=Tensor.data_ptr):
         if tensor.is_contiguous() and tensor.device == device and tensor.data_ptr() >= ends:
             rows.append(tensor.view(1, -1))
