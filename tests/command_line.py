@@ -10,6 +10,7 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 from equipoise.cli import main
+from tests.switches import without_switches
 
 
 class Done(NamedTuple):
@@ -27,7 +28,7 @@ def run_command(*words: object) -> Done:
     code: int | str | None = 0
     with (
         patch.object(sys, "argv", arguments),
-        patch.dict(os.environ, COLUMNS="200"),
+        patch.dict(os.environ, {**without_switches(os.environ), "COLUMNS": "200"}, clear=True),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):

@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from tests.switches import without_switches
+
 
 def start(
     folder: Path, module: str, *words: str, environment: Mapping[str, str] | None = None
@@ -19,7 +21,7 @@ def start(
     return subprocess.Popen(
         [sys.executable, "-m", module, *words],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+        env={**without_switches(os.environ), "OMP_NUM_THREADS": "1", **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -25,7 +25,9 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_rank_dies_and_comes_back_in_its_place(tmp_path: Path, plain: dict[str, str]) -> None:
-    process = start(tmp_path, *TORCHRUN, "serve", "--port=0", "--device=cpu", "--log=log.jsonl")
+    process = start(
+        tmp_path, *TORCHRUN, "serve", "--port=0", "--device=cpu", "--log-file=log.jsonl"
+    )
     workers: list[int] = []
     try:
         assert process.stdout is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -34,6 +36,7 @@ _TRAFFIC_COLUMNS = (
     ("goal", "goal"),
     ("met", "met"),
 )
+TERMINATED = 143
 _OVERHEAD, _TRAFFIC = "Overhead", "Scale and kill"
 
 
@@ -76,6 +79,8 @@ def bench_serve(
         outcome = _measure_overhead(ranks, streams, 128 if tokens is None else tokens, rounds)
         show_outcome(outcome, _OVERHEAD_COLUMNS, json_path)
         return
+    # So that the server, a process of its own, is ended too.
+    signal.signal(signal.SIGTERM, _stop)
     from equipoise.server.traffic import TrafficSpec, measure_traffic
 
     on_ray = ("--launcher=ray", f"--ray-address={ray_address}") if launcher == "ray" else ()
@@ -91,6 +96,10 @@ def bench_serve(
     )
     outcome = measure_traffic(spec, lambda text: typer.echo(text, err=True))
     show_outcome(outcome, _TRAFFIC_COLUMNS, json_path)
+
+
+def _stop(_number: int, _frame: FrameType | None) -> None:
+    raise typer.Exit(TERMINATED)
 
 
 def _measure_overhead(ranks: int, streams: int, tokens: int, rounds: int) -> BenchOutcome:

@@ -33,7 +33,8 @@ Name = Annotated[
     str | None, typer.Option("--name", help="Of the model, for clients.", rich_help_panel=_HTTP)
 ]
 Log = Annotated[
-    Path | None, typer.Option("--log", help="File for the log.  [stderr]", rich_help_panel=_HTTP)
+    Path | None,
+    typer.Option("--log", "--log-file", help="File for the log.  [stderr]", rich_help_panel=_HTTP),
 ]
 LogPrompts = Annotated[
     bool, typer.Option("--log-prompts", help="Texts in it too.", rich_help_panel=_HTTP)

@@ -34,7 +34,7 @@ from equipoise.elastic.channel import Message
 from equipoise.elastic.orders import STAGE_ENDS, Change, Hands, settle_names
 from equipoise.elastic.reach import choose_cut_off
 from equipoise.elastic.respawn import MOST_RECOVERIES, Recoveries, Respawn
-from equipoise.elastic.roster import RankRecord, Roster
+from equipoise.elastic.roster import RankRecord, Roster, sort_names
 from equipoise.elastic.service import Busy, Phase, ScaleReport
 from equipoise.elastic.spec import ServiceSpec
 from equipoise.errors import ConfigError, EquipoiseError, MembershipError
@@ -237,7 +237,8 @@ class Changes:
     # What follows takes a change from stage to stage.
 
     def _take_up(self, change: Change) -> None:
-        serving = self._roster.names_serving()
+        # By name: ranks are numbered node by node, and whole nodes would leave.
+        serving = sort_names(self._roster.names_serving())
         free = self._roster.pick_names(max(0, (change.to or 0) - len(serving)))
         change.joining, change.leaving = settle_names(change, serving, free)
         if change.dry_run:
