@@ -77,6 +77,15 @@ class Machine:
         )
         return done.returncode, done.stdout + done.stderr
 
+    def lose(self) -> None:
+        """End all that runs on it."""
+        said = subprocess.run(
+            ["ip", "netns", "pids", self.name], check=True, capture_output=True, text=True
+        )
+        for pid in said.stdout.split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+
     def status(self) -> dict[str, Any]:
         """Of the server."""
         code, said = self.run(f"equipoise status --json --url {URL}")
@@ -112,6 +121,7 @@ def machines(tmp_path: Path) -> Iterator[tuple[Machine, Machine]]:
         yield pair
     finally:
         for machine in pair:
+            machine.lose()
             _ip(f"netns del {machine.name}")
 
 
@@ -190,9 +200,8 @@ def test_ray_on_two_machines(tmp_path: Path, machines: tuple[Machine, Machine]) 
                 code, said = second.run(f"equipoise scale --to 2 --url {URL}")
                 assert code == 0, said
                 # The machine is lost, with all that runs on it.
-                for pid in list_session(node.pid):
-                    os.kill(pid, signal.SIGKILL)
-                wait_until(lambda: second.status()["totals"]["recoveries"] == 1)
+                second.lose()
+                wait_until(lambda: first.status()["totals"]["recoveries"] == 1)
                 assert first.complete("def main(") == text
                 server.send_signal(signal.SIGTERM)
                 assert server.wait(END_S) == 0
