@@ -38,7 +38,8 @@ _NOTES = (
     "turns, over what a plane through measured times of the experts by rows and occupied slots "
     "predicts from the measured loads, the slowest rank of each layer counting.",
     "stall: decode steps with rebalances in the background back to back, experts' loads changing "
-    "names between them, and without, in blocks by turns.",
+    "names between them, and without, in blocks by turns. Decode leaves out steps that take "
+    "prompts.",
 )
 
 

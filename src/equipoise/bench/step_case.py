@@ -44,9 +44,6 @@ class ModelSize:
     vocabulary: int
 
 
-_ALL_ANEW = EPLBConfig(policy="deepseek")
-"""It plans from nothing, so that every rebalance moves much."""
-
 BUNDLED = ModelSize(4, 32, 4, 128, 48, 4, 2, 32, 384)
 SCALED = ModelSize(24, 128, 8, 2048, 768, 32, 4, 128, 4096)
 
@@ -87,7 +84,7 @@ class StepSpec:
     num_stall_steps: int = 200
     dispatcher: str = "torch"
     communicator: str = "auto"
-    balancing: EPLBConfig = _ALL_ANEW
+    balancing: EPLBConfig = EPLBConfig()
     seed: int = 0
     timeout_s: float = 60.0
 

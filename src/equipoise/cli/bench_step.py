@@ -97,11 +97,7 @@ def bench_step(
 
 
 def _read_options(eplb_config: str | None) -> EPLBConfig:
-    from equipoise.bench.step_case import StepSpec
-
     flags = parse_flags(eplb_config, [])
-    for key, value in StepSpec().balancing.model_dump(exclude_defaults=True).items():
-        flags.setdefault(key, ("default", value))
     for key, flag in _OWN.items():
         if key in flags:
             raise ConfigError(f"--eplb-config: {key} is the bench's own{flag}")
