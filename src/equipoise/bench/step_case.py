@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -84,7 +84,7 @@ class StepSpec:
     num_stall_steps: int = 200
     dispatcher: str = "torch"
     communicator: str = "auto"
-    balancing: EPLBConfig = EPLBConfig()
+    balancing: EPLBConfig = field(default_factory=EPLBConfig)
     seed: int = 0
     timeout_s: float = 60.0
 
