@@ -90,8 +90,8 @@ class KernelTable:
         # Whoever launches may do so on another stream, and sooner than this one has brought it.
         self._brought = torch.cuda.current_stream(device).record_event()
 
-    def launch(self, part: int, *, gently: bool) -> None:
-        """Enqueue the copies of a part on the current stream."""
+    def launch(self, part: int, *, gently: float) -> None:
+        """Enqueue the copies of a part on the current stream; `gently` as for `SpanCopies.run`."""
         device = self._table.device
         stream = torch.cuda.current_stream(device)
         stream.wait_event(self._brought)
@@ -104,7 +104,8 @@ class KernelTable:
                 if part + 1 < len(starts) and (count := starts[part + 1] - starts[part]):
                     programs, lanes = count, _NUM_LANES
                     if gently:
-                        programs = min(count, _GENTLE_PROGRAMS)
-                        lanes = max(1, round(_GENTLE_PROGRAMS / programs))
+                        most = max(1, round(gently * _GENTLE_PROGRAMS))
+                        programs = min(count, most)
+                        lanes = max(1, round(most / programs))
                     between = starts[part], starts[part + 1]
                     kernel[(programs, lanes)](columns, num_spans, *between, BLOCK=_BLOCK)

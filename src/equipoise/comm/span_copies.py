@@ -60,12 +60,13 @@ class SpanCopies:
         columns = (destinations.address, sources.address, sources.num_bytes)
         self._copies = list(zip(*(column.tolist() for column in columns), strict=True))
 
-    def run(self, part: int = 0, *, gently: bool = False) -> None:
+    def run(self, part: int = 0, *, gently: float = 0.0) -> None:
         """Do the copies of a part, or enqueue them on the current stream; none behind the last.
 
         Args:
             part: which.
-            gently: on a GPU, leave most of its memory's bandwidth to others.
+            gently: on a GPU, how many times as fast as a wire brings bytes, about, so that most of
+                its memory's bandwidth is left to that; 0 for as fast as it can.
         Collective: none.
         """
         if self._table is not None:

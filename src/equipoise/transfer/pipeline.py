@@ -18,6 +18,8 @@ from equipoise.errors import TransferError
 from equipoise.transfer.mover import ChunkMover
 from equipoise.transfer.staging import ChunkShare
 
+_MOST_PACE = 4.0
+
 
 @dataclass
 class _Chunk:
@@ -119,7 +121,8 @@ class Pipeline:
         """
         assert self._last is not None, "what was not received is not committed"
         is_last = self._num_filled + 1 == len(self._shares)
-        self._last.copies.run(gently=len(self._buffers) > 1 and not is_last)
+        share = self._last.share
+        self._last.copies.run(gently=0.0 if is_last else self._find_pace(share, share.num_bytes))
         with self._changed:
             if self._device.type == "cuda":
                 stream = torch.cuda.current_stream(self._device)
@@ -206,9 +209,19 @@ class Pipeline:
         if own is None or not chunk.is_free:
             return
         chunk.own = None
-        own.run()
+        share = chunk.share
+        own.run(gently=self._find_pace(share, share.num_bytes - share.remote_bytes))
         if self._device.type == "cuda":
             chunk.staged = torch.cuda.current_stream(self._device).record_event()
+
+    def _find_pace(self, share: ChunkShare, num_bytes: int) -> float:
+        """How fast to copy, in what a wire brings: as long as the chunk's own bytes travel.
+
+        Where there is no other buffer, nothing travels beside what fills slots.
+        """
+        if len(self._buffers) == 1 or not num_bytes:
+            return 0.0
+        return min(max(1.0, num_bytes / max(1, share.remote_bytes)), _MOST_PACE)
 
     def _finish(self, oldest: _Chunk) -> None:
         self._mover.communicator.finish()
