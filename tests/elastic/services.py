@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from equipoise.bench.elastic import make_encoder
 from equipoise.bench.request_stream import RequestStream
+from equipoise.bench.served import make_encoder
 from equipoise.bundled import model_directory
 from equipoise.config import EPLBConfig
 from equipoise.elastic.controller import Controller

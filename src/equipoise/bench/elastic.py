@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -14,9 +12,8 @@ import torch
 
 from equipoise.bench.link import LinkSpec, measure_link
 from equipoise.bench.outcome import BenchOutcome, Row, with_goal
-from equipoise.bench.random_model import write_random_model
 from equipoise.bench.request_stream import RequestStream, StreamResult
-from equipoise.bundled import model_directory
+from equipoise.bench.served import WAIT_S, make_encoder, serve_stream, take_model
 from equipoise.bundled.texts import KINDS, excerpts
 from equipoise.comm.nixl.agent import has_nixl
 from equipoise.config import EPLBConfig
@@ -24,7 +21,6 @@ from equipoise.elastic.controller import Controller
 from equipoise.elastic.service import ScaleReport, ServiceStatus
 from equipoise.elastic.spec import ServiceSpec
 from equipoise.errors import ConfigError
-from equipoise.launch.processes import LocalLauncher
 
 PAUSE_STEPS, PAUSE_MS = 3.0, 100.0
 UP_S = 3.0
@@ -33,7 +29,6 @@ SAME_LOSS = 1e-5
 """Nats: other ranks sum the same outputs, and round some differently."""
 TEXTS, TEXT_BYTES = 4, 192
 """Of each kind."""
-WAIT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -111,17 +106,12 @@ def measure_elastic(bench: ElasticBench, say: Callable[[str], None]) -> BenchOut
     Collective: none; starts those who meet.
     Raises: MembershipError or TimeoutError if a change is not done.
     """
-    if bench.size_gb is None:
-        return _measure(bench, bench.model or model_directory(), say)
-    with tempfile.TemporaryDirectory(prefix="equipoise-model-") as directory:
-        say(f"writing a model of {bench.size_gb:g} GB")
-        write_random_model(Path(directory), bench.size_gb * 1e9, bench.seed)
-        return _measure(bench, Path(directory), say)
+    with take_model(bench.model, bench.size_gb, bench.seed, say) as model:
+        return _measure(bench, model, say)
 
 
 def _measure(bench: ElasticBench, model: Path, say: Callable[[str], None]) -> BenchOutcome:
-    encode = make_encoder(model)
-    held_out = _HeldOut.of(encode)
+    held_out = _HeldOut.of(make_encoder(model))
     spec = ServiceSpec(
         model=model,
         num_ranks=bench.sizes[0],
@@ -130,24 +120,14 @@ def _measure(bench: ElasticBench, model: Path, say: Callable[[str], None]) -> Be
         max_len=128,
         timeout_s=bench.timeout_s,
     )
-    controller = Controller(spec, LocalLauncher(bench.device, model))
     say("starting ranks")
-    controller.start()
-    try:
+    load = (bench.num_in_flight, bench.num_new_tokens, bench.seed)
+    with serve_stream(spec, *load) as (controller, stream):
         losses = held_out.score(controller)
-        stream = RequestStream(
-            controller,
-            encode,
-            bench.num_in_flight,
-            bench.num_new_tokens,
-            bench.seed,
-        )
         stream.start()
         changes = _change_all(bench, controller, stream, held_out, say)
         stream.end(WAIT_S)
         status = controller.status()
-    finally:
-        controller.close()
     link = None
     if bench.device == "cuda" and torch.cuda.device_count() > 1 and has_nixl():
         say("measuring one READ between two GPUs")
@@ -187,18 +167,6 @@ def _change_all(
 
 def _find_step_s(status: ServiceStatus) -> float:
     return max(rank.step_s for rank in status.ranks if rank.state == "serving")
-
-
-def make_encoder(model: Path) -> Callable[[str], list[int]]:
-    """What makes a text the model's tokens, without special ones."""
-    from equipoise.models.loading import load_tokenizer
-
-    tokenizer = load_tokenizer(model)
-    return partial(_encode, tokenizer)
-
-
-def _encode(tokenizer: Callable[..., dict[str, list[int]]], text: str) -> list[int]:
-    return list(tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"])
 
 
 def _sum_up(

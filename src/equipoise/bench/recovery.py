@@ -6,24 +6,20 @@ import os
 import random
 import signal
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from equipoise.bench.elastic import WAIT_S, make_encoder
 from equipoise.bench.outcome import BenchOutcome, Row, with_goal
-from equipoise.bench.random_model import write_random_model
 from equipoise.bench.readiness import Readiness, measure_readiness
 from equipoise.bench.request_stream import RequestStream, StreamResult
-from equipoise.bundled import model_directory
+from equipoise.bench.served import WAIT_S, serve_stream, take_model
 from equipoise.config import EPLBConfig
 from equipoise.elastic.controller import Controller
 from equipoise.elastic.spec import HostBackup, ServiceSpec
 from equipoise.errors import ConfigError
-from equipoise.launch.processes import LocalLauncher
 
 NEXT_TOKEN_S = {"cpu": 2.0, "cuda": 5.0}
 COST_SHARE = 0.01
@@ -104,12 +100,8 @@ def measure_recovery(bench: RecoveryBench, say: Callable[[str], None]) -> BenchO
     Collective: none; starts those who meet.
     Raises: TimeoutError if the service does not come back.
     """
-    if bench.size_gb is None:
-        return _measure(bench, bench.model or model_directory(), say)
-    with tempfile.TemporaryDirectory(prefix="equipoise-model-") as directory:
-        say(f"writing a model of {bench.size_gb:g} GB")
-        write_random_model(Path(directory), bench.size_gb * 1e9, bench.seed)
-        return _measure(bench, Path(directory), say)
+    with take_model(bench.model, bench.size_gb, bench.seed, say) as model:
+        return _measure(bench, model, say)
 
 
 def _measure(bench: RecoveryBench, model: Path, say: Callable[[str], None]) -> BenchOutcome:
@@ -123,17 +115,9 @@ def _measure(bench: RecoveryBench, model: Path, say: Callable[[str], None]) -> B
         respawn=bench.respawn,
         host_backup=bench.host_backup,
     )
-    controller = Controller(spec, LocalLauncher(bench.device, model))
     say("starting ranks")
-    controller.start()
-    try:
-        stream = RequestStream(
-            controller,
-            make_encoder(model),
-            bench.num_in_flight,
-            bench.num_new_tokens,
-            bench.seed,
-        )
+    load = (bench.num_in_flight, bench.num_new_tokens, bench.seed)
+    with serve_stream(spec, *load) as (controller, stream):
         stream.start()
         kills = _kill_all(bench, controller, stream, say)
         left = bench.num_requests - stream.num_ended
@@ -141,8 +125,6 @@ def _measure(bench: RecoveryBench, model: Path, say: Callable[[str], None]) -> B
         step_s = statistics.median(one.step_s for one in controller.status().ranks if one.step_s)
         stream.end(WAIT_S)
         totals = controller.status().totals
-    finally:
-        controller.close()
     say("comparing every token with the plain model's")
     result = stream.check(model, bench.device)
     return _sum_up(bench, kills, result, totals.rerun, measure_readiness(model, step_s))
