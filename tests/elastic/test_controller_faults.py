@@ -147,6 +147,7 @@ def test_a_link_that_drops_is_taken_up_again_by_nobody_else() -> None:
         for name, incarnation in (("rank-1", "other"), ("rank-7", seat.incarnation)):
             hello = {"token": seat.token, "name": name, "incarnation": incarnation}
             stranger = connect((LOOPBACK, seat.port), hello, peer="the controller")
+            assert stranger.receive(WAIT_S) == {"do": "given up"}
             with pytest.raises(ChannelClosed):
                 stranger.receive(WAIT_S)
         for _ in range(2):

@@ -1,0 +1,142 @@
+"""Hosts whose links drop and are restored: to the controller and its store, to peers, to both."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from equipoise.bench.random_model import write_random_model
+from equipoise.config import EPLBConfig
+from equipoise.elastic.controller import Controller
+from equipoise.elastic.spec import ServiceSpec
+from tests.faults.answers import AnswerStream, find_answers
+from tests.faults.hosts import HostLauncher, Hosts, Link, find_obstacle, open_hosts
+
+PATIENCE_S = 120.0
+SILENCE_S = 3.0
+TIMEOUT_S = 6.0
+
+pytestmark = [pytest.mark.more_faults, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(autouse=True)
+def namespaces() -> None:
+    obstacle = find_obstacle()
+    if obstacle is not None:
+        pytest.skip(obstacle)
+
+
+@dataclass(frozen=True)
+class CutOff:
+    """A host whose links drop.
+
+    Attributes:
+        links: which.
+        host: whose.
+        seconds: how long; None for until its rank was given up.
+        why: words of the reason that it was given up for; empty if it is not to be.
+    """
+
+    links: tuple[Link, ...]
+    host: int
+    seconds: float | None
+    why: str = ""
+
+    def __str__(self) -> str:
+        how_long = f"{self.seconds:g}s" if self.seconds else "long"
+        return f"{'+'.join(self.links)}-{self.host}-{how_long}"
+
+
+CASES = (
+    CutOff(("controller",), 1, 1.0),
+    CutOff(("peers",), 1, 1.0),
+    CutOff(("controller",), 1, None, "gave no sign of life for 3 s"),
+    CutOff(("controller",), 0, None, "gave no sign of life for 3 s"),
+    CutOff(("peers",), 1, None, "its peers do not reach it"),
+    CutOff(("peers",), 0, None, "its peers do not reach it"),
+    CutOff(("controller", "peers"), 2, None, "gave no sign of life for 3 s"),
+    CutOff(("controller", "peers"), 0, 1.0),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_host_that_is_cut_off_costs_nobody_an_answer(tmp_path: Path, case: CutOff) -> None:
+    write_random_model(tmp_path, 3e5, num_layers=2, num_experts=8)
+    answers = find_answers(tmp_path, 24, 6, 12)
+    with open_hosts(3) as hosts:
+        spec = ServiceSpec(
+            tmp_path,
+            3,
+            config=EPLBConfig(window_size=8, step_interval=24, communicator="torch_gloo"),
+            max_batch_size=4,
+            max_len=32,
+            timeout_s=TIMEOUT_S,
+            silence_s=SILENCE_S,
+            change_s=20.0,
+            orphan_s=5.0,
+            respawn=True,
+            respawn_s=0.5,
+            respawn_tries=100,
+            interface=hosts.address,
+        )
+        launcher = HostLauncher(hosts, tmp_path)
+        controller = Controller(spec, launcher)
+        controller.start(PATIENCE_S)
+        try:
+            stream = AnswerStream(controller, answers, 8)
+            assert stream.wait_for(16, PATIENCE_S), stream.faults
+            _cut_off(case, hosts, launcher, controller, stream)
+            assert stream.wait_for(16, PATIENCE_S), stream.faults
+            assert stream.end(PATIENCE_S), stream.faults
+        finally:
+            for rank in launcher.ranks.values():
+                rank.is_far = False
+            controller.close()
+
+
+def _cut_off(
+    case: CutOff,
+    hosts: Hosts,
+    launcher: HostLauncher,
+    controller: Controller,
+    stream: AnswerStream,
+) -> None:
+    name = f"rank-{case.host}"
+    record = controller._roster.find(name)
+    assert record is not None
+    rank = launcher.ranks[name]
+    rank.is_far = "controller" in case.links
+    for link in case.links:
+        hosts.set_link(case.host, link, "down")
+    if case.seconds is not None:
+        time.sleep(case.seconds)
+    else:
+        _wait(lambda: record.state == "dead")
+        assert case.why in record.detail
+        # The others serve on while it is cut off.
+        assert stream.wait_for(16, PATIENCE_S), stream.faults
+    for link in case.links:
+        hosts.set_link(case.host, link, "up")
+    if case.seconds is None:
+        # It finds that it was given up, or was ended where it could be reached.
+        _wait(lambda: rank.handle.exit_code is not None)
+    rank.is_far = False
+    _wait(lambda: _is_whole(controller))
+    assert (controller.status().totals.deaths > 0) == (case.seconds is None)
+
+
+def _is_whole(controller: Controller) -> bool:
+    status = controller.status()
+    serving = [one for one in status.ranks if one.state == "serving" and one.number is not None]
+    return len(serving) == 3 and status.phase == "idle"
+
+
+def _wait(is_so: Callable[[], bool]) -> None:
+    until = time.monotonic() + PATIENCE_S
+    while not is_so():
+        assert time.monotonic() < until, "it did not come to be"
+        time.sleep(0.02)

@@ -1,0 +1,50 @@
+"""Schedules of faults, each made from its seed, over a service whose ranks come, go and balance.
+
+`EQUIPOISE_SCHEDULES=2000 pytest tests/faults/test_random_faults.py -s` runs so many over each wire;
+a schedule that fails names its seed, and `EQUIPOISE_SCHEDULES=1 EQUIPOISE_SEED=...` runs it again.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.schedules import draw_schedule
+from tests.faults.storm import SILENCE_S, Storm, open_storm
+
+FEW = 4
+NUM_SCHEDULES = int(os.environ.get("EQUIPOISE_SCHEDULES", FEW))
+FIRST_SEED = int(os.environ.get("EQUIPOISE_SEED", "1"))
+WIRES = ["nixl"] if "EQUIPOISE_SCHEDULES" not in os.environ else ["nixl", "torch_gloo"]
+
+
+@pytest.mark.timeout(200 + 40 * NUM_SCHEDULES)
+@pytest.mark.parametrize("communicator", WIRES)
+def test_nothing_is_lost_whatever_befalls_the_ranks(tmp_path: Path, communicator: str) -> None:
+    started = time.monotonic()
+    with open_storm(tmp_path, communicator) as storm:
+        for seed in range(FIRST_SEED, FIRST_SEED + NUM_SCHEDULES):
+            schedule = draw_schedule(seed, SILENCE_S)
+            try:
+                storm.run(schedule)
+            except Exception as error:
+                raise AssertionError(
+                    f"{schedule}\n{error}\nto see it again: EQUIPOISE_SEED={seed} "
+                    f"EQUIPOISE_SCHEDULES=1 pytest {Path(__file__).name} -k {communicator}"
+                ) from error
+            if storm.counts["schedules"] % 10 == 0:
+                print(_sum_up(storm, started), flush=True)
+        print(_sum_up(storm, started))
+
+
+def _sum_up(storm: Storm, started: float) -> str:
+    totals = storm.controller.status().totals
+    changes = f"{totals.recoveries} recoveries, {totals.scalings} scalings"
+    return (
+        f"{time.monotonic() - started:.0f} s: {dict(storm.counts)}; {storm.stream.num_right} "
+        f"requests right, {len(storm.stream.faults)} not; {totals.deaths} deaths, "
+        f"{changes}, {totals.rebalances} rebalances"
+    )

@@ -1,0 +1,165 @@
+"""Thousands of schedules over the real controller, with ranks and time that are played."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import pytest
+
+from equipoise.bundled import model_directory
+from equipoise.elastic.spec import ServiceSpec
+from tests.faults.simulation import CLOCKED, Game, PlayedRank, World
+
+NUM_SCHEDULES = int(os.environ.get("EQUIPOISE_SIMULATIONS", "60"))
+FIRST_SEED = int(os.environ.get("EQUIPOISE_SEED", "1"))
+LONGEST_S = 600.0
+"""Of played time: as many deadlines as may follow on each other."""
+
+Deed = Callable[[Game, PlayedRank, float], None]
+
+
+def kill(game: Game, rank: PlayedRank, seconds: float) -> None:
+    rank.end(-9)
+
+
+def leave_by_itself(game: Game, rank: PlayedRank, seconds: float) -> None:
+    rank.say(say="failed", reason="an error", traceback="")
+    rank.end(1)
+
+
+def stop(game: Game, rank: PlayedRank, seconds: float) -> None:
+    rank.is_stopped = True
+    game.world.after(seconds, rank.wake)
+
+
+def stop_out_of_reach(game: Game, rank: PlayedRank, seconds: float) -> None:
+    rank.is_far = True
+    stop(game, rank, seconds)
+
+
+def cut(game: Game, rank: PlayedRank, seconds: float) -> None:
+    if rank.channel is not None:
+        rank.channel.close()
+
+
+def hold(game: Game, rank: PlayedRank, seconds: float) -> None:
+    rank.is_far = True
+    rank.held_until = game.world.now + seconds
+    game.world.after(seconds, rank.wake)
+
+
+def cut_from_store(game: Game, rank: PlayedRank, seconds: float) -> None:
+    rank.lacks_store = True
+    game.world.after(seconds, rank.wake)
+
+
+def cut_from_peers(game: Game, rank: PlayedRank, seconds: float) -> None:
+    rank.is_cut_off = game.has_cut_off = True
+    game.world.after(seconds, rank.wake)
+
+
+def scale(game: Game, rank: PlayedRank, seconds: float) -> None:
+    game.scale(game.world.chance.randint(2, 5))
+
+
+DEEDS: tuple[tuple[Deed, int], ...] = (
+    (kill, 8),
+    (leave_by_itself, 2),
+    (stop, 3),
+    (stop_out_of_reach, 3),
+    (cut, 3),
+    (hold, 2),
+    (cut_from_store, 2),
+    (cut_from_peers, 2),
+    (scale, 6),
+)
+
+
+def play(seed: int) -> Game:
+    """One schedule, up to rest or to the end of patience."""
+    world = World(seed)
+    clock = SimpleNamespace(monotonic=world.monotonic)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in CLOCKED:
+            patch.setattr(importlib.import_module(f"equipoise.elastic.{name}"), "time", clock)
+        spec = ServiceSpec(
+            model_directory(),
+            world.chance.randint(2, 5),
+            slots_per_rank=8,
+            max_batch_size=4,
+            max_len=64,
+            respawn=True,
+            respawn_s=0.1,
+            respawn_tries=10_000,
+        )
+        game = Game(world, spec, world.chance.choice((0.0, 0.0, 0.1)))
+        game.open()
+        try:
+            go_on_until(game, game.is_at_rest)
+            for _ in range(6):
+                game.submit()
+            befall(game)
+            game.failure_rate = 0.0
+            go_on_until(game, lambda: game.is_at_rest() and not any(map(is_afflicted, game.ranks)))
+            done = game.num_done
+            go_on_until(game, lambda: game.num_done >= done + 12)
+            # Of two that do not reach each other, one goes, whichever is to blame.
+            assert game.has_cut_off or not game.find_wronged(), game.find_wronged()
+        finally:
+            game.close()
+    return game
+
+
+def befall(game: Game) -> None:
+    """Some deeds, at random moments, to all ranks but one."""
+    chance = game.world.chance
+    spared = chance.choice(game.ranks)
+    for _ in range(chance.randint(1, 6)):
+        pause = chance.choice((0.0, 0.02, chance.uniform(0, 1.0), chance.uniform(0, 4.0)))
+        until = game.world.now + pause
+        go_on_until(game, lambda until=until: game.world.now >= until)
+        well = [one for one in game.ranks if one.is_well]
+        if spared not in well:
+            # It has left.
+            spared = well[0] if well else spared
+        victims = [
+            one
+            for one in game.ranks
+            if well and one.is_alive and one is not spared and not is_afflicted(one)
+        ]
+        (deed,) = chance.choices([deed for deed, _ in DEEDS], [weight for _, weight in DEEDS])
+        if victims:
+            seconds = chance.choice((chance.uniform(0.05, 2.0), chance.uniform(2.0, 60.0)))
+            victim = chance.choice(victims)
+            victim.was_hit |= deed is not scale
+            deed(game, victim, seconds)
+
+
+def is_afflicted(rank: PlayedRank) -> bool:
+    return rank.is_stopped or rank.is_far or rank.is_cut_off or rank.lacks_store
+
+
+def go_on_until(game: Game, is_so: Callable[[], bool]) -> None:
+    until = game.world.now + LONGEST_S
+    while not is_so():
+        assert not game.wrong, game.wrong[:3]
+        assert game.world.now < until, f"it hangs: {game.controller._describe()}"
+        game.world.go_on()
+
+
+def seeds() -> Iterator[int]:
+    return iter(range(FIRST_SEED, FIRST_SEED + NUM_SCHEDULES))
+
+
+@pytest.mark.timeout(60 + NUM_SCHEDULES)
+def test_the_controller_brings_every_request_to_its_end() -> None:
+    for seed in seeds():
+        try:
+            play(seed)
+        except Exception as error:
+            raise AssertionError(
+                f"{error}\nto see it again: EQUIPOISE_SEED={seed} EQUIPOISE_SIMULATIONS=1"
+            ) from error
