@@ -102,6 +102,7 @@ def test_without_kernels_fp8_is_refused_before_it_is_read(fp8: Path, ranks: Thre
             parallelize(fp8, group, CONFIG)
 
     ranks(act)
+    assert any("dequantize=True" in line for line in inspect_checkpoint(fp8, 2, None).refused)
     model = Checkpoint(fp8).model
     with pytest.raises(ModelError, match=r"ForCausalLM has FP8 weights"):
         check_kernels(model)

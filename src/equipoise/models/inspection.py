@@ -12,6 +12,7 @@ from equipoise.errors import ModelError, PlacementError
 from equipoise.models.contract import ADAPTED, ALIKE, ExpertLayer, find_expert_layers, group_by_size
 from equipoise.models.families import FAMILIES, read_config
 from equipoise.models.headers import INDEX, SINGLE, StoredTensor, read_index
+from equipoise.models.quantised import check_kernels, keeps_quantised
 from equipoise.models.skeleton import build_model, build_skeleton, find_missing, sort_sources
 from equipoise.models.stored_experts import check_complete
 from equipoise.topology import choose_num_redundant
@@ -98,7 +99,9 @@ def inspect_checkpoint(directory: Path, num_ranks: int, num_redundant: int | Non
     """
     refused: list[str] = []
     try:
-        model, dtype, _ = build_model(directory)
+        model, dtype, quantizer = build_model(directory)
+        if keeps_quantised(quantizer):
+            check_kernels(model)
     except ModelError as error:
         if not read_config(directory).get("quantization_config"):
             raise
