@@ -226,7 +226,7 @@ class Trial:
         stage, kind = self.case.stage, self.case.kind
         # The forward thread that hangs can be released by nobody but the others.
         others = [peer for peer in self.survivors if peer != self.rank.rank]
-        until: Callable[[], object] = lambda: self.released.wait(3 * DEADLINE_S)  # noqa: E731
+        until: Callable[[], object] = lambda: self.released.wait(3 * self.deadline_s)  # noqa: E731
         if stage == "commit":
             until = lambda: [self.hear_from(peer, "stands") for peer in others]  # noqa: E731
         breaker = Breaker(kind, lambda: self.tell("broken at", str(time.monotonic())), until)
@@ -262,7 +262,7 @@ class Trial:
 
     def hear_from(self, peer: int, what: str) -> str:
         key = self.name(what, peer)
-        self.rank.store.wait([key], timedelta(seconds=2 * DEADLINE_S))
+        self.rank.store.wait([key], timedelta(seconds=2 * self.deadline_s))
         return str(self.rank.store.get(key).decode())
 
     def name(self, what: str, peer: int) -> str:
