@@ -151,7 +151,10 @@ class Builder:
             self._rehearse(self.parallel)
         if self._home.device.type == "cuda":
             torch.cuda.current_stream(self._home.device).synchronize()
-        self._drop_bridge()
+        # NIXL-EP lost the memory of a peer where a wire to that peer was closed: so this is before
+        # it connects them, or once it is through with those that leave.
+        if self._serving is None or len(plan.serving.held) == 1:
+            self._drop_bridge()
         return self._make_fingerprint()
 
     def interrupt(self) -> None:
@@ -160,9 +163,15 @@ class Builder:
         if bridge is not None:
             bridge.interrupt()
 
-    def forget(self) -> None:
-        """It was taken: what was built is others' now, and what served before is kept no longer."""
+    def forget(self) -> Bridge | None:
+        """It was taken: what was built is others' now, and what served before is kept no longer.
+
+        Returns:
+            The wires, if they are still to be closed.
+        """
+        bridge, self._bridge = self._bridge, None
         self.parallel, self.haul, self._group, self._serving = None, Haul(), None, None
+        return bridge
 
     def close(self) -> None:
         """Undo what was built; what serves is untouched. Collective: none."""

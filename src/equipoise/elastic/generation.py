@@ -221,13 +221,13 @@ class NextGeneration:
             _tell_commits(parallel, haul.staged)
             if self._serving is not None:
                 parallel.state.inherit(self._serving.state)
-        self._builder.forget()
+        bridge = self._builder.forget()
         if self._serving is not None:
             # Here and not in the background: what they let go of, the device may be using.
             for dispatcher in self._serving.dispatchers:
                 dispatcher.close()
             store = ChangeStore(self._home.store, self.plan.generation)
-            self.retirement = Retirement(self._serving, self.plan, store, self._home.name)
+            self.retirement = Retirement(self._serving, self.plan, store, self._home.name, bridge)
         self._serving = None
         with self._changed:
             seconds = time.perf_counter() - started

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 
+from equipoise.elastic.bridge import Bridge
 from equipoise.elastic.change_store import CalledOff, ChangeStore
 from equipoise.elastic.membership import MembershipPlan
 from equipoise.errors import MembershipError
@@ -26,12 +27,19 @@ class Retirement:
         plan: of the change that ended it.
         store: the change's, which this thread owns from now on.
         name: of this rank.
+        bridge: wires of the change, if they are still open.
     """
 
     def __init__(
-        self, parallel: ParallelModel, plan: MembershipPlan, store: ChangeStore, name: str
+        self,
+        parallel: ParallelModel,
+        plan: MembershipPlan,
+        store: ChangeStore,
+        name: str,
+        bridge: Bridge | None = None,
     ) -> None:
         self._parallel: ParallelModel | None = parallel
+        self._bridge = bridge
         self._plan, self._store, self._name = plan, store, name
         self._deadline = time.monotonic() + plan.deadlines.retire_s
         self._is_done = threading.Event()
@@ -62,6 +70,9 @@ class Retirement:
             # Nobody waits for it: what is left goes with the process.
             logger.exception("generation %d could not be closed whole", group.generation)
         group.close()
+        bridge, self._bridge = self._bridge, None
+        if bridge is not None:
+            bridge.close()
         self._is_done.set()
 
     def _meet(self) -> None:
