@@ -241,7 +241,8 @@ def _serving(options: Sequence[str], say: Callable[[str], None]) -> Iterator[str
                 text=True,
             )
         lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        threading.Thread(target=_read, args=(process, lines), daemon=True).start()
+        reader = threading.Thread(target=_read, args=(process, lines), daemon=True)
+        reader.start()
         try:
             say("starting the server")
             yield _find_url(lines, log)
@@ -253,12 +254,15 @@ def _serving(options: Sequence[str], say: Callable[[str], None]) -> Iterator[str
             if process.poll() is None:
                 process.kill()
                 process.wait(END_S)
+            # Its last line has been read, or its ranks hold the pipe: then it is the thread's.
+            reader.join(END_S)
 
 
 def _read(process: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]) -> None:
     assert process.stdout is not None
-    for line in process.stdout:
-        lines.put(line)
+    with process.stdout:
+        for line in process.stdout:
+            lines.put(line)
     lines.put(None)
 
 
