@@ -192,8 +192,6 @@ class Player:
         store = self.rank.store
         if self.parallel is not None:
             self.parallel.state.pause()
-            for dispatcher in self.parallel.dispatchers:
-                dispatcher.take_detour(True)
         if self.parallel is not None and self.parallel.state.group.rank == 0:
             facts = describe(self.parallel, self.names).to_json()
             store.set(f"facts/{number}", json.dumps(facts))

@@ -58,7 +58,7 @@ class AllToAllDispatcher(TokenDispatcher):
     def __init__(self, group: RankGroup, topology: Topology) -> None:
         self._group = group
         self._staged = group.device.type == "cuda" and group.device_group is group.cpu_group
-        self._is_nccl = self._has_nccl = group.device.type == "cuda" and not self._staged
+        self._is_nccl = group.device.type == "cuda" and not self._staged
         self._even = [1] * topology.num_ranks
         self._counts = torch.empty(
             2, topology.num_ranks, 2, dtype=torch.int64, pin_memory=group.device.type == "cuda"
@@ -66,17 +66,12 @@ class AllToAllDispatcher(TokenDispatcher):
         self._packer = _create_packer(group.device, topology)
 
     @property
-    def is_in_the_way(self) -> bool:
-        """Over NCCL: to connect ranks waits for the device, and so for exchanges of this group.
+    def prepares_beside(self) -> bool:
+        """Not over NCCL: to connect ranks waits for the device, and so for another group's tokens.
 
         Those wait for peers, which may wait for this rank meanwhile: seen to be for good.
         """
-        return self._is_nccl and len(self._even) > 1
-
-    def take_detour(self, on: bool) -> None:
-        """As the contract says: over gloo, through pinned memory, instead of NCCL."""
-        if self._has_nccl:
-            self._staged, self._is_nccl = on, not on
+        return not self._is_nccl
 
     def dispatch(self, hidden_TD: Tensor, slot_TK: Tensor) -> Dispatched:
         """As the contract says; rows come ordered by source rank, then by token, then by k."""
@@ -169,8 +164,7 @@ class AllToAllDispatcher(TokenDispatcher):
 
     def _all_to_all(self, into: Tensor, rows: Tensor, received: list[int], sent: list[int]) -> None:
         try:
-            group = self._group.cpu_group if self._staged else self._group.device_group
-            work = group.alltoall_base(into, rows, received, sent)
+            work = self._group.device_group.alltoall_base(into, rows, received, sent)
             if self._is_nccl:
                 # In stream order alone: a wait with a deadline asks NCCL once a millisecond.
                 work.wait()

@@ -87,12 +87,9 @@ class TokenDispatcher(ABC):
     """Whether a forward pass over it may be captured as a CUDA graph, after one outside of any."""
 
     @property
-    def is_in_the_way(self) -> bool:
-        """Whether dispatches, as they travel now, may keep another dispatcher's `prepare` for good.
-
-        `take_detour` ends that.
-        """
-        return False
+    def prepares_beside(self) -> bool:
+        """Whether `prepare` may go on while several ranks serve over another one of its kind."""
+        return True
 
     @property
     def slot_dtype(self) -> torch.dtype:
@@ -145,12 +142,6 @@ class TokenDispatcher(ABC):
             slot_TK: [T, K] integer, one of each rank at least.
         Collective: every rank of the group, before `enter`; any thread that is not serving.
         Raises: as `dispatch`; MembershipError if a rank does not come in time.
-        """
-
-    def take_detour(self, on: bool) -> None:  # noqa: B027 - where nothing is in the way
-        """Have tokens travel another way from the next dispatch on, slower, or as before again.
-
-        Collective: every rank of the group, between the same two steps.
         """
 
     def enter(self) -> None:  # noqa: B027 - nothing to take over unless a backend shares something

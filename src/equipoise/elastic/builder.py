@@ -193,8 +193,6 @@ class Builder:
             return
         if self._serving.state.is_rebalancing:
             raise MembershipError(f"{name}: a rebalance is under way; drain it first")
-        if not plan.is_recovery and any(d.is_in_the_way for d in self._serving.dispatchers):
-            raise MembershipError(f"{name}: tokens are in the way of NCCL; have them take a detour")
         number = self._serving.state.group.rank
         names = [str(other) for other in range(number)] + [name]
         mine = describe(self._serving, names, only=name)
@@ -348,7 +346,10 @@ class Builder:
         try_choices(parallel.spread, self._home.device)
         if self._try_out is not None:
             self._try_out(parallel)
-        try_together(parallel.spread, self._home.device)
+        # A rank that serves alone waits for nobody, whom connecting could keep.
+        is_alone = len(self._plan.serving.held) == 1
+        if is_alone or all(one.prepares_beside for one in parallel.dispatchers):
+            try_together(parallel.spread, self._home.device)
 
     def _find_left(self) -> float:
         """Seconds that others may still take to prepare."""

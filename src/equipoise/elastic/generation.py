@@ -68,9 +68,8 @@ class NextGeneration:
     Args:
         plan: the same on every participant.
         home: of this rank.
-        serving: what this rank serves; None of a newcomer. From before this is made until the
-            change has ended it begins no rebalance (`pause`, and not `is_rebalancing`), and its
-            dispatchers `take_detour`.
+        serving: what this rank serves; None of a newcomer. It begins no rebalance from before this
+            is made until the change has ended (`pause`, and not `is_rebalancing`).
         watch: hears how far it is.
         try_out: called on the building thread with this rank's part of the next generation, once
             it is whole: what takes long the first time need not keep others waiting.

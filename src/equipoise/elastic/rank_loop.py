@@ -181,8 +181,6 @@ class RankLoop:
         state = duty.parallel.state
         if meeting.is_paused != state.is_paused:
             (state.pause if meeting.is_paused else state.resume)()
-            for dispatcher in duty.parallel.dispatchers:
-                dispatcher.take_detour(meeting.is_paused)
         if meeting.num_rebalances > self._num_rebalances_done:
             self._num_rebalances = self._num_rebalances_done = meeting.num_rebalances
             if not meeting.is_paused:
