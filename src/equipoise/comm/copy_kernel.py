@@ -19,37 +19,38 @@ _BLOCK = 1024
 # Programs that share a span: enough to fill a GPU when a few experts move.
 _NUM_LANES = 32
 # Of all spans together, about, where a wire reads and writes the same memory: copies that take all
-# of its bandwidth slow the wire down by more than they gain. Each copies 6 to 8 GB/s.
+# of its bandwidth slow the wire down by more than they gain. Each copies 8 GB/s; programs that go
+# on to another span copied half as much, and kept neither NCCL's nor NIXL's wire busy.
 _GENTLE_PROGRAMS = 64
 
 
-@triton.jit(do_not_specialize=["num_spans", "first_span", "last_span"])
-def _copy_words(table, num_spans, first_span, last_span, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
-    for span in range(first_span + tl.program_id(0), last_span, tl.num_programs(0)):
-        source = tl.load(table + span).to(tl.pointer_type(tl.int64))
-        destination = tl.load(table + num_spans + span).to(tl.pointer_type(tl.int64))
-        # Sixteen bytes at a time, as the host has made sure of.
-        source = tl.multiple_of(source, 16)
-        destination = tl.multiple_of(destination, 16)
-        num_words = tl.multiple_of(tl.load(table + 2 * num_spans + span), 2)
-        first = tl.program_id(1).to(tl.int64) * BLOCK
-        for start in range(first, num_words, tl.num_programs(1) * BLOCK):
-            words = start + tl.arange(0, BLOCK)
-            inside = words < num_words
-            tl.store(destination + words, tl.load(source + words, mask=inside), mask=inside)
+@triton.jit(do_not_specialize=["num_spans", "first_span"])
+def _copy_words(table, num_spans, first_span, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    span = first_span + tl.program_id(0)
+    source = tl.load(table + span).to(tl.pointer_type(tl.int64))
+    destination = tl.load(table + num_spans + span).to(tl.pointer_type(tl.int64))
+    # Sixteen bytes at a time, as the host has made sure of.
+    source = tl.multiple_of(source, 16)
+    destination = tl.multiple_of(destination, 16)
+    num_words = tl.multiple_of(tl.load(table + 2 * num_spans + span), 2)
+    first = tl.program_id(1).to(tl.int64) * BLOCK
+    for start in range(first, num_words, tl.num_programs(1) * BLOCK):
+        words = start + tl.arange(0, BLOCK)
+        inside = words < num_words
+        tl.store(destination + words, tl.load(source + words, mask=inside), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_spans", "first_span", "last_span"])
-def _copy_bytes(table, num_spans, first_span, last_span, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
-    for span in range(first_span + tl.program_id(0), last_span, tl.num_programs(0)):
-        source = tl.load(table + span).to(tl.pointer_type(tl.uint8))
-        destination = tl.load(table + num_spans + span).to(tl.pointer_type(tl.uint8))
-        num_bytes = tl.load(table + 2 * num_spans + span)
-        first = tl.program_id(1).to(tl.int64) * BLOCK
-        for start in range(first, num_bytes, tl.num_programs(1) * BLOCK):
-            words = start + tl.arange(0, BLOCK)
-            inside = words < num_bytes
-            tl.store(destination + words, tl.load(source + words, mask=inside), mask=inside)
+@triton.jit(do_not_specialize=["num_spans", "first_span"])
+def _copy_bytes(table, num_spans, first_span, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    span = first_span + tl.program_id(0)
+    source = tl.load(table + span).to(tl.pointer_type(tl.uint8))
+    destination = tl.load(table + num_spans + span).to(tl.pointer_type(tl.uint8))
+    num_bytes = tl.load(table + 2 * num_spans + span)
+    first = tl.program_id(1).to(tl.int64) * BLOCK
+    for start in range(first, num_bytes, tl.num_programs(1) * BLOCK):
+        words = start + tl.arange(0, BLOCK)
+        inside = words < num_bytes
+        tl.store(destination + words, tl.load(source + words, mask=inside), mask=inside)
 
 
 class KernelTable:
@@ -102,10 +103,6 @@ class KernelTable:
         with contextlib.nullcontext() if is_current else torch.cuda.device(device):
             for kernel, columns, num_spans, starts in self._launches:
                 if part + 1 < len(starts) and (count := starts[part + 1] - starts[part]):
-                    programs, lanes = count, _NUM_LANES
-                    if gently:
-                        most = max(1, round(gently * _GENTLE_PROGRAMS))
-                        programs = min(count, most)
-                        lanes = max(1, round(most / programs))
-                    between = starts[part], starts[part + 1]
-                    kernel[(programs, lanes)](columns, num_spans, *between, BLOCK=_BLOCK)
+                    most = int(gently * _GENTLE_PROGRAMS)
+                    lanes = max(1, most // count) if gently else _NUM_LANES
+                    kernel[(count, lanes)](columns, num_spans, starts[part], BLOCK=_BLOCK)

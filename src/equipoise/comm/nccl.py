@@ -77,7 +77,7 @@ class NcclStagedCommunicator(QueuedCommunicator[_Flight]):
     """
 
     needs_profile_buffer_reservation = False
-    num_ahead = 2
+    num_ahead = 1
 
     def __init__(
         self,
