@@ -18,9 +18,9 @@ _WORD_BYTES = 8
 _BLOCK = 1024
 # Programs that share a span: enough to fill a GPU when a few experts move.
 _NUM_LANES = 32
-# Of all spans together, about, where a wire reads and writes the same memory: copies that take all
-# of its bandwidth slow the wire down by more than they gain. Each copies 8 GB/s; programs that go
-# on to another span copied half as much, and kept neither NCCL's nor NIXL's wire busy.
+# Of all spans together, where they are fewer, and where a wire reads and writes the same memory:
+# copies that take all of its bandwidth slow the wire down by more than they gain. Each copies about
+# 7 GB/s. Not more spans by fewer programs: then NCCL's wires, which pack, waited for that.
 _GENTLE_PROGRAMS = 64
 
 
