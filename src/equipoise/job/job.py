@@ -65,15 +65,11 @@ class _Job:
         if self.group.rank == 0:
             self.emit(record)
 
-    def close_balancer(self, wait_s: float | None = None) -> None:
-        """End balancing; the model can still be called."""
+    def close(self, wait_s: float | None = None) -> None:
+        """Release the wires."""
         if self.parallel.state.close(wait_s=wait_s):
             for communicator in self.parallel.communicators:
                 communicator.close()
-
-    def close(self, wait_s: float | None = None) -> None:
-        """Release the wires."""
-        self.close_balancer(wait_s)
         for dispatcher in self.parallel.dispatchers:
             dispatcher.close()
         self.dispatch.close()
@@ -118,8 +114,9 @@ def _run(job: _Job) -> None:
     off, off_s = _serve(job, "off", None)
     before = _score(job)
     on, on_s = _serve(job, "on", job.parallel.state)
-    # A rebalance that is still under way shall not move experts under what follows.
-    job.close_balancer()
+    # A rebalance that is still under way shall not move experts under what follows. The wires stay
+    # until the end: NIXL-EP loses a peer's memory when an agent of NIXL lets go of the peer.
+    job.parallel.state.close()
     after = _score(job)
     plain_scores, check = _check(job, off, on) if job.spec.check else (None, None)
     samples = _gather_samples(job, on)
