@@ -129,6 +129,7 @@ class _Bench:
         self._manager: NixlEPAll2AllManager | None = None
         self._random = np.random.default_rng(spec.seed + group.rank)
         self._num_requests = 0
+        self._others: list[ParallelModel] = []
         self.parallel, self._routes = self._spread(spec.balancing)
 
     def _spread(self, config: EPLBConfig) -> tuple[ParallelModel, Routes]:
@@ -148,7 +149,9 @@ class _Bench:
 
     def close(self) -> None:
         """Release what was taken. Collective: every rank of the group."""
-        self.parallel.close()
+        # All at the end: NIXL-EP loses a peer's memory when an agent of NIXL lets go of the peer.
+        for parallel in (self.parallel, *self._others):
+            parallel.close()
         if self._manager is not None:
             self._manager.close()
 
@@ -235,25 +238,23 @@ class _Bench:
     def _compare_placements(self, case: CaseName, make: Callable[[ParallelModel], Fed]) -> Compared:
         """Steps with experts in order and steps of a balanced model, by turns."""
         balanced, _ = self._spread(EPLBConfig(use_async=False))
-        try:
-            sides = make(self.parallel), make(balanced)
-            decodes = case == "decode"
-            tallies, between = (_Tally(decodes), _Tally(decodes)), _Tally()
-            for side in sides:
-                self._run(*side, _FILL_STEPS, _Tally())
-            between.note(balanced.state.rearrange())
-            for side in sides:
-                self._run(*side, _WARM_STEPS, _Tally())
-            for step in range(2 * self._spec.num_steps):
-                is_balanced = step % 4 in (1, 2)
-                self._run(*sides[is_balanced], 1, tallies[is_balanced])
-            off, on = (self._merge(tally) for tally in tallies)
-            slot_count = torch.cat([self._sum_counts(tally).flatten(0, 2) for tally in tallies])
-            random = torch.Generator().manual_seed(self._spec.seed)
-            chosen = torch.randperm(len(slot_count), generator=random)[:_NUM_TIMED]
-            expert_time = measure_experts(balanced, slot_count[chosen])
-        finally:
-            balanced.close()
+        self._others.append(balanced)
+        sides = make(self.parallel), make(balanced)
+        decodes = case == "decode"
+        tallies, between = (_Tally(decodes), _Tally(decodes)), _Tally()
+        for side in sides:
+            self._run(*side, _FILL_STEPS, _Tally())
+        between.note(balanced.state.rearrange())
+        for side in sides:
+            self._run(*side, _WARM_STEPS, _Tally())
+        for step in range(2 * self._spec.num_steps):
+            is_balanced = step % 4 in (1, 2)
+            self._run(*sides[is_balanced], 1, tallies[is_balanced])
+        off, on = (self._merge(tally) for tally in tallies)
+        slot_count = torch.cat([self._sum_counts(tally).flatten(0, 2) for tally in tallies])
+        random = torch.Generator().manual_seed(self._spec.seed)
+        chosen = torch.randperm(len(slot_count), generator=random)[:_NUM_TIMED]
+        expert_time = measure_experts(balanced, slot_count[chosen])
         return Compared(case, off, on, expert_time, between.moves, between.rebalances)
 
     def _make_dispatcher(self, group: RankGroup, topology: Topology) -> TokenDispatcher:
