@@ -15,7 +15,7 @@ import pytest
 from tests.faults.schedules import draw_schedule
 from tests.faults.storm import SILENCE_S, Storm, open_storm
 
-FEW = 4
+FEW = 2
 NUM_SCHEDULES = int(os.environ.get("EQUIPOISE_SCHEDULES", FEW))
 FIRST_SEED = int(os.environ.get("EQUIPOISE_SEED", "1"))
 WIRES = ["nixl"] if "EQUIPOISE_SCHEDULES" not in os.environ else ["nixl", "torch_gloo"]

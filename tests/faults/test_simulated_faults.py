@@ -13,7 +13,7 @@ from equipoise.bundled import model_directory
 from equipoise.elastic.spec import ServiceSpec
 from tests.faults.simulation import CLOCKED, Game, PlayedRank, World
 
-NUM_SCHEDULES = int(os.environ.get("EQUIPOISE_SIMULATIONS", "60"))
+NUM_SCHEDULES = int(os.environ.get("EQUIPOISE_SIMULATIONS", "20"))
 FIRST_SEED = int(os.environ.get("EQUIPOISE_SEED", "1"))
 LONGEST_S = 600.0
 """Of played time: as many deadlines as may follow on each other."""
