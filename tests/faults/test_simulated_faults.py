@@ -11,7 +11,8 @@ import pytest
 
 from equipoise.bundled import model_directory
 from equipoise.elastic.spec import ServiceSpec
-from tests.faults.simulation import CLOCKED, Game, PlayedRank, World
+from tests.faults.played_ranks import PlayedRank, World
+from tests.faults.simulation import CLOCKED, Game
 
 NUM_SCHEDULES = int(os.environ.get("EQUIPOISE_SIMULATIONS", "20"))
 FIRST_SEED = int(os.environ.get("EQUIPOISE_SEED", "1"))

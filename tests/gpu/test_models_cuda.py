@@ -21,7 +21,7 @@ from equipoise.models.parallel import _plan_sets
 from equipoise.models.read_ahead import ReadAhead, Span
 from equipoise.transfer import rearrange_expert_weights_inplace
 from tests.models.fp8 import write_fp8
-from tests.models.test_checkpoint import find_family
+from tests.models.saved import find_family
 from tests.models.test_export import read_bytes
 from tests.models.tiny import VOCABULARY, make_tiny, run
 from tests.placements import make_random_placement

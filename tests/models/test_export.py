@@ -13,7 +13,8 @@ from equipoise import ParallelModel, parallelize
 from equipoise.comm.groups import RankGroup
 from equipoise.errors import ModelError
 from equipoise.models.headers import StoredTensor, read_headers
-from tests.models.test_checkpoint import CONFIG, LAYOUTS, save
+from tests.models.saved import save
+from tests.models.test_checkpoint import CONFIG, LAYOUTS
 from tests.models.thread_ranks import ThreadRanks
 from tests.models.tiny import run
 

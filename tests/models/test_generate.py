@@ -11,7 +11,7 @@ import torch
 
 from equipoise import EPLBConfig, ParallelModel, parallelize
 from equipoise.comm.groups import RankGroup
-from tests.models.test_checkpoint import save
+from tests.models.saved import save
 from tests.models.thread_ranks import ThreadRanks
 
 RANKS = 4

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from tests.command_line import run_command
-from tests.models.test_checkpoint import find_family, save, truncate
+from tests.models.saved import find_family, save
+from tests.models.test_damaged_checkpoints import truncate
 from tests.models.tiny import list_outside, make_skeleton, make_tiny
 
 

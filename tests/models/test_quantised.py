@@ -24,7 +24,8 @@ from equipoise.models.parallel import _plan_sets
 from equipoise.models.quantised import check_kernels
 from equipoise.transfer import rearrange_expert_weights_inplace
 from tests.models.fp8 import write_fp8, write_mxfp4
-from tests.models.test_checkpoint import CONFIG, TOKENS, save
+from tests.models.saved import save
+from tests.models.test_checkpoint import CONFIG, TOKENS
 from tests.models.test_export import read_bytes
 from tests.models.thread_ranks import ThreadRanks
 from tests.models.tiny import run

@@ -237,7 +237,11 @@ def _sum_up(
         f"of a step {readiness.deadline_s * 1e6:.2f} us longer; a step takes "
         f"{readiness.step_s * 1e3:.1f} ms",
     ]
-    setting = {
+    return BenchOutcome("recovery", _describe(bench), tuple(rows), tuple(notes))
+
+
+def _describe(bench: RecoveryBench) -> dict[str, object]:
+    return {
         "ranks": bench.num_ranks,
         "kills": bench.num_kills,
         "every_s": bench.every_s,
@@ -251,4 +255,3 @@ def _sum_up(
         "device": bench.device,
         "seed": bench.seed,
     }
-    return BenchOutcome("recovery", setting, tuple(rows), tuple(notes))

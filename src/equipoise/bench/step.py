@@ -82,32 +82,36 @@ def compare_steps(
         )
     return BenchOutcome(
         name="step",
-        setting={
-            "ranks": spec.num_ranks,
-            "devices": num_devices,
-            "device": setting.device,
-            "dtype": setting.dtype,
-            "layers": spec.size.num_layers,
-            "experts": spec.size.num_experts,
-            "top_k": spec.size.top_k,
-            "hidden_size": spec.size.hidden_size,
-            "expert_size": spec.size.expert_size,
-            "prefill_tokens": spec.prefill_tokens,
-            "sequences": spec.decode_size,
-            "steps": spec.num_steps,
-            "stall_steps": spec.num_stall_steps,
-            "kind": spec.kind,
-            "policy": spec.balancing.policy,
-            **spec.balancing.model_dump(include=set(_LIMITS)),
-            "dispatcher": spec.dispatcher,
-            "communicator": setting.communicator,
-            "seed": spec.seed,
-        },
+        setting=_tell_setting(spec, setting, num_devices),
         rows=tuple(rows),
         notes=(*notes, *_NOTES),
         versions={name: _find_version(name) for name in _PACKAGES},
         figures={"left_out": {said.case: said.reason for said in left_out}},
     )
+
+
+def _tell_setting(spec: StepSpec, setting: Setting, num_devices: int) -> dict[str, object]:
+    return {
+        "ranks": spec.num_ranks,
+        "devices": num_devices,
+        "device": setting.device,
+        "dtype": setting.dtype,
+        "layers": spec.size.num_layers,
+        "experts": spec.size.num_experts,
+        "top_k": spec.size.top_k,
+        "hidden_size": spec.size.hidden_size,
+        "expert_size": spec.size.expert_size,
+        "prefill_tokens": spec.prefill_tokens,
+        "sequences": spec.decode_size,
+        "steps": spec.num_steps,
+        "stall_steps": spec.num_stall_steps,
+        "kind": spec.kind,
+        "policy": spec.balancing.policy,
+        **spec.balancing.model_dump(include=set(_LIMITS)),
+        "dispatcher": spec.dispatcher,
+        "communicator": setting.communicator,
+        "seed": spec.seed,
+    }
 
 
 def _make_rows(said: Compared, spec: StepSpec, num_devices: int) -> list[Row]:
