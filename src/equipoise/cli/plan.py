@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING
 
-import typer
 from rich.console import Console
 
+from equipoise.cli import plan_options as options
 from equipoise.cli.load_options import (
     DEEPSEEK_EXPERT_BYTES,
     ExpertBytes,
@@ -22,42 +22,26 @@ from equipoise.errors import ConfigError
 from equipoise.placement import Placement
 from equipoise.topology import Topology, choose_num_redundant
 
+if TYPE_CHECKING:
+    from equipoise.sim.cost import CostModel
+    from equipoise.sim.proposal import Proposal
+
 
 def plan(
-    load: Annotated[Path, typer.Argument(help="Load file: trace, recorder dump or counts.")],
-    ranks: Annotated[int | None, typer.Option(help="Expert-parallel ranks.")] = None,
-    slots_per_rank: Annotated[int | None, typer.Option(help="Slots of each rank.")] = None,
-    redundant_experts: Annotated[
-        int | None,
-        typer.Option(help="Slots beyond one per expert; by default the fewest that leave spares."),
-    ] = None,
+    load: options.Load,
+    ranks: options.Ranks = None,
+    slots_per_rank: options.SlotsPerRank = None,
+    redundant_experts: options.RedundantExperts = None,
     nodes: NumNodes = 1,
     groups: NumGroups = 1,
-    policy: Annotated[
-        str, typer.Option(help="Who plans; `equipoise policies` lists them.")
-    ] = "flow",
-    previous: Annotated[
-        Path | None, typer.Option(help="Placement that stands; plan from it.")
-    ] = None,
-    move_budget: Annotated[
-        float | None, typer.Option(help="Most slots that flow may refill, as a fraction.")
-    ] = None,
-    hierarchy: Annotated[
-        Literal["off", "strict", "relaxed"] | None,
-        typer.Option(help="How flow keeps groups on nodes."),
-    ] = None,
-    survival: Annotated[
-        Literal["off", "rank", "node"] | None,
-        typer.Option(help="Whose death shall lose no expert, by flow."),
-    ] = None,
-    min_copies: Annotated[
-        int | None, typer.Option(help="Ranks or nodes that must hold each expert then.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="Write the placement.")] = None,
-    format: Annotated[  # noqa: A002 - the word that users type
-        Literal["equipoise", "sglang", "tensorrt-llm", "vllm-ascend"],
-        typer.Option(help="Whose placement file to write."),
-    ] = "equipoise",
+    policy: options.Policy = "flow",
+    previous: options.Previous = None,
+    move_budget: options.MoveBudget = None,
+    hierarchy: options.Hierarchy = None,
+    survival: options.Survival = None,
+    min_copies: options.MinCopies = None,
+    output: options.Output = None,
+    format: options.Format = "equipoise",  # noqa: A002 - the word that users type
     num_experts: NumExperts = None,
     first_layer: FirstLayer = 0,
     expert_bytes: ExpertBytes = None,
@@ -65,27 +49,16 @@ def plan(
     json_path: JsonPath = None,
 ) -> None:
     """Make a placement from a load file, and say what it would change."""
-    import json
-
     from equipoise.load.trace_files import read_trace
     from equipoise.placement_files import write_placement
-    from equipoise.report.files import check_writable, write_atomically
-    from equipoise.report.proposal import make_proposal_result, render_proposal
+    from equipoise.report.files import check_writable
     from equipoise.report.replay_tables import describe_trace
-    from equipoise.sim.cost import CostModel
     from equipoise.sim.policies import FlowChoices, make_policy
     from equipoise.sim.proposal import propose
 
     for path, flag in ((output, "--output"), (json_path, "--json")):
         if path is not None:
             check_writable(path, flag)
-    # Of a plan only the bytes are asked for: what a step takes is not known.
-    cost = CostModel(
-        layer_s=0.0,
-        token_s=1.0,
-        expert_bytes=DEEPSEEK_EXPERT_BYTES if expert_bytes is None else expert_bytes,
-        link_gb_per_s=link_gb_per_s,
-    )
     choices = FlowChoices(
         move_budget=move_budget, hierarchy=hierarchy, survival=survival, min_copies=min_copies
     )
@@ -95,20 +68,47 @@ def plan(
     if topology is None:
         assert standing is not None
         topology = standing.topology
-    maker = make_policy(policy, groups, choices)
-    proposal = propose(trace.total(), topology, maker, standing)
-
-    console = Console()
-    console.print(describe_trace(trace, str(load)), markup=False, highlight=False, soft_wrap=True)
-    before = "in order" if previous is None else "previous"
-    console.print(render_proposal(proposal, policy, before, cost))
+    proposal = propose(trace.total(), topology, make_policy(policy, groups, choices), standing)
+    _say(describe_trace(trace, str(load)))
+    _show(proposal, policy, standing, _price(expert_bytes, link_gb_per_s), json_path)
     if output is not None:
         write_placement(proposal.plan.new, output, format, first_layer=first_layer)
-        line = f"wrote {output} for {format}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        _say(f"wrote {output} for {format}")
+
+
+def _price(expert_bytes: int | None, link_gb_per_s: float) -> CostModel:
+    """Of a plan only the bytes are asked for: what a step takes is not known."""
+    from equipoise.sim.cost import CostModel
+
+    return CostModel(
+        layer_s=0.0,
+        token_s=1.0,
+        expert_bytes=DEEPSEEK_EXPERT_BYTES if expert_bytes is None else expert_bytes,
+        link_gb_per_s=link_gb_per_s,
+    )
+
+
+def _show(
+    proposal: Proposal,
+    policy: str,
+    standing: Placement | None,
+    cost: CostModel,
+    json_path: Path | None,
+) -> None:
+    import json
+
+    from equipoise.report.files import write_atomically
+    from equipoise.report.proposal import make_proposal_result, render_proposal
+
+    before = "in order" if standing is None else "previous"
+    Console().print(render_proposal(proposal, policy, before, cost))
     if json_path is not None:
         result = make_proposal_result(proposal, policy, cost)
         write_atomically(json_path, json.dumps(result, indent=2, allow_nan=False) + "\n")
+
+
+def _say(line: str) -> None:
+    Console().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _choose_topology(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
-import typer
-
+from equipoise.cli import replay_options as options
 from equipoise.cli.load_options import (
     DEEPSEEK_EXPERT_BYTES,
     ExpertBytes,
@@ -28,108 +27,47 @@ if TYPE_CHECKING:
     from equipoise.sim.replay import Configuration, Setting
 
 GPTOSS_EXPERT_BYTES = 13_219_200
-_PLAYED, _SERVED, _COST = "What is played", "How routes were served", "Cost"
 
 
 def replay(
-    traces: Annotated[
-        list[Path] | None, typer.Argument(help="Load files, played one after another.")
-    ] = None,
-    demo: Annotated[bool, typer.Option("--demo", help="Play a bundled trace of gpt-oss.")] = False,
-    ranks: Annotated[int, typer.Option(help="Expert-parallel ranks.")] = 8,
+    traces: options.Traces = None,
+    demo: options.Demo = False,
+    ranks: options.Ranks = 8,
     nodes: NumNodes = 1,
     groups: NumGroups = 1,
-    policies: Annotated[
-        str, typer.Option(help="Names with commas, or all.", rich_help_panel=_PLAYED)
-    ] = "all",
-    intervals: Annotated[
-        str | None,
-        typer.Option(
-            help="Steps between plans, with commas; `once` plans at the start alone.",
-            rich_help_panel=_PLAYED,
-        ),
-    ] = None,
-    redundant_experts: Annotated[
-        str, typer.Option(help="Numbers with commas, or auto.", rich_help_panel=_PLAYED)
-    ] = "auto",
-    budgets: Annotated[
-        str,
-        typer.Option(
-            help="Fractions of slots that a plan of flow may refill.", rich_help_panel=_PLAYED
-        ),
-    ] = "0.05",
-    warm_up: Annotated[
-        int | None,
-        typer.Option(help="Steps that the first plan sees, not judged.", rich_help_panel=_PLAYED),
-    ] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(
-            help="Steps that a plan sees; by default since the last.", rich_help_panel=_PLAYED
-        ),
-    ] = None,
-    in_flight: Annotated[
-        int | None,
-        typer.Option(help="Sequences side by side; 64.", rich_help_panel=_SERVED),
-    ] = None,
-    tokens_per_step: Annotated[
-        int | None,
-        typer.Option(help="Tokens of each in a step; 1.", rich_help_panel=_SERVED),
-    ] = None,
-    order: Annotated[
-        Literal["by-domain", "interleaved"],
-        typer.Option(help="Domains in turn, or mixed.", rich_help_panel=_SERVED),
-    ] = "by-domain",
+    policies: options.Policies = "all",
+    intervals: options.Intervals = None,
+    redundant_experts: options.RedundantExperts = "auto",
+    budgets: options.Budgets = "0.05",
+    warm_up: options.WarmUp = None,
+    window: options.Window = None,
+    in_flight: options.InFlight = None,
+    tokens_per_step: options.TokensPerStep = None,
+    order: options.Order = "by-domain",
     num_experts: NumExperts = None,
     first_layer: FirstLayer = 0,
-    step_ms: Annotated[
-        float, typer.Option(help="Time of a balanced step.", rich_help_panel=_COST)
-    ] = 20.0,
-    expert_share: Annotated[
-        float,
-        typer.Option(
-            help="Of it, what grows with the slowest rank's tokens.", rich_help_panel=_COST
-        ),
-    ] = 0.4,
-    measurements: Annotated[
-        Path | None,
-        typer.Option(
-            help="Tokens and seconds of a layer's experts (CSV, JSON), instead.",
-            rich_help_panel=_COST,
-        ),
-    ] = None,
-    stall_ms: Annotated[
-        float, typer.Option(help="Of each rebalance, beside moves.", rich_help_panel=_COST)
-    ] = 0.0,
+    step_ms: options.StepMs = 20.0,
+    expert_share: options.ExpertShare = 0.4,
+    measurements: options.Measurements = None,
+    stall_ms: options.StallMs = 0.0,
     expert_bytes: ExpertBytes = None,
     link_gb_per_s: LinkGbPerS = 50.0,
     json_path: JsonPath = None,
-    report: Annotated[Path | None, typer.Option(help="Write one HTML file.")] = None,
+    report: options.Report = None,
 ) -> None:
     """Play recorded load against policies, and say what each would have gained."""
-    from equipoise.load.trace_routes import Serving
     from equipoise.report.files import check_writable
-    from equipoise.sim.cost import CostModel, fit_times, share_times
+    from equipoise.sim.cost import CostModel
     from equipoise.sim.replay import Setting
 
     for path, flag in ((json_path, "--json"), (report, "--report")):
         if path is not None:
             check_writable(path, flag)
-    # The excerpt has too few sequences to keep many places taken.
-    usual_in_flight, usual_tokens = (24, 4) if demo else (64, 1)
-    serving = Serving(
-        num_in_flight=usual_in_flight if in_flight is None else in_flight,
-        tokens_per_step=usual_tokens if tokens_per_step is None else tokens_per_step,
-        order=order,
-    )
     paths = _choose_paths(traces or [], demo)
+    serving = _choose_serving(in_flight, tokens_per_step, order, demo)
     trace, name = _read(paths, num_experts, first_layer, serving)
     usual_bytes = GPTOSS_EXPERT_BYTES if demo else DEEPSEEK_EXPERT_BYTES
-    layer_s, token_s = (
-        fit_times(*read_measurements(measurements))
-        if measurements
-        else share_times(trace, ranks, step_ms / 1e3, expert_share)
-    )
+    layer_s, token_s = _time_layer(trace, measurements, ranks, step_ms, expert_share)
     cost = CostModel(
         layer_s=layer_s,
         token_s=token_s,
@@ -138,8 +76,7 @@ def replay(
         stall_s=stall_ms / 1e3,
     )
     played = _choose_intervals(intervals, trace, demo)
-    longest = max((steps for steps in played if steps), default=1)
-    warm_up_steps = max(1, min(trace.num_steps // 4, longest)) if warm_up is None else warm_up
+    warm_up_steps = _choose_warm_up(trace, played) if warm_up is None else warm_up
     setting = Setting(
         cost=cost, warm_up_steps=warm_up_steps, window_steps=window, num_groups=groups
     )
@@ -147,6 +84,40 @@ def replay(
         policies, played, redundant_experts, budgets, trace.num_experts, ranks, nodes
     )
     _show(_play(trace, configurations, setting), name, json_path, report, demo)
+
+
+def _choose_serving(
+    in_flight: int | None, tokens_per_step: int | None, order: options.OrderName, demo: bool
+) -> Serving:
+    from equipoise.load.trace_routes import Serving
+
+    # The excerpt has too few sequences to keep many places taken.
+    usual_in_flight, usual_tokens = (24, 4) if demo else (64, 1)
+    return Serving(
+        num_in_flight=usual_in_flight if in_flight is None else in_flight,
+        tokens_per_step=usual_tokens if tokens_per_step is None else tokens_per_step,
+        order=order,
+    )
+
+
+def _time_layer(
+    trace: LoadTrace,
+    measurements: Path | None,
+    num_ranks: int,
+    step_ms: float,
+    expert_share: float,
+) -> tuple[float, float]:
+    """Seconds of a layer, and of each token of its slowest rank."""
+    from equipoise.sim.cost import fit_times, share_times
+
+    if measurements is not None:
+        return fit_times(*read_measurements(measurements))
+    return share_times(trace, num_ranks, step_ms / 1e3, expert_share)
+
+
+def _choose_warm_up(trace: LoadTrace, intervals: list[int | None]) -> int:
+    longest = max((steps for steps in intervals if steps), default=1)
+    return max(1, min(trace.num_steps // 4, longest))
 
 
 def _choose_paths(traces: list[Path], demo: bool) -> list[Path]:
