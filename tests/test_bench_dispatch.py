@@ -66,7 +66,7 @@ def test_the_kernel_is_not_measured_without_a_gpu_and_that_is_said(tmp_path):
         ("dispatch", "--ranks=1", "--ranks must be at least 2, got 1"),
         ("dispatch", "--rounds=0", "--rounds must be at least 1, got 0"),
         ("dispatch", "--tokens=0", "--tokens must be at least 1, got 0"),
-        ("dispatch", "--timeout=0", "--timeout must be above 0, got 0.0"),
+        ("dispatch", "--timeout=0", "--timeout must be a number above 0, got 0.0"),
         (
             "dispatch",
             "--ranks=3",

@@ -63,7 +63,7 @@ def test_a_load_is_compared_with_a_plain_read_and_leaves_nothing(tmp_path):
         (("layer", "--ranks=1"), "--ranks must be at least 2, got 1"),
         (("layer", "--rounds=0"), "--rounds must be at least 1, got 0"),
         (("layer", "--tokens=0"), "--tokens must be at least 1, got 0"),
-        (("layer", "--skew=0"), "--skew must be above 0, got 0.0"),
+        (("layer", "--skew=0"), "--skew must be a number above 0, got 0.0"),
         (("layer", "--kernels=x"), "--kernels must be grouped_mm, batched_mm or eager, got x"),
         (
             ("layer", "--device=cpu", "--ranks=3"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from equipoise.bench.option_checks import check_least, check_positive
 from equipoise.errors import ConfigError
 
 Backend = Literal["torch", "nixl_ep", "nixl_ep, FP8"]
@@ -65,16 +66,13 @@ class DispatchSpec:
     timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
-        for name, least in (("ranks", 2), ("rounds", 1)):
-            if getattr(self, f"num_{name}") < least:
-                raise ConfigError(
-                    f"--{name} must be at least {least}, got {getattr(self, f'num_{name}')}"
-                )
-        if not self.timeout_s > 0:
-            raise ConfigError(f"--timeout must be above 0, got {self.timeout_s}")
+        check_least(
+            ("--ranks", self.num_ranks, 2),
+            ("--rounds", self.num_rounds, 1),
+            *(("--tokens", case.num_tokens, 1) for case in self.cases),
+        )
+        check_positive(("--timeout", self.timeout_s))
         for case in self.cases:
-            if case.num_tokens < 1:
-                raise ConfigError(f"--tokens must be at least 1, got {case.num_tokens}")
             if case.num_experts % self.num_ranks:
                 raise ConfigError(
                     f"{case.num_experts} experts cannot be spread evenly over {self.num_ranks} "

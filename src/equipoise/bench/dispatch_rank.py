@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any
 
 import torch
-import torch.distributed as dist  # noqa: TID251 - transformers takes torch's default group
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh  # noqa: TID251
-from torch.distributed.distributed_c10d import PrefixStore  # noqa: TID251
 
 from equipoise.bench.dispatch_case import (
     DispatchCase,
@@ -23,14 +18,19 @@ from equipoise.bench.dispatch_case import (
     DispatchSaid,
     DispatchSpec,
 )
+from equipoise.bench.sides import (
+    NUM_WARM_UPS,
+    Side,
+    choose_wire,
+    open_transformers,
+    time_in_turns,
+)
 from equipoise.comm.groups import RankGroup
 from equipoise.dispatch import create_dispatcher
 from equipoise.dispatch.nixl_ep.kernels import Buffer
 from equipoise.dispatch.rows import dequant_fp8
 from equipoise.errors import CommunicatorUnavailable, DependencyError, TransferError
 from equipoise.topology import Topology
-
-_NUM_WARM_UPS = 3
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,12 @@ class _Tokens:
     weights: Tensor
 
 
-Side = Callable[[], Tensor]
-"""One dispatch and combine -> [T, D], the experts being the identity."""
-
-
 @dataclass(frozen=True)
 class _Sides:
-    """Attributes: what is timed, over what, and what gives right sums."""
+    """Dispatches and combines, the experts being the identity.
+
+    Attributes: what is timed, over what, and what gives right sums.
+    """
 
     ours: Side
     theirs: Side
@@ -109,39 +108,15 @@ def _measure(
                 f"rank {group.rank}: {case.backend}, {name}: what came home is off by {error:.3f}",
                 rank=group.rank,
             )
-    for side in (sides.ours, sides.theirs) * _NUM_WARM_UPS:
-        side()
-    seconds: list[float] = []
-    peer_seconds: list[float] = []
-    # They take turns in who goes first.
-    for number in range(spec.num_rounds):
-        order = [(sides.ours, seconds), (sides.theirs, peer_seconds)]
-        for side, taken in order if number % 2 else reversed(order):
-            taken.append(_time(side, case.num_repeats, group))
-    return DispatchMeasured(case, sides.wire, tuple(seconds), tuple(peer_seconds))
-
-
-def _time(side: Side, num_repeats: int, group: RankGroup) -> float:
-    """Seconds of one call, of the slowest rank."""
-    _finish(group)
-    group.barrier()
-    started = time.perf_counter()
-    for _ in range(num_repeats):
-        side()
-    _finish(group)
-    taken = torch.tensor(time.perf_counter() - started, dtype=torch.float64) / num_repeats
-    group.all_reduce(taken, "max")
-    return float(taken)
-
-
-def _finish(group: RankGroup) -> None:
-    if group.device.type == "cuda":
-        torch.cuda.synchronize(group.device)
+    seconds = time_in_turns(
+        {"theirs": sides.theirs, "ours": sides.ours}, case.num_repeats, spec.num_rounds, group
+    )
+    return DispatchMeasured(case, sides.wire, seconds["ours"], seconds["theirs"])
 
 
 def _capture(side: Side, group: RankGroup) -> Side:
     """The same as a graph, replayed."""
-    for _ in range(_NUM_WARM_UPS):
+    for _ in range(NUM_WARM_UPS):
         side()
     torch.cuda.synchronize()
     group.barrier()
@@ -158,38 +133,17 @@ def _capture(side: Side, group: RankGroup) -> Side:
 
 @contextmanager
 def _open_torch(case: DispatchCase, group: RankGroup, tokens: _Tokens) -> Iterator[_Sides]:
-    try:
-        from transformers.distributed.expert_parallel import AllToAllEP
-    except ImportError as error:
-        raise DependencyError(
-            "the installed transformers has no all_to_all expert parallelism to compare with: "
-            "pip install 'transformers>=5.24'"
-        ) from error
-    wire = "nccl" if group.device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        wire,
-        store=PrefixStore(f"peer/{case.num_tokens}/", group.store),
-        rank=group.rank,
-        world_size=group.size,
-        timeout=group.timeout,
-    )
-    try:
-        mesh = init_device_mesh(group.device.type, (group.size, 1), mesh_dim_names=("ep", "tp"))
+    with open_transformers(group, f"peer/{case.num_tokens}") as make:
         slots_per_rank = case.num_experts // group.size
-        peer: Any = AllToAllEP(_Identity(slots_per_rank), mesh["ep"], mesh["tp"])
+        peer = make(_Identity(slots_per_rank))
         dispatcher = create_dispatcher("torch", group, Topology(group.size, slots_per_rank))
 
         def ours() -> Tensor:
             dispatched = dispatcher.dispatch(tokens.hidden, tokens.experts)
             return dispatcher.combine(dispatched.hidden_ND, tokens.weights, dispatched)
 
-        def theirs() -> Tensor:
-            combined: Tensor = peer(tokens.hidden, tokens.experts, tokens.weights)
-            return combined
-
-        yield _Sides(ours, theirs, wire, {"ours": ours, "theirs": theirs})
-    finally:
-        dist.destroy_process_group()
+        theirs = partial(peer, tokens.hidden, tokens.experts, tokens.weights)
+        yield _Sides(ours, theirs, choose_wire(group), {"ours": ours, "theirs": theirs})
 
 
 class _Identity(torch.nn.Module):

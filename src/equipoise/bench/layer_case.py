@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from equipoise.bench.option_checks import check_least, check_positive
 from equipoise.errors import ConfigError
 
 Routing = Literal["uniform", "skewed"]
@@ -82,18 +83,12 @@ class LayerSpec:
     timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
-        for name, least in (("ranks", 2), ("rounds", 1)):
-            if getattr(self, f"num_{name}") < least:
-                raise ConfigError(
-                    f"--{name} must be at least {least}, got {getattr(self, f'num_{name}')}"
-                )
-        if not self.timeout_s > 0:
-            raise ConfigError(f"--timeout must be above 0, got {self.timeout_s}")
-        if not self.skew > 0:
-            raise ConfigError(f"--skew must be above 0, got {self.skew}")
-        for case in self.cases:
-            if case.num_tokens < 1:
-                raise ConfigError(f"--tokens must be at least 1, got {case.num_tokens}")
+        check_least(
+            ("--ranks", self.num_ranks, 2),
+            ("--rounds", self.num_rounds, 1),
+            *(("--tokens", case.num_tokens, 1) for case in self.cases),
+        )
+        check_positive(("--timeout", self.timeout_s), ("--skew", self.skew))
         slots = self.size.num_experts, self.size.num_redundant
         if any(number % self.num_ranks for number in slots):
             raise ConfigError(

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import torch
-import torch.distributed as dist  # noqa: TID251 - transformers takes torch's default group
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh  # noqa: TID251
-from torch.distributed.distributed_c10d import PrefixStore  # noqa: TID251
 
 from equipoise.bench.layer_case import LayerCase, LayerMeasured, LayerSpec, SideName
+from equipoise.bench.sides import (
+    Exchange,
+    Side,
+    choose_wire,
+    open_transformers,
+    time_in_turns,
+)
 from equipoise.comm.groups import RankGroup
 from equipoise.dispatch import create_dispatcher
 from equipoise.dispatch.base import TokenDispatcher
 from equipoise.dispatch.maps import PlacementMaps
-from equipoise.errors import DependencyError, TransferError
+from equipoise.errors import TransferError
 from equipoise.load.recorder import LoadRecorder
 from equipoise.models.experts import make_expert_parallel
 from equipoise.placement import Placement, measure_balancedness, place_in_order, spread_load
 from equipoise.policy import get_policy
 from equipoise.topology import Topology
 
-_NUM_WARM_UPS = 3
 _TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02}
-
-Side = Callable[[], Tensor]
-"""One forward pass -> [T, D]."""
 
 
 @dataclass(frozen=True)
@@ -67,29 +67,15 @@ def measure_layer(spec: LayerSpec, group: RankGroup, emit: Callable[[LayerMeasur
         # Ranks share the cores; threads of theirs would only wait for each other.
         torch.set_num_threads(1)
     weights = _make_weights(spec, group)
-    wire = "nccl" if group.device.type == "cuda" else "gloo"
-    with torch.inference_mode(), _default_group(wire, group):
+    with open_transformers(group, "peer") as make:
+        peer = make(_make_own_experts(spec, group, weights))
         for case in spec.cases:
             tokens = _make_tokens(case, spec, group)
-            with _open_sides(case, spec, group, weights, tokens) as sides:
-                seconds = _time_sides(case, spec, group, sides)
+            with _open_sides(case, spec, group, weights, tokens, peer) as sides:
+                _compare(spec, group, sides)
+                seconds = time_in_turns(sides.forward, case.num_repeats, spec.num_rounds, group)
             if group.rank == 0:
-                emit(LayerMeasured(case, wire, seconds, sides.imbalance))
-
-
-@contextmanager
-def _default_group(wire: str, group: RankGroup) -> Iterator[None]:
-    dist.init_process_group(
-        wire,
-        store=PrefixStore("peer/", group.store),
-        rank=group.rank,
-        world_size=group.size,
-        timeout=group.timeout,
-    )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+                emit(LayerMeasured(case, choose_wire(group), seconds, sides.imbalance))
 
 
 def _make_weights(spec: LayerSpec, group: RankGroup) -> dict[str, Tensor]:
@@ -136,11 +122,14 @@ def _open_sides(
     group: RankGroup,
     weights: dict[str, Tensor],
     tokens: _Tokens,
+    peer: Exchange,
 ) -> Iterator[_Sides]:
     size = spec.size
     standing = place_in_order(1, size.num_experts, Topology(group.size, _per_rank(spec, 0)))
     load = tokens.load.numpy()[None]
-    forward: dict[SideName, Side] = {"theirs": _make_peer(spec, group, weights, tokens)}
+    forward: dict[SideName, Side] = {
+        "theirs": partial(peer, tokens.hidden, tokens.experts, tokens.weights)
+    }
     placements: dict[SideName, Placement] = {"ours": standing}
     if "balanced" in case.sides:
         topology = Topology(group.size, _per_rank(spec, size.num_redundant))
@@ -180,29 +169,13 @@ def _make_experts(spec: LayerSpec, weights: dict[str, Tensor]) -> Any:
     return experts
 
 
-def _make_peer(
-    spec: LayerSpec, group: RankGroup, weights: dict[str, Tensor], tokens: _Tokens
-) -> Side:
-    try:
-        from transformers.distributed.expert_parallel import AllToAllEP
-    except ImportError as error:
-        raise DependencyError(
-            "the installed transformers has no all_to_all expert parallelism to compare with: "
-            "pip install 'transformers>=5.24'"
-        ) from error
+def _make_own_experts(spec: LayerSpec, group: RankGroup, weights: dict[str, Tensor]) -> Any:
+    """Those of this rank, as transformers has them once it has divided the experts."""
     count = _per_rank(spec, 0)
     mine = slice(group.rank * count, (group.rank + 1) * count)
     experts = _make_experts(spec, {name: weight[mine] for name, weight in weights.items()})
-    # As transformers has it once it has divided the experts.
     experts.num_experts, experts._is_expert_parallel = count, True
-    mesh = init_device_mesh(group.device.type, (group.size, 1), mesh_dim_names=("ep", "tp"))
-    peer: Any = AllToAllEP(experts, mesh["ep"], mesh["tp"])
-
-    def forward() -> Tensor:
-        output: Tensor = peer(tokens.hidden, tokens.experts, tokens.weights)
-        return output
-
-    return forward
+    return experts
 
 
 def _make_ours(
@@ -227,21 +200,6 @@ def _make_ours(
     return forward
 
 
-def _time_sides(
-    case: LayerCase, spec: LayerSpec, group: RankGroup, sides: _Sides
-) -> dict[SideName, tuple[float, ...]]:
-    _compare(spec, group, sides)
-    for name in case.sides * _NUM_WARM_UPS:
-        sides.forward[name]()
-    seconds: dict[SideName, list[float]] = {name: [] for name in case.sides}
-    # They take turns in who goes first.
-    for number in range(spec.num_rounds):
-        first = number % len(case.sides)
-        for name in case.sides[first:] + case.sides[:first]:
-            seconds[name].append(_time(sides.forward[name], case.num_repeats, group))
-    return {name: tuple(several) for name, several in seconds.items()}
-
-
 def _compare(spec: LayerSpec, group: RankGroup, sides: _Sides) -> None:
     wanted = sides.forward["theirs"]().float()
     for name, forward in sides.forward.items():
@@ -251,21 +209,3 @@ def _compare(spec: LayerSpec, group: RankGroup, sides: _Sides) -> None:
                 f"rank {group.rank}: {name} is off transformers' output by {error:.2g}",
                 rank=group.rank,
             )
-
-
-def _time(side: Side, num_repeats: int, group: RankGroup) -> float:
-    """Seconds of one call, of the slowest rank."""
-    _finish(group)
-    group.barrier()
-    started_s = time.perf_counter()
-    for _ in range(num_repeats):
-        side()
-    _finish(group)
-    taken = torch.tensor(time.perf_counter() - started_s, dtype=torch.float64) / num_repeats
-    group.all_reduce(taken, "max")
-    return float(taken)
-
-
-def _finish(group: RankGroup) -> None:
-    if group.device.type == "cuda":
-        torch.cuda.synchronize(group.device)
