@@ -7,8 +7,8 @@ import random
 import signal
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -82,13 +82,24 @@ class _Kill:
         switched_s: until survivors had experts, connections and all else of the next generation.
         next_token_s: longest time without any token, from the last before the signal on.
         full_s: until all ranks served again.
+        parts_s: of the survivor that the others waited for, up to the switch; see `RankStatus`.
     """
 
     rank: str
-    noticed_s: float
-    switched_s: float
-    next_token_s: float
-    full_s: float
+    noticed_s: float = 0.0
+    switched_s: float = 0.0
+    next_token_s: float = 0.0
+    full_s: float = 0.0
+    parts_s: Mapping[str, float] = field(default_factory=dict)
+
+    def tell_parts(self) -> str:
+        """What survivors did when, on one line."""
+        failed_s = self.switched_s - sum(self.parts_s.values())
+        parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in self.parts_s.items())
+        return (
+            f"{self.rank} killed: survivors' step failed after {failed_s:.3f} s; {parts}; first "
+            f"token {self.next_token_s - self.switched_s:.3f} s behind the switch"
+        )
 
 
 def measure_recovery(bench: RecoveryBench, say: Callable[[str], None]) -> BenchOutcome:
@@ -147,7 +158,7 @@ def _kill_all(
         say(f"killing {victim.name}, {number + 1} of {bench.num_kills}")
         stream.take_gap_s()
         os.kill(victim.pid, signal.SIGKILL)
-        kill = _watch_recovery(controller, stream, number, _Kill(victim.name, 0, 0, 0, 0), started)
+        kill = _watch_recovery(controller, stream, number, _Kill(victim.name), started)
         say(f"the next token came after {kill.next_token_s:.2f} s")
         num_ranks = bench.num_ranks if bench.respawn else bench.num_ranks - number - 1
         full_s = _wait_for_size(controller, num_ranks, started)
@@ -172,7 +183,9 @@ def _watch_recovery(
             kill = replace(kill, switched_s=now - started)
         if has_recovered:
             stream.wait_for(1, WAIT_S)
-            return replace(kill, next_token_s=stream.take_gap_s())
+            told = [one.parts_s for one in status.ranks if "register" in one.parts_s]
+            slowest = min(told, key=lambda parts_s: parts_s.get("ready", 0.0), default={})
+            return replace(kill, next_token_s=stream.take_gap_s(), parts_s=slowest)
         _pass(LOOK_S)
     raise TimeoutError(f"no recovery within {WAIT_S:g} s")
 
@@ -214,6 +227,7 @@ def _sum_up(
             "noticed_s": kill.noticed_s,
             "switched_s": kill.switched_s,
             "full_s": kill.full_s,
+            "parts_s": dict(kill.parts_s),
         }
         rows.append(with_goal(row, "value", NEXT_TOKEN_S[bench.device], at_most=True))
     cost: Row = {
@@ -236,6 +250,7 @@ def _sum_up(
         f"every {ServiceSpec.beat_s:g} s; a deadline makes one of the {readiness.num_waits} waits "
         f"of a step {readiness.deadline_s * 1e6:.2f} us longer; a step takes "
         f"{readiness.step_s * 1e3:.1f} ms",
+        *(kill.tell_parts() for kill in kills),
     ]
     return BenchOutcome("recovery", _describe(bench), tuple(rows), tuple(notes))
 

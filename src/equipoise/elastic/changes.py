@@ -486,9 +486,7 @@ class Changes:
 
     def note_serving(self, record: RankRecord, message: Message) -> None:
         """A rank says in which generation it serves."""
-        record.state, record.number = "serving", int(message["number"])
-        record.generation, record.is_lost = int(message["generation"]), False
-        record.pull_bytes_per_s = float(message.get("pull_bytes_per_s", 0.0))
+        record.serve(message)
         if record.number == 0:
             self.placements = message["placements"]
         change = self._current

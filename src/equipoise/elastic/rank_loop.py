@@ -22,6 +22,7 @@ from equipoise.elastic.generation import NextGeneration
 from equipoise.elastic.held_requests import HeldRequests
 from equipoise.elastic.link import ControllerLink
 from equipoise.elastic.membership import MembershipPlan
+from equipoise.elastic.part_times import PartTimes
 from equipoise.elastic.placing import Redundancy
 from equipoise.elastic.recovery import abandon
 from equipoise.elastic.retirement import Retirement
@@ -78,6 +79,7 @@ class RankLoop:
         self._stepped_at: float | None = None
         self._pause_s = 0.0
         self._step_s: deque[float] = deque(maxlen=MEDIAN_STEPS)
+        self._parts = PartTimes()
         self._lost_by: float | None = None
         self._is_busy = self._has_worked = self._is_paused = self._is_asked = self._stops = False
         self._exit_code: int | None = None
@@ -280,7 +282,8 @@ class RankLoop:
         self._is_busy = True
         # Ranks count alike from here on, newcomers too.
         self._num_rebalances = self._num_rebalances_done = 0
-        self._link.say({"say": said, "pull_bytes_per_s": bytes_per_s, **duty.to_json()})
+        told = {"say": said, "pull_bytes_per_s": bytes_per_s, "parts_s": self._parts.end()}
+        self._link.say(told | duty.to_json())
 
     def _make_engine(self, parallel: ParallelModel) -> None:
         """Also of a generation that does not serve yet, on the thread that builds it."""
@@ -296,12 +299,15 @@ class RankLoop:
         home = replace(self._home, device_group=message["device_group"])
         parallel = None if self._duty is None else self._duty.parallel
         try_out = self._make_engine if self._engine is None else None
-        self._next = NextGeneration(plan, home, parallel, try_out=try_out)
+        if self._lost_by is None:
+            self._parts = PartTimes()
+        self._next = NextGeneration(plan, home, parallel, self._parts.begin, try_out)
 
     def _switch(self) -> None:
         """The next generation takes over."""
         assert self._next is not None, "nobody switches to what it has not prepared"
         change, self._next = self._next, None
+        self._parts.begin("switch")
         parallel = change.switch()
         self._retirement = change.retirement
         self._pause_s = -1.0
@@ -350,6 +356,8 @@ class RankLoop:
         if self._next is not None:
             self._next.drop(f"{self._name}: its step has failed")
             self._next = None
+        self._parts = PartTimes()
+        self._parts.begin("abandon")
         # First: what it still commits, `describe` tells too.
         abandon(duty.parallel)
         self._lost_by = time.monotonic() + self._spec.change_s + 2 * self._spec.timeout_s
@@ -364,6 +372,7 @@ class RankLoop:
                 "serving": duty.describe().to_json(),
             }
         )
+        self._parts.begin("register")
 
     def _ask(self, message: Message) -> None:
         """Say what this rank holds, once no rebalance is under way."""

@@ -32,6 +32,7 @@ class RankRecord:
         longest_silence_s: between two things that came from it.
         pause_s: between its last step before and its first behind the last switch.
         pull_bytes_per_s: at which weights came to it before the last switch.
+        parts_s: seconds of each part of its last change of generation.
         steps_seen: forward passes that it has told of.
         is_lost: whether its step has failed, so that it waits for a recovery.
         told: facts that it was asked for, by what it said.
@@ -53,6 +54,7 @@ class RankRecord:
     longest_silence_s: float = 0.0
     pause_s: float = 0.0
     pull_bytes_per_s: float = 0.0
+    parts_s: dict[str, float] = field(default_factory=dict)
     is_lost: bool = False
     steps_seen: int = 0
     told: dict[str, Message] = field(default_factory=dict)
@@ -82,6 +84,13 @@ class RankRecord:
         self.longest_silence_s = max(self.longest_silence_s, now - self.heard_at)
         self.heard_at = now
 
+    def serve(self, message: Message) -> None:
+        """It says in which generation it serves, and what that took."""
+        self.state, self.number = "serving", int(message["number"])
+        self.generation, self.is_lost = int(message["generation"]), False
+        self.pull_bytes_per_s = float(message.get("pull_bytes_per_s", 0.0))
+        self.parts_s = dict(message.get("parts_s", {}))
+
     def tell(self, message: Message) -> None:
         """Send it something; a rank that has gone shows elsewhere."""
         if self.channel is not None:
@@ -105,6 +114,7 @@ class RankRecord:
             pause_s=self.pause_s,
             detail=self.detail,
             node=self.node,
+            parts_s=self.parts_s,
         )
 
 

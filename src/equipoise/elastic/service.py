@@ -6,8 +6,8 @@ written against this alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -106,6 +106,11 @@ class RankStatus:
             first one after it.
         detail: why it is dead, or what it waits for; empty otherwise.
         node: ranks that say the same share a machine; empty until it is known.
+        parts_s: seconds of each part of its last change of generation, in order: after a death
+            `abandon` (the failed step's generation is let go) and `register` (until it was told
+            how to go on); then `build` (groups, connections, memory), `pull` (weights), `verify`,
+            `assemble`, `rehearse`, `ready` (for the others), `decide` and `switch`. Empty in the
+            first generation.
     """
 
     name: str
@@ -122,6 +127,7 @@ class RankStatus:
     pause_s: float = 0.0
     detail: str = ""
     node: str = ""
+    parts_s: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
