@@ -179,6 +179,26 @@ def test_several_generations_leave_nothing_behind() -> None:
     assert not cluster.fabric.messages
 
 
+def test_a_newcomer_tries_the_kernels_alone_before_it_is_connected() -> None:
+    cluster = Cluster()
+    peers = cluster.make_peers(2)
+    cluster.form(peers[:1])[0].enter()
+    both = cluster.form(peers)
+    alone = both[1].isolate()
+    assert isinstance(alone, NixlEPDispatcher)
+    assert both[1].isolate() is not None, "once for each set of layers"
+    hidden = torch.randn(5, HIDDEN).bfloat16()
+    slots = torch.tensor([2, 0, -1]).expand(5, 3).contiguous()
+    dispatched = alone.dispatch(hidden, slots)
+    assert dispatched.count_S.tolist() == [5, 0, 5]
+    combined = alone.combine(dispatched.hidden_SCH, torch.full((5, 3), 0.5), dispatched)
+    assert torch.equal(combined, hidden)
+    # What it tried stands in nobody's way, and nobody else may try what serves.
+    exchange(both)
+    with pytest.raises(MembershipError, match=r"serves the indices \(0, 1\): .* alone"):
+        both[0].isolate()
+
+
 def test_buffers_one_after_the_other_in_one_generation_do_not_meet() -> None:
     """Keys that a closed buffer left in the store are nobody's metadata."""
     cluster = Cluster()

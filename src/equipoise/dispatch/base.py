@@ -144,6 +144,15 @@ class TokenDispatcher(ABC):
         Raises: as `dispatch`; MembershipError if a rank does not come in time.
         """
 
+    def isolate(self) -> TokenDispatcher | None:
+        """One of its kind that reaches this rank's own slots alone, to try what takes long once.
+
+        Returns:
+            It; None where one that needs no wire does as well.
+        Collective: none; before this rank serves any generation. Nobody else uses it meanwhile.
+        """
+        return None
+
     def enter(self) -> None:  # noqa: B027 - nothing to take over unless a backend shares something
         """Serve from here on, in place of the generation before; the first dispatch does it else.
 

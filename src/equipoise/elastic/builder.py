@@ -113,6 +113,10 @@ class Builder:
         self._bridge: Bridge | None = None
         self._group: RankGroup | None = None
         self._copies = HostCopies()
+        # Of the thread that makes this, which will serve: here, as its memory is a stream's own.
+        self._serving_stream = None
+        if home.device.type == "cuda":
+            self._serving_stream = torch.cuda.current_stream(home.device)
         self._dispatchers: list[TokenDispatcher] = []
 
     def build(self) -> str:
@@ -149,8 +153,7 @@ class Builder:
                 self._copies,
             )
             self._rehearse(self.parallel)
-        if self._home.device.type == "cuda":
-            torch.cuda.current_stream(self._home.device).synchronize()
+        self._synchronize()
         # NIXL-EP lost the memory of a peer where a wire to that peer was closed: so this is before
         # it connects them, or once it is through with those that leave.
         if self._serving is None or len(plan.serving.held) == 1:
@@ -306,8 +309,7 @@ class Builder:
         received = self._bridge.share(givers, newcomers, store.check)
         with _Restorer(spread, checkpoint, home.name) as restore:
             self.haul = self._bridge.haul(fetches, target, keeps, restore, store.check)
-            if home.device.type == "cuda":
-                torch.cuda.current_stream(home.device).synchronize()
+            self._synchronize()
             self.haul.seconds = time.perf_counter() - started
             self._notify("verify")
             if home.config.verify != "off":
@@ -341,15 +343,24 @@ class Builder:
         """Leave nothing for the first step to do for the first time."""
         self._notify("rehearse")
         self._store.check()
-        if self._serving is None:
-            try_alone(parallel.spread, self._home.device)
-        try_choices(parallel.spread, self._home.device)
-        if self._try_out is not None:
-            self._try_out(parallel)
+        self._synchronize()
+        # A newcomer's serving stream is free, and keeps what is allocated on it.
+        with torch.cuda.stream(self._serving_stream if self._serving is None else None):
+            if self._serving is None:
+                try_alone(parallel.spread, self._home.device)
+            try_choices(parallel.spread, self._home.device)
+            if self._try_out is not None:
+                self._try_out(parallel)
+            self._synchronize()
         # A rank that serves alone waits for nobody, whom connecting could keep.
         is_alone = len(self._plan.serving.held) == 1
         if is_alone or all(one.prepares_beside for one in parallel.dispatchers):
             try_together(parallel.spread, self._home.device)
+
+    def _synchronize(self) -> None:
+        """Wait for what this thread has enqueued on its stream."""
+        if self._home.device.type == "cuda":
+            torch.cuda.current_stream(self._home.device).synchronize()
 
     def _find_left(self) -> float:
         """Seconds that others may still take to prepare."""

@@ -6,12 +6,12 @@ seconds in which all ranks would wait for one another.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from equipoise.dispatch.base import Dispatched
+from equipoise.dispatch.base import Dispatched, TokenDispatcher
 from equipoise.dispatch.reference import ReferenceDispatcher
 from equipoise.models.experts import ExpertParallelModel
 from equipoise.topology import Topology
@@ -20,16 +20,28 @@ _LENGTHS = (64, 1)
 """Tokens of the texts that a newcomer's model is called with: as in a prompt, and in decoding."""
 
 
-class _Alone(ReferenceDispatcher):
-    """Takes every slot for one of this rank's."""
+class _OwnSlots(TokenDispatcher):
+    """Sends every token to the first slots of this rank, whichever were chosen."""
 
-    def __init__(self, num_slots: int) -> None:
-        super().__init__(Topology(1, num_slots))
-        self._num_slots = num_slots
+    name: ClassVar[str] = "own slots"
+
+    def __init__(self, alone: TokenDispatcher, num_slots: int) -> None:
+        self._alone, self._num_slots = alone, num_slots
+
+    @property
+    def slot_dtype(self) -> torch.dtype:
+        """As the other's."""
+        return self._alone.slot_dtype
 
     def dispatch(self, hidden_TD: Tensor, slot_TK: Tensor) -> Dispatched:  # noqa: N803
-        """As the contract says, but for whose slots they are."""
-        return super().dispatch(hidden_TD, slot_TK % self._num_slots)
+        """As the contract says, but for the slots. Collective: none."""
+        own = torch.arange(slot_TK.shape[1], dtype=slot_TK.dtype, device=slot_TK.device)
+        own = torch.where(own < self._num_slots, own, -1)
+        return self._alone.dispatch(hidden_TD, own.expand_as(slot_TK).contiguous())
+
+    def combine(self, output_ND: Tensor, weight_TK: Tensor, dispatched: Dispatched) -> Tensor:  # noqa: N803
+        """As the contract says. Collective: none."""
+        return self._alone.combine(output_ND, weight_TK, dispatched)
 
 
 @torch.inference_mode()
@@ -39,11 +51,13 @@ def try_alone(spread: ExpertParallelModel, device: torch.device) -> None:
     Args:
         spread: whole, and serving nothing yet.
         device: of its weights.
-    Collective: none.
+    Collective: none; on the stream that will serve, whose memory it leaves behind for that.
     Raises: whatever the model raises if it cannot be called.
     """
     for one in spread.sets:
-        one.binding.dispatcher = _Alone(one.maps.placement.topology.slots_per_rank)
+        num_slots = one.maps.placement.topology.slots_per_rank
+        alone = one.dispatcher.isolate() or ReferenceDispatcher(Topology(1, num_slots))
+        one.binding.dispatcher = _OwnSlots(alone, num_slots)
         one.recorder.enabled = False
     most = spread.model.get_input_embeddings().num_embeddings
     for length in _LENGTHS:

@@ -7,6 +7,7 @@ slot, N rows that are there, D hidden, H hidden as padded.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
@@ -20,7 +21,7 @@ from equipoise.dispatch.base import Dispatched, DispatchedBlocks, TokenDispatche
 from equipoise.dispatch.nixl_ep.all_to_all import BufferShape, NixlEPAll2AllManager, wire_slots
 from equipoise.dispatch.nixl_ep.kernels import MAX_TOP_K
 from equipoise.dispatch.rows import dequant_fp8
-from equipoise.errors import ConfigError, TransferError
+from equipoise.errors import ConfigError, MembershipError, TransferError
 from equipoise.topology import Topology
 
 Fp8 = Literal["no", "float32", "ue8m0"]
@@ -196,6 +197,26 @@ class NixlEPDispatcher(TokenDispatcher):
         del hidden_TD, slot_TK
         if self._manager.connects_beside_dispatch:
             self._manager.stage(self._group, self.members)
+
+    def isolate(self) -> TokenDispatcher | None:
+        """As the contract says; takes up to `shape.max_tokens` tokens of differing slots.
+
+        Raises: MembershipError if the buffer serves a generation.
+        """
+        manager = self._manager
+        own = (manager.index,)
+        if manager.members not in ((), own):
+            raise MembershipError(
+                f"the NIXL-EP buffer serves the indices {manager.members}: it cannot be tried alone"
+            )
+        manager.commit(own)
+        alone = copy(self)
+        alone.members = own
+        alone._wire_slot_P1 = wire_slots(
+            own, self.shape.slots_per_rank, self._group.device, self._slot_dtype
+        )
+        alone._is_entered = True
+        return alone
 
     def enter(self) -> None:
         """Connect this generation's ranks and serve it; the first dispatch does it otherwise.
