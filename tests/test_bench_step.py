@@ -51,6 +51,9 @@ def test_every_case_is_measured_or_says_what_it_needs() -> None:
     assert before["num_steps"] == after["num_steps"] == 10
     assert before["imbalance"] > after["imbalance"] >= 1
     assert before["tokens_per_s"] > 0
+    for row in (before, after):
+        assert row["parts"]["slowest_experts_s"] > row["parts"]["experts_s"] > 0
+        assert min(row["parts"].values()) > 0
     gain = rows["prefill", "gain over the predicted one"]
     prefill = next(said for said in heard if isinstance(said, Compared) and said.case == "prefill")
     assert gain["gained_s"] == np.median(prefill.off.step_s - prefill.on.step_s)

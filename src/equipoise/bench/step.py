@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -72,6 +73,7 @@ def compare_steps(
     rows = [row for said in compared for row in _make_rows(said, spec, num_devices)]
     notes = [f"{said.case}: not measured, it needs {said.reason}." for said in left_out]
     notes += [_say_gain(row) for row in rows if "predicted_s" in row]
+    notes += [_say_parts(row) for row in rows if "parts" in row]
     if spec.device == "cpu":
         notes.append(
             "Goals are for GPUs: gain at least 0.9 at 4,096 tokens a rank of a model of 24 layers "
@@ -126,6 +128,8 @@ def _make_rows(said: Compared, spec: StepSpec, num_devices: int) -> list[Row]:
         _describe(said, label, timed)
         for label, timed in zip(labels, (said.off, said.on), strict=True)
     ]
+    for row, parts in zip(rows, said.parts or (), strict=False):
+        row["parts"] = asdict(parts)
     judged = _judge(said, rows[0], rows[1], spec, num_devices)
     return [*rows, judged]
 
@@ -207,6 +211,16 @@ def _say_gain(row: Row) -> str:
         f"{plane['fixed_s'] * 1e6:.3g} us and {plane['token_s'] * 1e9:.3g} ns a row and "
         f"{plane['slot_s'] * 1e6:.3g} us an occupied slot, measured times up to "
         f"{plane['worst_deviation']:.0%} off."
+    )
+
+
+def _say_parts(row: Row) -> str:
+    parts = {name: f"{seconds * 1e3:.3g}" for name, seconds in row["parts"].items()}
+    return (
+        f"{row['case']}, {row['what']}, by parts of a step, in ms: experts {parts['experts_s']} "
+        f"({parts['slowest_experts_s']} on each layer's slowest rank), dispatch "
+        f"{parts['dispatch_s']} and combine {parts['combine_s']}, waits for others included, "
+        f"between layers {parts['between_s']}."
     )
 
 

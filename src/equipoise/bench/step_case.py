@@ -158,6 +158,25 @@ class ExpertTime:
 
 
 @dataclass(frozen=True)
+class StepParts:
+    """Seconds of a step by parts, all layers together; mean over steps.
+
+    Attributes:
+        dispatch_s: in sending tokens, waits for other ranks included; mean over ranks.
+        experts_s: of the experts; mean over ranks.
+        slowest_experts_s: the same on each layer's slowest rank.
+        combine_s: in bringing outputs home, waits included; mean over ranks.
+        between_s: from one layer's experts to the next one's; mean over ranks.
+    """
+
+    dispatch_s: float
+    experts_s: float
+    slowest_experts_s: float
+    combine_s: float
+    between_s: float
+
+
+@dataclass(frozen=True)
 class Compared:
     """One case, with something off and on, in one run.
 
@@ -166,6 +185,7 @@ class Compared:
         off: without balancing; without what the case is about.
         on: with it.
         expert_time: of the MoE part, where the case predicts something.
+        parts: of steps that take prompts, as it came and balanced.
         moves: experts that travelled.
         rebalances: that ended.
     """
@@ -174,6 +194,7 @@ class Compared:
     off: Timed
     on: Timed
     expert_time: ExpertTime | None = None
+    parts: tuple[StepParts, StepParts] | None = None
     moves: int = 0
     rebalances: int = 0
 

@@ -19,12 +19,14 @@ from equipoise.bench.step_case import (
     Compared,
     LeftOut,
     Setting,
+    StepParts,
     StepSaid,
     StepSpec,
     Timed,
 )
 from equipoise.bench.step_loads import read_shares
 from equipoise.bench.step_model import Routes, build_model, measure_experts
+from equipoise.bench.step_parts import StepClock
 from equipoise.comm.groups import RankGroup
 from equipoise.config import EPLBConfig
 from equipoise.dispatch import create_dispatcher
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 _BLOCK_STEPS = 100
 _WARM_STEPS, _FILL_STEPS = 5, 10
+_PART_STEPS = 8
 _NUM_TIMED = 96
 """Of the loads that came to a rank in a layer, how many its experts are timed with."""
 _DECODE_PROMPT, _DECODE_TOKENS = 1, 120
@@ -255,7 +258,19 @@ class _Bench:
         random = torch.Generator().manual_seed(self._spec.seed)
         chosen = torch.randperm(len(slot_count), generator=random)[:_NUM_TIMED]
         expert_time = measure_experts(balanced, slot_count[chosen])
-        return Compared(case, off, on, expert_time, between.moves, between.rebalances)
+        parts = None if decodes else self._time_parts(sides, between)
+        return Compared(case, off, on, expert_time, parts, between.moves, between.rebalances)
+
+    def _time_parts(self, sides: tuple[Fed, Fed], into: _Tally) -> tuple[StepParts, StepParts]:
+        """Some more steps, whose parts are marked: marks take time of their own."""
+        models = self.parallel, self._others[-1]
+        clocks = [StepClock(self._group, *parallel.dispatchers) for parallel in models]
+        for step in range(2 * _PART_STEPS):
+            is_balanced = step % 4 in (1, 2)
+            with clocks[is_balanced].watch():
+                self._run(*sides[is_balanced], 1, into)
+        off, on = (clock.sum_up() for clock in clocks)
+        return off, on
 
     def _make_dispatcher(self, group: RankGroup, topology: Topology) -> TokenDispatcher:
         spec = self._spec

@@ -20,9 +20,13 @@ from equipoise.dispatch.routes import sum_by_weight
 from equipoise.errors import TransferError
 from equipoise.topology import Topology
 
-_SPIN_S = 5e-4
+_SPIN_S = 5e-3
 _POLL_S = 5e-5
-"""How the device is waited for: first without a pause, then asked again and again."""
+"""How the device is waited for: first without a pause, then asked again and again.
+
+A pause is slept through by up to twice its length, and the device idles until then: so none within
+what a layer takes.
+"""
 
 
 @dataclass(frozen=True)
