@@ -23,6 +23,7 @@ from equipoise.transfer import rearrange_expert_weights_inplace
 from tests.models.fp8 import write_fp8
 from tests.models.saved import find_family
 from tests.models.test_export import read_bytes
+from tests.models.test_generate import look, make_request
 from tests.models.tiny import VOCABULARY, make_tiny, run
 from tests.placements import make_random_placement
 from tests.ranks import Rank, processes
@@ -37,6 +38,12 @@ FAMILIES = (
     "Qwen3MoeExperts",
 )
 CHECKPOINTS = ("DeepseekV3Experts", "GptOssExperts", "MixtralExperts")
+GENERATING = ("Qwen3MoeExperts", "GptOssExperts")
+WAYS = (
+    (torch.float32, "batched_mm", "eager"),
+    (torch.float32, "batched_mm", "sdpa"),
+    (torch.bfloat16, "grouped_mm", "eager"),
+)
 REBALANCES = 3
 
 
@@ -110,6 +117,82 @@ def compare_logits(
     print(f"{experts} {kernels} {plain.dtype}: {said}", flush=True)
     assert ours.median() <= 1.5 * own.median(), experts
     assert ours.max() <= 2 * own.max() + 1e-3, experts
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("communicator", ["nixl", "torch_nccl"])
+@processes(2, timeout_s=58)
+def test_every_rank_generates_its_own_batch(rank: Rank, communicator: str) -> None:
+    """Rank 0 wants fewer tokens than rank 1 and keeps step; then it wants none."""
+    if communicator == "nixl":
+        pytest.importorskip("nixl_cu13")
+    group = rank.make_group(device="cuda", device_group="nccl")
+    request = {
+        name: given.to(group.device) if isinstance(given, torch.Tensor) else given
+        for name, given in make_request(group.rank).items()
+    }
+    most = make_request(1)["max_new_tokens"]
+    assert request["max_new_tokens"] < most or group.rank == 1
+    for experts, (dtype, kernels, attention) in itertools.product(GENERATING, WAYS):
+        source = rank.path / f"{experts}-{dtype}-{attention}"
+        plain: Any = make_tiny(find_family(experts)).to(dtype)
+        if attention == "sdpa" and not plain._supports_sdpa:
+            continue
+        if group.rank == 0:
+            plain.save_pretrained(source)
+        group.barrier()
+        plain.to(group.device)
+        plain.set_attn_implementation(attention)
+        plain.set_experts_implementation(kernels)
+        parallel = parallelize(source, group, configure(communicator), attention=attention)
+        parallel.model.set_experts_implementation(kernels)
+        check_tokens(plain, request, parallel.generate(**request))
+        assert parallel.state.stats().steps == most
+        tokens = parallel.generate(**request) if group.rank == 1 else parallel.generate()
+        assert (tokens is None) == (group.rank == 0)
+        if tokens is not None:
+            check_tokens(plain, request, tokens)
+        stats = parallel.state.stats()
+        assert stats.steps == 2 * most
+        assert stats.models["model"].moves > 0
+        # In bf16 a router that is rounded elsewhere sends a token elsewhere.
+        if dtype == torch.float32:
+            with parallel.lockstep() as model:
+                check_told(look(model), look(plain))
+        parallel.close()
+        print(f"{experts} {dtype} {kernels} {attention}: {2 * most} calls", flush=True)
+    group.close()
+
+
+def check_told(got: tuple[Any, list[torch.Tensor]], want: tuple[Any, list[torch.Tensor]]) -> None:
+    """Router logits and hidden states of each layer, and what hooks on one of them saw."""
+    (told, seen), (wanted, wanted_seen) = got, want
+    assert len(told.router_logits) == len(wanted.router_logits) > 0
+    assert len(seen) == len(wanted_seen) == 2
+    for several, others in (
+        (told.router_logits, wanted.router_logits),
+        (told.hidden_states, wanted.hidden_states),
+        (seen, wanted_seen),
+    ):
+        for one, other in zip(several, others, strict=True):
+            assert (one - other).norm() <= 2e-5 * other.norm()
+
+
+def check_tokens(plain: Any, request: dict[str, Any], tokens: torch.Tensor) -> None:
+    """In fp32 the plain model's; in bf16 those that it holds for the best, or nearly."""
+    if plain.dtype == torch.float32:
+        assert torch.equal(tokens, plain.generate(**request))
+        return
+    prompt = request["input_ids"]
+    mask = torch.cat((request["attention_mask"], torch.ones_like(tokens[:, prompt.shape[1] :])), 1)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.inference_mode():
+        logits = plain(input_ids=tokens, attention_mask=mask, position_ids=places).logits.float()
+    logits = logits[:, prompt.shape[1] - 1 : -1]
+    chosen = logits.gather(2, tokens[:, prompt.shape[1] :, None])[..., 0]
+    short = logits.amax(2) - chosen
+    assert tokens.shape[1] == prompt.shape[1] + request["max_new_tokens"]
+    assert short.max() <= 0.3 * logits.std()
 
 
 @pytest.mark.multi_gpu

@@ -105,20 +105,6 @@ def test_a_rank_without_requests_keeps_step(saved: tuple[Path, Any], ranks: Thre
 def test_router_logits_and_hooks(saved: tuple[Path, Any], ranks: ThreadRanks) -> None:
     directory, plain = saved
     plain.set_experts_implementation("batched_mm")
-    tokens = torch.arange(5, 25)[None]
-
-    def look(model: Any) -> tuple[Any, list[torch.Tensor]]:
-        seen: list[torch.Tensor] = []
-        block = model.model.layers[1].mlp
-        hooks = [
-            block.register_forward_hook(lambda _m, _i, output: seen.append(first(output))),
-            block.experts.register_forward_hook(lambda _m, _i, output: seen.append(output)),
-        ]
-        with torch.inference_mode():
-            output = model(input_ids=tokens, output_router_logits=True, output_hidden_states=True)
-        for hook in hooks:
-            hook.remove()
-        return output, seen
 
     def serve(group: RankGroup) -> tuple[Any, list[torch.Tensor]]:
         parallel: ParallelModel = parallelize(directory, group, CONFIG)
@@ -137,6 +123,22 @@ def test_router_logits_and_hooks(saved: tuple[Path, Any], ranks: ThreadRanks) ->
         assert torch.equal(got.aux_loss, wanted.aux_loss)
         assert len(seen) == len(wanted_seen) == 2
         assert all(map(torch.equal, seen, wanted_seen))
+
+
+def look(model: Any) -> tuple[Any, list[torch.Tensor]]:
+    """A forward pass with all that transformers tells of it, and what hooks see."""
+    seen: list[torch.Tensor] = []
+    block = model.model.layers[1].mlp
+    hooks = [
+        block.register_forward_hook(lambda _m, _i, output: seen.append(first(output))),
+        block.experts.register_forward_hook(lambda _m, _i, output: seen.append(output)),
+    ]
+    tokens = torch.arange(5, 25, device=model.device)[None]
+    with torch.inference_mode():
+        output = model(input_ids=tokens, output_router_logits=True, output_hidden_states=True)
+    for hook in hooks:
+        hook.remove()
+    return output, seen
 
 
 def first(output: Any) -> torch.Tensor:
