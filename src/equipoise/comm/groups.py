@@ -309,10 +309,11 @@ class RankGroup:
 
         def settle() -> str:
             stands: bytes = self.store.compare_set(key, "", proposal)
-            self._forget_old(key)
             return stands.decode()
 
-        answer = self._store_thread.ask(settle, self.timeout.total_seconds())
+        answer = self._store_thread.ask(
+            settle, self.timeout.total_seconds(), lambda: self._forget_old(key)
+        )
         if answer is None:
             raise MembershipError(
                 f"rank {self.rank}: the store of generation {self.generation} did not answer "

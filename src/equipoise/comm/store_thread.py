@@ -21,14 +21,20 @@ class StoreThread:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._asked: queue.SimpleQueue[tuple[Callable[[], str], _Answer]] | None = None
+        self._asked: queue.SimpleQueue[_Question] | None = None
 
-    def ask(self, question: Callable[[], str], timeout_s: float) -> str | None:
+    def ask(
+        self,
+        question: Callable[[], str],
+        timeout_s: float,
+        afterwards: Callable[[], None] = lambda: None,
+    ) -> str | None:
         """What the store answers; None if it does not in time, or fails.
 
         Args:
             question: asks the store, on the thread.
             timeout_s: longest wait.
+            afterwards: what else the thread has to do with the store; nobody waits for it.
         Collective: none.
         """
         answer: _Answer = queue.SimpleQueue()
@@ -40,7 +46,7 @@ class StoreThread:
                 )
                 thread.start()
             asked = self._asked
-            asked.put((question, answer))
+            asked.put((question, answer, afterwards))
         try:
             return answer.get(timeout=timeout_s)
         except queue.Empty:
@@ -49,10 +55,10 @@ class StoreThread:
                     self._asked = None
             return None
 
-    def _run(self, asked: queue.SimpleQueue[tuple[Callable[[], str], _Answer]]) -> None:
+    def _run(self, asked: queue.SimpleQueue[_Question]) -> None:
         while True:
             try:
-                question, answer = asked.get(timeout=_IDLE_S)
+                question, answer, afterwards = asked.get(timeout=_IDLE_S)
             except queue.Empty:
                 with self._lock:
                     if asked.empty():
@@ -65,6 +71,9 @@ class StoreThread:
             with contextlib.suppress(RuntimeError):
                 found = question()
             answer.put(found)
+            with contextlib.suppress(RuntimeError):
+                afterwards()
 
 
 _Answer = queue.SimpleQueue[str | None]
+_Question = tuple[Callable[[], str], _Answer, Callable[[], None]]
