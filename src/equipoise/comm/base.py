@@ -98,6 +98,10 @@ class EplbCommunicator(ABC):
     lands_in_place: bool = False
     """Whether received experts can land in slots, without a copy; never in one that is in use."""
 
+    spare_memory: tuple[int, int, int] | None = None
+    """Bytes of a GPU that torch held, that were in use, and that staging might take, as the last
+    transfer over this wire found them."""
+
     table: WeightTable | None = None
     """Of the weights that it was made with, once they were checked; None for a wire without one."""
 
@@ -172,9 +176,11 @@ class EplbCommunicator(ABC):
         Raises: as `execute`.
         """
 
-    def advance(self) -> None:  # noqa: B027 - where a wire gets on by itself, that is all
-        """Bring what was started as far as it goes without waiting; never needed.
+    def advance(self, patience_s: float = 0.0) -> None:  # noqa: B027 - a wire may get on by itself
+        """Bring what was started as far as it goes; never needed.
 
+        Args:
+            patience_s: longest wait until all that was started travels; 0 to wait for nothing.
         Collective: none.
         Raises: as `execute`.
         """

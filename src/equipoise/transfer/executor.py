@@ -28,7 +28,7 @@ from equipoise.placement import Placement
 from equipoise.plan.transfer_plan import TransferPlan, make_plan
 from equipoise.topology import IntArray
 from equipoise.transfer.agreement import agree
-from equipoise.transfer.budget import choose_budget, find_spare, settle
+from equipoise.transfer.budget import choose_budget, recall_spare, settle
 from equipoise.transfer.mover import ChunkMover, Verify
 from equipoise.transfer.pipeline import Pipeline
 from equipoise.transfer.profile import reserve_buffers
@@ -111,7 +111,12 @@ def rearrange_expert_weights_inplace(
     checked.facts["options"] = repr((staging_bytes, is_profile, verify))
     num_chunks = 0
     try:
-        spare_bytes = agree(group, checked.facts, checked.problem, find_spare(checked.device))
+        spare_bytes = agree(
+            group,
+            checked.facts,
+            checked.problem,
+            0 if staging_bytes is not None else recall_spare(communicator, checked.device),
+        )
         table = checked.table
         if is_profile:
             reserve_buffers(table.rows, communicator, group, staging_bytes)

@@ -19,6 +19,10 @@ from equipoise.transfer.mover import ChunkMover
 from equipoise.transfer.staging import ChunkShare
 
 _MOST_PACE = 4.0
+# For the peers' word on the first chunk: nothing travels meanwhile that work could go beside.
+_FIRST_WORD_S = 2e-3
+# Between two looks at what has come, while a buffer is waited for.
+_LOOK_S = 2e-4
 
 
 @dataclass
@@ -73,7 +77,7 @@ class Pipeline:
         self._is_stopped = False
         self._freed: list[torch.cuda.Event | None] = [None] * len(buffers)
         self._last: _Chunk | None = None
-        self._thread = threading.Thread(target=self._run, name="equipoise-transfer", daemon=True)
+        self._thread: threading.Thread | None = None
 
     @contextlib.contextmanager
     def open(self, patience_s: float) -> Iterator[None]:
@@ -85,7 +89,7 @@ class Pipeline:
         """
         self._patience_s = patience_s
         with self._mover.communicator.register(self._staging):
-            self._thread.start()
+            self._start_first()
             try:
                 yield
             finally:
@@ -130,7 +134,21 @@ class Pipeline:
             self._num_filled += 1
             self._changed.notify_all()
 
-    def _run(self) -> None:
+    def _start_first(self) -> None:
+        """Start the first chunk from this thread: another takes its time to come to life."""
+        try:
+            first = self._start(0)
+            if self._device.type == "cuda":
+                self._mover.communicator.advance(_FIRST_WORD_S)
+        except Exception as error:
+            self._received.put(error)
+        else:
+            self._thread = threading.Thread(
+                target=self._run, args=(first,), name="equipoise-transfer", daemon=True
+            )
+            self._thread.start()
+
+    def _run(self, first: _Chunk) -> None:
         try:
             with self._own_stream():
                 started: deque[_Chunk] = deque()
@@ -140,7 +158,7 @@ class Pipeline:
                     if not self._await_buffer(landing):
                         return
                     self._mover.communicator.advance()
-                    started.append(self._start(number))
+                    started.append(self._start(number) if number else first)
                     if len(started) > self._num_ahead > 0:
                         self._finish(started.popleft())
                     # Not before: another chunk may have come, and ranks wait for each other's.
@@ -160,14 +178,24 @@ class Pipeline:
             return True
         # Where nothing travels ahead, what is not committed yet may never be followed.
         needed = number + 1 - (len(self._buffers) if self._num_ahead else 1)
+        while not self._await_filled(needed):
+            # What peers say of a chunk that is held is heard before there is room for it.
+            self._mover.communicator.advance()
         with self._changed:
-            self._changed.wait_for(lambda: self._is_stopped or self._num_filled >= needed)
             if self._is_stopped:
                 return False
             event = self._freed[number % len(self._buffers)]
         if event is not None:
             event.synchronize()
         return True
+
+    def _await_filled(self, needed: int) -> bool:
+        """Whether so many chunks are committed, or there is an end; False after a while."""
+        look_s = _LOOK_S if self._holds else None
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: self._is_stopped or self._num_filled >= needed, look_s
+            )
 
     def _is_free(self, number: int) -> bool:
         """Whether a chunk's buffer is free, now."""
@@ -233,6 +261,8 @@ class Pipeline:
             self._changed.notify_all()
         if self._num_filled < len(self._shares):
             self._mover.communicator.interrupt()
+        if self._thread is None:
+            return
         self._thread.join(self._patience_s)
         if self._thread.is_alive():
             rank = self._mover.group.rank

@@ -228,10 +228,14 @@ class NixlEplbCommunicator(QueuedCommunicator[_Flight]):
         self._advance([*self._under_way, flight])
         return flight
 
-    def advance(self) -> None:  # noqa: D102 - see the base
+    def advance(self, patience_s: float = 0.0) -> None:  # noqa: D102 - see the base
         self._refuse_unless_open()
         # What goes wrong shows when the exchange is finished.
-        self._advance([*self._under_way])
+        flights = [*self._under_way]
+        self._advance(flights)
+        deadline = deadline_in(patience_s)
+        while not all(each.exchange.travels for each in flights) and time.monotonic() < deadline:
+            self._advance(flights)
 
     def _end(self, flight: _Flight) -> None:
         flights = [flight, *self._under_way]

@@ -177,6 +177,11 @@ class NixlExchange:
         may = self._may_land is None or any(pair.has_failed for pair in pairs)
         return may and all(pair.is_over for pair in pairs)
 
+    @property
+    def travels(self) -> bool:
+        """Whether every READ is under way, or over; or a pair has failed."""
+        return all(pair.has_failed or (pair.heard_last and not pair.held) for pair in self.pairs)
+
     def advance(self) -> bool:
         """Do what can be done without waiting; whether that was anything.
 
