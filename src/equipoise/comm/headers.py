@@ -38,31 +38,57 @@ class Heard:
         return any(failure.late for failure in self.failures.values())
 
 
-def swap_headers(
-    group: dist.ProcessGroup, rank: int, mine: Mapping[int, Announcement], timeout_s: float
-) -> Heard:
-    """Compare with every peer what both think of the exchange that begins.
+class Headers:
+    """What is said to every peer, and heard from it, about the exchange that begins.
+
+    Under way from the first moment on; what needs no peer is done meanwhile.
 
     Args:
         group: with a gloo backend for CPU tensors.
         rank: this rank.
         mine: what each peer is told.
-        timeout_s: longest wait for a peer.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, rank: int, mine: Mapping[int, Announcement]
+    ) -> None:
+        self._rank, self._mine = rank, mine
+        self._exchange = Exchange(group, _TAG_HEADER)
+        self._words = {peer: torch.zeros(NUM_WORDS, dtype=torch.int64) for peer in mine}
+        for peer in mine:
+            self._exchange.recv(view_bytes(self._words[peer]), peer)
+        for peer, announcement in mine.items():
+            self._exchange.send(view_bytes(announcement.to_tensor()), peer)
+
+    def abandon(self) -> None:
+        """Instead of `hear`, where something else went wrong."""
+        self._exchange.abandon()
+
+    def hear(self, timeout_s: float) -> Heard:
+        """Compare with every peer what both think of the exchange.
+
+        Args:
+            timeout_s: longest wait for a peer.
+        Collective: every rank of the group.
+        """
+        mine, words = self._mine, self._words
+        failures = dict(self._exchange.wait(deadline_in(timeout_s)))
+        theirs = {p: Announcement.from_tensor(words[p]) for p in mine if p not in failures}
+        found = {p: find_mismatch(self._rank, mine[p], p, theirs[p]) for p in theirs}
+        refusals = {peer: text for peer, text in found.items() if text is not None}
+        return Heard(
+            [peer for peer in theirs if peer not in refusals],
+            refusals,
+            failures,
+            max((a.total_bytes for a in (*theirs.values(), *mine.values())), default=0),
+        )
+
+
+def swap_headers(
+    group: dist.ProcessGroup, rank: int, mine: Mapping[int, Announcement], timeout_s: float
+) -> Heard:
+    """Say and hear, with nothing between; arguments as for `Headers`.
+
     Collective: every rank of the group.
     """
-    headers = Exchange(group, _TAG_HEADER)
-    heard = {peer: torch.zeros(NUM_WORDS, dtype=torch.int64) for peer in mine}
-    for peer in mine:
-        headers.recv(view_bytes(heard[peer]), peer)
-    for peer, announcement in mine.items():
-        headers.send(view_bytes(announcement.to_tensor()), peer)
-    failures = dict(headers.wait(deadline_in(timeout_s)))
-    theirs = {p: Announcement.from_tensor(heard[p]) for p in mine if p not in failures}
-    found = {peer: find_mismatch(rank, mine[peer], peer, theirs[peer]) for peer in theirs}
-    refusals = {peer: text for peer, text in found.items() if text is not None}
-    return Heard(
-        [peer for peer in theirs if peer not in refusals],
-        refusals,
-        failures,
-        max((a.total_bytes for a in (*theirs.values(), *mine.values())), default=0),
-    )
+    return Headers(group, rank, mine).hear(timeout_s)

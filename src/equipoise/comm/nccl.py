@@ -15,7 +15,7 @@ from equipoise.comm.base import ExpertWeights, GroupCoordinator
 from equipoise.comm.deadline import call_in_time
 from equipoise.comm.exchange import Exchange, PeerFailure, deadline_in
 from equipoise.comm.groups import find_device
-from equipoise.comm.headers import Heard, swap_headers
+from equipoise.comm.headers import Headers, Heard
 from equipoise.comm.lifeline import Lifeline
 from equipoise.comm.parcels import Inbox, Landing, Outbox, Outgoing, find_sources
 from equipoise.comm.queued import SLOWEST_BYTES_PER_S, QueuedCommunicator
@@ -161,15 +161,17 @@ class NcclStagedCommunicator(QueuedCommunicator[_Flight]):
 
     def _begin(self, number: int, outbox: Outbox, inbox: Inbox) -> _Flight:
         with torch.cuda.device(self.device):
-            mine = self._announce(number, outbox, inbox)
-            heard = swap_headers(self._group, self.rank, mine, self.timeout_s)
+            headers = Headers(self._group, self.rank, self._announce(number, outbox, inbox))
+            try:
+                packs = self._pack_first(outbox)
+            except BaseException:
+                headers.abandon()
+                raise
+            heard = headers.hear(self.timeout_s)
             if heard.is_late:
                 self._raise({}, heard.failures, self.timeout_s)
-            ready = self._current_stream().record_event()
-            self._packing.wait_event(ready)
-            self._wire.wait_event(ready)
-            kept = self._carry(heard.sound, outbox, inbox)
-            return _Flight(heard, self._wire.record_event(), kept)
+            self._carry(heard.sound, packs, inbox)
+            return _Flight(heard, self._wire.record_event(), packs)
 
     def _end(self, flight: _Flight) -> None:
         heard = flight.heard
@@ -178,47 +180,57 @@ class NcclStagedCommunicator(QueuedCommunicator[_Flight]):
         if failures or heard.refusals:
             self._raise(heard.refusals, failures, seconds)
 
-    def _carry(self, peers: list[int], outbox: Outbox, inbox: Inbox) -> object:
+    def _pack_first(self, outbox: Outbox) -> _Packs:
+        """Make ready what packs, and pack the first round, before peers have said a word."""
+        sends = _Parcels.of(outbox, self._piece_bytes, self.device)
+        ready = self._current_stream().record_event()
+        self._packing.wait_event(ready)
+        self._wire.wait_event(ready)
+        with torch.cuda.stream(self._packing):
+            packs = _Packs(sends, sends.prepare(self._send_pool, self._num_rounds))
+        if sends.num_rounds:
+            self._pack(packs, 0)
+        return packs
+
+    def _pack(self, packs: _Packs, number: int) -> None:
+        """Enqueue what packs a round, the next of all rounds."""
+        event = self._freed[self._num_rounds % 2]
+        with torch.cuda.stream(self._packing):
+            if event is not None:
+                self._packing.wait_event(event)
+            packs.copies.run(number, gently=bool(self._under_way) or number > 0)
+            packs.packed = self._packing.record_event()
+
+    def _carry(self, peers: list[int], packs: _Packs, inbox: Inbox) -> None:
         """Enqueue everything; round k carries piece k of each pair, so no round waits for another.
 
         Nothing here waits for the device.
-
-        Returns:
-            What must live until all of it is over.
         """
-        sends = _Parcels.of(
-            {p: outbox[p] for p in peers if p in outbox}, self._piece_bytes, self.device
-        )
+        sends = packs.sends
         receives = {
             peer: list(_find_targets(inbox[peer], self._piece_bytes))
             for peer in peers
             if peer in inbox
         }
-        with torch.cuda.stream(self._packing):
-            packs = sends.prepare(self._send_pool, self._num_rounds)
         rounds = [sends.num_rounds, *map(len, receives.values())]
         for number in range(max(rounds)):
             half = self._num_rounds % 2
-            self._num_rounds += 1
-            with torch.cuda.stream(self._packing):
-                event = self._freed[half]
-                if event is not None:
-                    self._packing.wait_event(event)
-                packs.run(number, gently=bool(self._under_way) or number > 0)
-                packed = self._packing.record_event()
+            if 0 < number < sends.num_rounds:
+                self._pack(packs, number)
             with torch.cuda.stream(self._wire):
-                self._wire.wait_event(packed)
+                if packs.packed is not None:
+                    self._wire.wait_event(packs.packed)
                 outgoing = [
                     Message(peer, self._send_pool[half, index, :num_bytes])
                     for index, (peer, num_bytes) in enumerate(sends.measure(number))
-                    if num_bytes
+                    if num_bytes and peer in peers
                 ]
                 incoming, scatters = self._lay_out(receives, number, half)
                 self._post(outgoing, incoming)
                 for scatter in scatters:
                     scatter.run()
                 self._freed[half] = self._wire.record_event()
-        return sends, packs
+            self._num_rounds += 1
 
     def _lay_out(
         self, receives: Mapping[int, list[list[Tensor]]], number: int, half: int
@@ -269,6 +281,11 @@ class NcclStagedCommunicator(QueuedCommunicator[_Flight]):
     def _release(self) -> None:
         self._lifeline.close()
         self._disconnect()
+        for pool in (self._send_pool, self._recv_pool):
+            if pool is not None and pool.is_cuda:
+                # After a failure something may still be packed.
+                pool.record_stream(self._packing)
+                pool.record_stream(self._wire)
         self._recv_pool = None
         self._send_pool = torch.empty(0, dtype=torch.uint8)
 
@@ -344,6 +361,21 @@ class _Parcels:
             rounds.append(number)
         part = np.concatenate(rounds)
         return SpanCopies(Spans.join(sources), Spans.join(targets), self.device, self.keep, part)
+
+
+@dataclass
+class _Packs:
+    """What an exchange sends, on its way through the pool.
+
+    Attributes:
+        sends: all of it.
+        copies: what packs it, each round as a part of its own.
+        packed: recorded behind the round that was packed last.
+    """
+
+    sends: _Parcels
+    copies: SpanCopies
+    packed: torch.cuda.Event | None = None
 
 
 def _find_targets(landings: Sequence[Landing], piece_bytes: int) -> Iterator[list[Tensor]]:
