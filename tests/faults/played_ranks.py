@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from equipoise.elastic.channel import ChannelClosed, Message
 from equipoise.elastic.launcher import RankSeat
 from equipoise.elastic.membership import MembershipPlan
+from equipoise.elastic.said import Heard, Said
 
 if TYPE_CHECKING:
     from tests.faults.simulation import Game, Group, Preparation
@@ -95,7 +96,8 @@ class PlayedRank:
         self.was_hit = False
         self.held_until = 0.0
         self.channel: PlayedChannel | None = None
-        self.outbox: deque[Message] = deque()
+        self.said, self.heard = Said(), Heard()
+        self.knows = False
         self.inbox: deque[Message] = deque()
         self.group: Group | None = None
         self.is_lost = False
@@ -147,15 +149,15 @@ class PlayedRank:
             "address": "127.0.0.1",
             "device": "cpu",
             "met": "",
+            "said": self.said.count,
+            "heard": self.heard.count,
         }
         record = game.controller._welcome(channel, hello)
         if record is None:
             self.end(1)
             return
-        self.record, self.channel = record, channel
+        self.record, self.channel, self.knows = record, channel, False
         self.orphan_at = float("inf")
-        while self.outbox:
-            channel.say(self.outbox.popleft())
 
     def miss(self, channel: PlayedChannel) -> None:
         if self.channel is not channel or not self.is_alive:
@@ -165,13 +167,19 @@ class PlayedRank:
         self.game.world.after(0.2, self.call)
 
     def say(self, **message: Any) -> None:
-        if self.channel is None:
-            self.outbox.append(message)
-        else:
-            self.channel.say(message)
+        numbered = self.said.add(message)
+        if self.channel is not None and self.knows:
+            self.channel.say(numbered)
 
     def hear(self, channel: PlayedChannel, message: Message) -> None:
-        if self.is_alive and channel is self.channel:
+        if not self.is_alive or channel is not self.channel:
+            return
+        if message["do"] == "heard":
+            self.said.confirm(message["heard"])
+            for one in () if self.knows else self.said.unheard:
+                channel.say(one)
+            self.knows = True
+        elif self.heard.is_new(message):
             self.inbox.append(message)
             if self.group is None or self.is_lost:
                 # It looks now and then.
@@ -195,8 +203,9 @@ class PlayedRank:
         if not self.is_alive:
             return
         if not self.is_stopped:
-            if self.channel is not None:
-                self.say(say="beat", steps=0 if self.group is None else self.group.num_steps)
+            if self.channel is not None and self.knows:
+                steps = 0 if self.group is None else self.group.num_steps
+                self.channel.say({"say": "beat", "steps": steps, "heard": self.heard.count})
             elif game.world.now > self.orphan_at:
                 self.end(1)
             if game.world.now > self.lost_by:
@@ -250,8 +259,8 @@ class PlayedRank:
         for key in message["ids"]:
             self.requests.pop(key, None)
 
-    def do_evict(self, message: Message) -> None:
-        self.requests.clear()
+    def do_back(self, message: Message) -> None:
+        self.is_paused = message["paused"]
 
     def do_pause(self, message: Message) -> None:
         self.is_paused = message["paused"]

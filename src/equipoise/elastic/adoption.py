@@ -131,9 +131,8 @@ class Adoption:
             logger.warning("%s is not taken over: %s", seat.name, error)
             return None
         record = RankRecord(seat, handle, str(hello.get("host", socket.gethostname())))
-        record.settle(hello)
-        channel.peer = record.name
-        record.channel, record.has_called, record.is_warm = channel, True, True
+        record.take_call(channel, hello)
+        record.is_warm = True
         # Until it says what it does: one that has left already says no more.
         record.state = "leaving"
         self._roster.add(record)

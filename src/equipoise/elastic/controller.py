@@ -314,16 +314,10 @@ class Controller:
             return self._adoption.welcome(channel, hello, store)
         if record.state == "dead":
             return None
-        channel.peer = record.name
-        record.settle(hello)
         is_back = record.has_called
-        record.channel, record.has_called = channel, True
-        record.hear()
+        record.take_call(channel, hello)
         if is_back:
-            # What was under way between the two may be lost: it begins anew from what is known.
-            record.tell({"do": "evict"})
-            record.tell({"do": "pause", "paused": not self._changes.is_idle})
-            self._release(record)
+            record.tell({"do": "back", "paused": not self._changes.is_idle})
         else:
             welcome = {"do": "welcome", "spec": self._spec.to_json(), "store": store}
             record.tell({**welcome, "service": self._adoption.service})
@@ -401,12 +395,14 @@ class Controller:
 
     def _hear(self, record: RankRecord, message: Message) -> None:
         """A rank has said something."""
-        if record.state == "dead":
+        if record.state == "dead" or not record.heard.is_new(message):
             return
         record.hear()
         said = message["say"]
         if said == "beat":
             self._tally.note_beat(record, message)
+            record.said.confirm(message["heard"])
+            record.tell_heard()
         elif said == "deltas":
             for attempt, delta in map(read_delta, message["deltas"]):
                 self._deliver(self._requests.take(record.name, attempt, delta))

@@ -72,10 +72,6 @@ class HeldRequests:
         for key in [k for k, h in self._held.items() if h.finish_reason and h.ended_at < until]:
             del self._held[key]
 
-    def clear(self) -> None:
-        """All are others' now."""
-        self._held.clear()
-
     def to_json(self) -> list[dict[str, Any]]:
         """Each as it was given, with its tokens so far and how it ended."""
         return [

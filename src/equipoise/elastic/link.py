@@ -5,6 +5,7 @@ One thread reads, one writes and gives signs of life; the forward thread waits f
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -15,6 +16,7 @@ from collections.abc import Callable
 
 from equipoise.elastic.channel import Channel, ChannelClosed, Message, connect
 from equipoise.elastic.launcher import RankSeat
+from equipoise.elastic.said import Heard, Said
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +29,8 @@ RETRY_S = 0.2
 class ControllerLink:
     """What the controller says, in order, and what is said to it.
 
-    When the controller is gone, what is said waits; the link calls for it until another one
-    answers, or too long has passed.
+    When the controller is gone, what is said waits; the link calls until it, or another in its
+    place, answers, or too long has passed. What was lost with the channel is said again.
 
     Args:
         seat: of this rank.
@@ -42,11 +44,13 @@ class ControllerLink:
         self._met = ""
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._said, self._heard = Said(), Heard()
+        # Set while the controller is known to have heard all that was said before.
         self._has_channel = threading.Event()
         self._is_closed = threading.Event()
         self._lock = threading.Lock()
+        self._sending = threading.Lock()
         self._channel = self._call()
-        self._has_channel.set()
         self._reader = threading.Thread(target=self._read, name="equipoise-link-in", daemon=True)
         self._writer = threading.Thread(target=self._write, name="equipoise-link-out", daemon=True)
         self._reader.start()
@@ -105,6 +109,8 @@ class ControllerLink:
             "node": seat.node or socket.gethostname(),
             "device": seat.device,
             "met": self._met,
+            "said": self._said.count,
+            "heard": self._heard.count,
         }
         return connect((seat.host, seat.port), hello, peer="the controller")
 
@@ -112,12 +118,16 @@ class ControllerLink:
         while not self._is_closed.is_set():
             try:
                 message = self._channel.receive()
-                self._inbox.put(message)
+                if message.get("do") == "heard":
+                    self._confirm(int(message["heard"]))
+                elif self._heard.is_new(message):
+                    self._inbox.put(message)
                 if message.get("do") == "given up":
                     # Whoever calls again hears the same again.
                     return
             except ChannelClosed as error:
-                self._has_channel.clear()
+                with self._sending:
+                    self._has_channel.clear()
                 if self._is_closed.is_set():
                     return
                 logger.warning("%s: %s; serving on without it", self._seat.name, error)
@@ -136,36 +146,45 @@ class ControllerLink:
                 if self._is_closed.wait(RETRY_S):
                     return False
                 continue
-            with self._lock:
+            with self._sending, self._lock:
                 self._channel = channel
-            self._has_channel.set()
             return True
         return False
 
+    def _confirm(self, count: int) -> None:
+        """The controller has heard so many; over a new channel, the rest is said again."""
+        self._said.confirm(count)
+        if self._has_channel.is_set():
+            return
+        with self._sending, contextlib.suppress(ChannelClosed):
+            for message in self._said.unheard:
+                self._channel.send(message)
+            self._has_channel.set()
+
     def _write(self) -> None:
         next_beat = time.monotonic()
-        unsent: Message | None = None
         while not self._is_closed.is_set():
             if not self._has_channel.wait(RETRY_S):
                 continue
             try:
                 left = max(0.0, next_beat - time.monotonic())
-                message = unsent or (
-                    self._outbox.get(timeout=left) if left else self._outbox.get_nowait()
-                )
+                message = self._outbox.get(timeout=left) if left else self._outbox.get_nowait()
             except queue.Empty:
-                message = self._describe()
+                self._send({**self._describe(), "heard": self._heard.count})
                 with self._lock:
                     next_beat = time.monotonic() + self._beat_s
+                continue
             if message is None:
                 return
-            with self._lock:
-                channel = self._channel
-            try:
-                channel.send(message)
-                unsent = None
-            except ChannelClosed:
-                # Not whole at the other side, which drops it. What was, and was lost with a
-                # controller, the one that comes next asks for.
-                unsent = message
-                self._has_channel.clear()
+            self._send(message, is_numbered=True)
+
+    def _send(self, message: Message, *, is_numbered: bool = False) -> None:
+        with self._sending:
+            if is_numbered:
+                message = self._said.add(message)
+            # Otherwise it has gone meanwhile, and what was said before is said first.
+            if self._has_channel.is_set():
+                try:
+                    self._channel.send(message)
+                except ChannelClosed:
+                    self._has_channel.clear()

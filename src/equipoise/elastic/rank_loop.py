@@ -17,6 +17,7 @@ import torch
 from equipoise.comm.groups import create_rank_group
 from equipoise.elastic.builder import Home
 from equipoise.elastic.channel import Message
+from equipoise.elastic.detour import Detour
 from equipoise.elastic.duty import Duty, Meeting
 from equipoise.elastic.generation import NextGeneration
 from equipoise.elastic.held_requests import HeldRequests
@@ -73,6 +74,7 @@ class RankLoop:
         self._duty: Duty | None = None
         self._next: NextGeneration | None = None
         self._retirement: Retirement | None = None
+        self._detour = Detour()
         self._engine: Engine | None = None
         self._held, self._scores = HeldRequests(), RankScores()
         self._num_steps = 0
@@ -89,7 +91,7 @@ class RankLoop:
             "begin": self._begin,
             "submit": self._submit,
             "cancel": self._cancel,
-            "evict": self._evict,
+            "back": self._come_back,
             "pause": self._set_paused,
             "rebalance": self._rebalance,
             "describe": self._ask,
@@ -137,6 +139,10 @@ class RankLoop:
             return
         if meeting.word is Word.ABORT:
             self._forget_next("it was called off")
+        elif meeting.word is Word.ASIDE and self._next is not None:
+            self._next.stand_aside()
+        elif meeting.word is Word.BACK:
+            self._detour.end(duty.parallel.dispatchers)
         self._is_busy = meeting.works
         self._balance(duty, meeting)
         if meeting.scores:
@@ -163,7 +169,7 @@ class RankLoop:
 
     def _meet(self, duty: Duty, engine: Engine) -> Meeting:
         """What all ranks do next, found out together."""
-        word = Word.OPEN if self._next is None else self._next.word
+        word = self._detour.word if self._next is None else self._next.word
         flags = [engine.has_work, self._stops, self._is_paused]
         told = [*flags, self._num_rebalances, self._scores.asked, word]
         heard = torch.stack(duty.group.all_gather(torch.tensor(told, dtype=torch.int64)))
@@ -295,6 +301,7 @@ class RankLoop:
         if self._next is not None:
             # It was called off, by a death of which this rank need not have heard.
             self._next.drop("another change has taken its place")
+            self._detour.note(self._next)
         plan = MembershipPlan.from_json(message["plan"])
         home = replace(self._home, device_group=message["device_group"])
         parallel = None if self._duty is None else self._duty.parallel
@@ -309,6 +316,7 @@ class RankLoop:
         change, self._next = self._next, None
         self._parts.begin("switch")
         parallel = change.switch()
+        self._detour.note(change)
         self._retirement = change.retirement
         self._pause_s = -1.0
         self._step_s.clear()
@@ -339,6 +347,7 @@ class RankLoop:
         if self._next is None:
             return
         self._next.drop(reason)
+        self._detour.note(self._next)
         self._link.say(
             {
                 "say": "aborted",
@@ -356,6 +365,7 @@ class RankLoop:
         if self._next is not None:
             self._next.drop(f"{self._name}: its step has failed")
             self._next = None
+        self._detour = Detour()
         self._parts = PartTimes()
         self._parts.begin("abandon")
         # First: what it still commits, `describe` tells too.
@@ -388,13 +398,10 @@ class RankLoop:
             if request_id in self._held:
                 self._find_engine().cancel(request_id)
 
-    def _evict(self, message: Message) -> None:
-        """Let all requests go: the controller gives them to others."""
-        del message
-        if self._engine is not None:
-            self._engine.evict()
-        self._held.clear()
+    def _come_back(self, message: Message) -> None:
+        """The controller is there again, and all that was said meanwhile has come."""
         self._held.keeps_all = False
+        self._is_paused = bool(message["paused"])
 
     def _set_paused(self, message: Message) -> None:
         self._is_paused = bool(message["paused"])

@@ -11,6 +11,7 @@ from typing import Any
 
 from equipoise.elastic.channel import Channel, ChannelClosed, Message
 from equipoise.elastic.launcher import UNKNOWN_EXIT, RankHandle, RankSeat
+from equipoise.elastic.said import Heard, Said
 from equipoise.elastic.service import RankState, RankStatus
 
 
@@ -38,6 +39,8 @@ class RankRecord:
         told: facts that it was asked for, by what it said.
         detail: why it is dead.
         pid: of its process, as it says.
+        said: to it.
+        heard: of it.
     """
 
     seat: RankSeat
@@ -60,6 +63,8 @@ class RankRecord:
     told: dict[str, Message] = field(default_factory=dict)
     detail: str = ""
     pid: int | None = None
+    said: Said = field(default_factory=Said)
+    heard: Heard = field(default_factory=Heard)
 
     @property
     def name(self) -> str:
@@ -71,8 +76,25 @@ class RankRecord:
         """Where it sits, as it says."""
         return self.seat.node
 
-    def settle(self, hello: Message) -> None:
-        """It has called, and says where it sits and on what."""
+    def take_call(self, channel: Channel, hello: Message) -> None:
+        """It calls, for the first time or again: what either has not heard is said again."""
+        if self.channel is not None:
+            self.channel.close()
+        self._settle(hello)
+        if not self.has_called:
+            # To a controller before this one, perhaps.
+            self.said = Said(int(hello.get("heard", 0)))
+            self.heard = Heard(int(hello.get("said", 0)))
+        channel.peer = self.name
+        self.channel, self.has_called = channel, True
+        self.hear()
+        self.said.confirm(int(hello.get("heard", 0)))
+        self.tell_heard()
+        for message in self.said.unheard:
+            self._send(message)
+
+    def _settle(self, hello: Message) -> None:
+        """It says where it sits and on what."""
         self.host = str(hello.get("host", self.host))
         node, device = str(hello.get("node", "")), str(hello.get("device", self.seat.device))
         self.seat = replace(self.seat, node=node, device=device)
@@ -92,7 +114,15 @@ class RankRecord:
         self.parts_s = dict(message.get("parts_s", {}))
 
     def tell(self, message: Message) -> None:
-        """Send it something; a rank that has gone shows elsewhere."""
+        """Send it something, now or when it has called again; one that has gone shows elsewhere."""
+        if self.has_called:
+            self._send(self.said.add(message))
+
+    def tell_heard(self) -> None:
+        """How much of what it said has come."""
+        self._send({"do": "heard", "heard": self.heard.count})
+
+    def _send(self, message: Message) -> None:
         if self.channel is not None:
             with contextlib.suppress(ChannelClosed):
                 self.channel.send(message)
