@@ -61,8 +61,9 @@ class AllToAllDispatcher(TokenDispatcher):
 
     def __init__(self, group: RankGroup, topology: Topology) -> None:
         self._group = group
-        self._staged = group.device.type == "cuda" and group.device_group is group.cpu_group
-        self._is_nccl = group.device.type == "cuda" and not self._staged
+        is_cuda = group.device.type == "cuda"
+        self._is_nccl = is_cuda and group.device_group is not group.cpu_group
+        self._staged = is_cuda and not self._is_nccl
         self._even = [1] * topology.num_ranks
         self._counts = torch.empty(
             2, topology.num_ranks, 2, dtype=torch.int64, pin_memory=group.device.type == "cuda"
@@ -75,7 +76,7 @@ class AllToAllDispatcher(TokenDispatcher):
 
         Those wait for peers, which may wait for this rank meanwhile: seen to be for good.
         """
-        return not self._is_nccl
+        return not self._is_nccl or len(self._even) == 1
 
     def dispatch(self, hidden_TD: Tensor, slot_TK: Tensor) -> Dispatched:
         """As the contract says; rows come ordered by source rank, then by token, then by k."""
@@ -126,6 +127,12 @@ class AllToAllDispatcher(TokenDispatcher):
         self.combine(came.hidden_ND, weight_TK, came)
         self.check()
 
+    def detour(self, is_on: bool) -> None:
+        """As the contract says: over gloo instead of NCCL."""
+        if self._is_nccl:
+            self.check()
+            self._staged = is_on
+
     def check(self) -> None:
         """Wait for the device, which over NCCL alone knows whether a peer came.
 
@@ -167,9 +174,10 @@ class AllToAllDispatcher(TokenDispatcher):
             self._all_to_all(into, rows, received, sent)
 
     def _all_to_all(self, into: Tensor, rows: Tensor, received: list[int], sent: list[int]) -> None:
+        group = self._group.cpu_group if self._staged else self._group.device_group
         try:
-            work = self._group.device_group.alltoall_base(into, rows, received, sent)
-            if self._is_nccl:
+            work = group.alltoall_base(into, rows, received, sent)
+            if self._is_nccl and not self._staged:
                 # In stream order alone: a wait with a deadline asks NCCL once a millisecond.
                 work.wait()
             else:

@@ -88,7 +88,10 @@ class TokenDispatcher(ABC):
 
     @property
     def prepares_beside(self) -> bool:
-        """Whether `prepare` may go on while several ranks serve over another one of its kind."""
+        """Whether `prepare` may go on while several ranks serve over another one of its kind.
+
+        Where not, it may while those take their `detour`.
+        """
         return True
 
     @property
@@ -152,6 +155,15 @@ class TokenDispatcher(ABC):
         Collective: none; before this rank serves any generation. Nobody else uses it meanwhile.
         """
         return None
+
+    def detour(self, is_on: bool) -> None:  # noqa: B027 - where `prepares_beside` none is needed
+        """Send tokens so that nothing on the device waits for a peer, or end that; it takes longer.
+
+        Args:
+            is_on: from the next exchange on.
+        Collective: every rank of the group, between the same two steps; waits for the device.
+        Raises: TransferError if the device is not through with earlier exchanges in time.
+        """
 
     def enter(self) -> None:  # noqa: B027 - nothing to take over unless a backend shares something
         """Serve from here on, in place of the generation before; the first dispatch does it else.

@@ -33,7 +33,8 @@ _LARGE, _TOUCHED = 1 << 20, 1 << 16
 the process that gave them ended by a fault (nixl-cu13 1.4.0)."""
 _ALIGNMENT = 256
 """Bytes; of tensors in memory for several of them, as torch's own allocator aligns."""
-_OVER_NCCL = ("pynccl", "torch_nccl")
+OVER_NCCL = ("pynccl", "torch_nccl")
+"""Communicators."""
 
 Weights = Sequence[Sequence[Sequence[Tensor]]]
 """Per set of layers, per layer, the tensors [S, ...] of a rank's slots."""
@@ -119,7 +120,7 @@ class Bridge:
     ) -> None:
         self._group = group
         name = config.communicator
-        if name in _OVER_NCCL:
+        if name in OVER_NCCL:
             logger.info("a change of the membership moves weights beside NCCL: not by %s", name)
             name = "auto"
         self._given = given

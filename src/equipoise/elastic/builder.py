@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from equipoise.balancer.model_state import OnCommit
-from equipoise.comm.groups import RankGroup, create_rank_group
+from equipoise.comm.groups import RankGroup, create_rank_group, has_nccl
 from equipoise.config import EPLBConfig
 from equipoise.dispatch import create_dispatcher
 from equipoise.dispatch.base import TokenDispatcher
 from equipoise.dispatch.maps import PlacementMaps
-from equipoise.elastic.bridge import Bridge, Haul, Weights
+from equipoise.elastic.bridge import OVER_NCCL, Bridge, Haul, Weights
 from equipoise.elastic.change_store import ChangeStore
 from equipoise.elastic.membership import MembershipPlan
 from equipoise.elastic.newcomer import build_newcomer, find_sets, finish_newcomer
@@ -89,10 +89,13 @@ class Builder:
         store: the change's.
         notify: told of the parts that begin.
         try_out: called with the next generation, once it is whole and before this rank is ready.
+        wait_aside: of a rank that serves: returns once tokens take a detour on all that do.
 
     Attributes:
         parallel: the next generation, once it is whole; None of a leaver.
         haul: what was brought.
+        needs_detour: whether ranks are connected while tokens take a detour; the same on every
+            member.
     """
 
     def __init__(
@@ -103,9 +106,12 @@ class Builder:
         store: ChangeStore,
         notify: Callable[[str], None],
         try_out: TryOut | None = None,
+        wait_aside: Callable[[float], None] | None = None,
     ) -> None:
         self.parallel: ParallelModel | None = None
         self.haul = Haul()
+        self.needs_detour = False
+        self._wait_aside = wait_aside
         self._plan, self._home, self._serving, self._store = plan, home, serving, store
         self._notify, self._try_out = notify, try_out
         self._number = plan.find_number(home.name)
@@ -142,6 +148,8 @@ class Builder:
         if spread is not None and self._group is not None:
             self._notify("assemble")
             self._store.check()
+            if self._home.config.communicator in OVER_NCCL:
+                self._make_way()
             # From here on the parts are the parallel model's to close.
             self._dispatchers = []
             self.parallel = assemble(
@@ -246,6 +254,11 @@ class Builder:
                     LoadRecorder(placement.num_layers, placement.num_slots, home.device),
                 )
             )
+        # A rank that serves alone waits for nobody, whom connecting could keep.
+        beside = len(plan.serving.held) == 1 or all(
+            one.prepares_beside for one in self._dispatchers
+        )
+        self.needs_detour = not (beside or plan.is_recovery)
         if self._serving is None:
             assert checkpoint is not None, "as above"
             return build_newcomer(checkpoint, sets, plan, number)
@@ -285,7 +298,7 @@ class Builder:
             timeout=home.timeout,
             device_group="gloo",
         )
-        group.is_beside_nccl = home.device_group == "nccl"
+        group.is_beside_nccl = home.device_group == "nccl" or self._serves_over_nccl()
         target: Weights = [] if spread is None else [one.weights for one in spread.sets]
         given: Weights = target
         if self._serving is not None:
@@ -352,10 +365,20 @@ class Builder:
             if self._try_out is not None:
                 self._try_out(parallel)
             self._synchronize()
-        # A rank that serves alone waits for nobody, whom connecting could keep.
-        is_alone = len(self._plan.serving.held) == 1
-        if is_alone or all(one.prepares_beside for one in parallel.dispatchers):
+        self._make_way()
+        # In a recovery what the dead have left on the device may keep what connects.
+        if not self._plan.is_recovery or all(one.prepares_beside for one in parallel.dispatchers):
             try_together(parallel.spread, self._home.device)
+
+    def _serves_over_nccl(self) -> bool:
+        if self._serving is None or self._plan.is_recovery:
+            return False
+        return has_nccl(self._serving.state.group.device_group)
+
+    def _make_way(self) -> None:
+        """Have tokens leave nothing on devices that waits for a peer while ranks connect there."""
+        if self.needs_detour and self._wait_aside is not None:
+            self._wait_aside(self._deadline)
 
     def _synchronize(self) -> None:
         """Wait for what this thread has enqueued on its stream."""

@@ -32,6 +32,9 @@ Watch = Callable[[str], None]
 """Called on the building thread at the begin of each of its parts, by name; what it raises fails
 the change. For tests and logs."""
 
+_LOOK_S = 0.05
+"""Between two looks whether the change was called off."""
+
 PARTS = ("build", "pull", "verify", "assemble", "rehearse", "ready", "decide")
 """What a watch hears, in order; a leaver assembles and rehearses nothing."""
 
@@ -61,7 +64,8 @@ class NextGeneration:
     """Builds a rank's part of the next generation in a thread, while the forward thread serves.
 
     The forward thread tells `word` in every meeting before a step, gives what it heard to
-    `verdict.settle`, and at SWITCH calls `switch`; at ABORT it calls `drop` and forgets this. A
+    `verdict.settle`, and at SWITCH calls `switch`; at ABORT it calls `drop` and forgets this; at
+    ASIDE it calls `stand_aside`, and a `Detour` says when tokens go straight again. A
     newcomer, and ranks of a recovery, have no steps to serve: they `wait` until it is decided, and
     switch at once.
 
@@ -96,7 +100,8 @@ class NextGeneration:
         self.missed: dict[str, list[str]] = {}
         self._home, self._serving, self._watch = home, serving, watch
         self._store = ChangeStore(home.store, plan.generation)
-        self._builder = Builder(plan, home, serving, self._store, self._notify, try_out)
+        wait_aside = None if serving is None else self._wait_aside
+        self._builder = Builder(plan, home, serving, self._store, self._notify, try_out, wait_aside)
         self._changed = threading.Condition()
         self._state: State = "preparing"
         self._word = Word.OPEN
@@ -105,6 +110,10 @@ class NextGeneration:
         self._is_promised = False
         self._is_given_up = False
         self._is_closed = threading.Event()
+        # One that leaves has nothing to connect, and may stand aside at any time.
+        self._wants_aside = serving is not None and plan.find_number(home.name) is None
+        self._is_aside = threading.Event()
+        self._serves_aside = False
         self._started = time.monotonic()
         self._deadline = self._started + plan.deadlines.prepare_s + plan.deadlines.agree_s
         self._figures = ChangeFigures()
@@ -137,7 +146,21 @@ class NextGeneration:
                     return Word.LOST
                 # Nobody can have decided for a rank that has promised nothing.
                 self._give_up("it was not prepared in time")
+            if self._word is Word.OPEN and self._wants_aside and not self._is_aside.is_set():
+                return Word.ASIDE
             return self._word
+
+    @property
+    def has_detour(self) -> bool:
+        """Whether this rank's tokens take a detour because of it; still do, once it has ended."""
+        return self._is_aside.is_set() if self._state != "decided" else self._serves_aside
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended, and what is closed because of that is closed on this rank."""
+        if self.retirement is not None:
+            return self.retirement.is_done
+        return self._is_closed.is_set() or (self._state == "decided" and not self._is_given_up)
 
     def wait(self, timeout_s: float) -> State:
         """Wait until it is decided or aborted, or the time is over.
@@ -175,6 +198,18 @@ class NextGeneration:
         with self._changed:
             if not self._is_promised:
                 self._give_up(reason)
+
+    def stand_aside(self) -> None:
+        """Forward thread: all that serve are heard to be ready for it; tokens take a detour now.
+
+        Collective: every rank that serves, between the same two steps; waits for the device.
+        Raises: TransferError if the device is not through with earlier exchanges in time.
+        """
+        assert self._serving is not None, "a newcomer has no tokens"
+        logger.info("%s: tokens take a detour while ranks connect", self._home.name)
+        for dispatcher in self._serving.dispatchers:
+            dispatcher.detour(True)
+        self._is_aside.set()
 
     def drop(self, reason: str) -> None:
         """Forward thread: this rank does not switch, whatever others do; returns at once.
@@ -216,6 +251,11 @@ class NextGeneration:
         if parallel is not None:
             self._enter(parallel)
             _fill(parallel, haul.staged)
+            self._serves_aside = self._builder.needs_detour
+            if self._serves_aside:
+                # What is retired is closed on the device meanwhile.
+                for dispatcher in parallel.dispatchers:
+                    dispatcher.detour(True)
             parallel.spread.bind()
             _tell_commits(parallel, haul.staged)
             if self._serving is not None:
@@ -328,6 +368,14 @@ class NextGeneration:
     def _close(self) -> None:
         self._builder.close()
         self._is_closed.set()
+
+    def _wait_aside(self, deadline: float) -> None:
+        """Building thread: until `stand_aside` was called."""
+        self._wants_aside = True
+        while not self._is_aside.wait(_LOOK_S):
+            self._store.check()
+            if time.monotonic() > deadline:
+                raise MembershipError(f"{self._home.name}: tokens did not make way in time")
 
     def _notify(self, part: str) -> None:
         if self._watch is not None:

@@ -19,21 +19,26 @@ class Word(IntEnum):
     """What a rank knows of the change under way; travels in the meeting before a step.
 
     OPEN: nothing yet, or there is no change.
+    BACK: tokens may end their detour, as far as this rank is concerned.
+    ASIDE: tokens must take a detour before this rank can prepare any further.
     LOST: the store did not answer, so it will not know by itself.
     ABORT: the serving generation goes on.
     SWITCH: the next generation takes over.
     """
 
     OPEN = 0
-    LOST = 1
-    ABORT = 2
-    SWITCH = 3
+    BACK = 1
+    ASIDE = 2
+    LOST = 3
+    ABORT = 4
+    SWITCH = 5
 
 
 def settle(words: Sequence[int]) -> Word:
-    """What all ranks do now: SWITCH, ABORT, or OPEN to go on as before.
+    """What all ranks do now: SWITCH, ABORT, ASIDE or BACK, or OPEN to go on as before.
 
-    If all are lost, nobody who serves can ever know, so that all may call it off together.
+    If all are lost, nobody who serves can ever know, so that all may call it off together. A detour
+    begins and ends when all say so.
 
     Args:
         words: of every serving rank, as the meeting brought them; the same on every rank.
@@ -44,4 +49,7 @@ def settle(words: Sequence[int]) -> Word:
     most = Word(max(words))
     if most in (Word.SWITCH, Word.ABORT):
         return most
-    return Word.ABORT if min(words) == Word.LOST else Word.OPEN
+    least = Word(min(words))
+    if least is Word.LOST:
+        return Word.ABORT
+    return most if most is least else Word.OPEN
