@@ -16,6 +16,7 @@ import torch.distributed as dist
 from equipoise import EPLBConfig
 from equipoise.comm.groups import create_rank_group
 from equipoise.elastic.builder import Home
+from equipoise.elastic.detour import Detour
 from equipoise.elastic.generation import NextGeneration
 from equipoise.elastic.membership import Deadlines, MembershipPlan, Serving
 from equipoise.elastic.placing import Redundancy
@@ -57,6 +58,7 @@ class Cast:
     names: tuple[str, ...] = ()
     forwards: int = 0
     retired: list[NextGeneration] = field(default_factory=list)
+    detour: Detour = field(default_factory=Detour)
 
     @property
     def name(self) -> str:
@@ -75,10 +77,16 @@ class Cast:
         self.parallel.step()
 
     def meet(self, next_one: NextGeneration | None) -> Word:
-        """What ranks do before a step."""
+        """What ranks do before a step: OPEN, SWITCH or ABORT."""
         assert self.parallel is not None
-        word = torch.tensor([next_one.word if next_one else Word.OPEN])
-        return settle([int(told) for told in self.parallel.state.group.all_gather(word)])
+        word = torch.tensor([next_one.word if next_one else self.detour.word])
+        heard = settle([int(told) for told in self.parallel.state.group.all_gather(word)])
+        if heard is Word.ASIDE:
+            assert next_one is not None
+            next_one.stand_aside()
+        elif heard is Word.BACK:
+            self.detour.end(self.parallel.dispatchers)
+        return heard if heard in (Word.SWITCH, Word.ABORT) else Word.OPEN
 
     def drain(self) -> None:
         """Begin no rebalance, and step until none is under way."""
@@ -154,7 +162,12 @@ def begin(cast: Cast, members: Sequence[int]) -> None:
         timeout=cast.home.timeout,
         device_group="gloo",
     )
-    parallel = parallelize(cast.home.model, group, first_config(cast, len(members)))
+    parallel = parallelize(
+        cast.home.model,
+        group,
+        first_config(cast, len(members)),
+        dispatcher=cast.home.dispatcher,
+    )
     cast.parallel = keep_copies(parallel, cast.backup)
 
 
@@ -206,11 +219,13 @@ def take_part(cast: Cast, next_one: NextGeneration) -> str:
         raise
     if verdict is Word.ABORT:
         next_one.drop("called off")
+        cast.detour.note(next_one)
         assert next_one.wait_closed(PATIENCE_S)
         if cast.parallel is not None:
             cast.parallel.state.resume()
         return f"aborted: {next_one.reason}"
     cast.parallel = next_one.switch()
+    cast.detour.note(next_one)
     cast.retired.append(next_one)
     return "switched"
 

@@ -205,6 +205,13 @@ def test_copies_follow_what_is_committed() -> None:
         ([Word.LOST, Word.ABORT], Word.ABORT),
         ([Word.LOST, Word.OPEN], Word.OPEN),
         ([Word.LOST, Word.LOST], Word.ABORT),
+        ([Word.ASIDE, Word.ASIDE], Word.ASIDE),
+        ([Word.ASIDE, Word.OPEN], Word.OPEN),
+        ([Word.ASIDE, Word.LOST], Word.OPEN),
+        ([Word.ASIDE, Word.ABORT], Word.ABORT),
+        ([Word.BACK, Word.BACK], Word.BACK),
+        ([Word.BACK, Word.OPEN], Word.OPEN),
+        ([Word.BACK, Word.ASIDE], Word.OPEN),
     ],
 )
 def test_one_rank_that_knows_is_enough(words: list[Word], verdict: Word) -> None:

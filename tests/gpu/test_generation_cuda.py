@@ -20,6 +20,7 @@ from equipoise.comm.groups import RankGroup, create_rank_group
 from equipoise.dispatch import create_dispatcher
 from equipoise.dispatch.base import TokenDispatcher
 from equipoise.elastic.builder import Home
+from equipoise.elastic.detour import Detour
 from equipoise.elastic.generation import NextGeneration
 from equipoise.elastic.membership import Deadlines, Serving
 from equipoise.elastic.placing import Redundancy
@@ -40,6 +41,13 @@ CHANGES = (
     (5, ("rank-1",)),
 )
 NUM_CHANGES = int(os.environ.get("EQUIPOISE_GPU_CHANGES", len(CHANGES)))
+AMONG_TWO = (
+    (2, ("rank-0", "rank-1")),
+    (3, ("rank-1", "rank-0")),
+    (4, ("rank-0", "rank-1")),
+    (5, ("rank-1", "rank-0")),
+)
+"""Both serve from the second change on, so that tokens make way while they connect anew."""
 PATIENCE_S = 200.0
 
 
@@ -155,10 +163,7 @@ class Player:
         config = EPLBConfig(communicator=wires.experts, policy="deepseek", num_redundant_experts=0)
         self.manager: Any = None
         if wires.tokens == "nixl_ep":
-            from equipoise.dispatch.nixl_ep.all_to_all import NixlEPAll2AllManager
-
-            # Of the process: it outlives generations.
-            self.manager = NixlEPAll2AllManager(rank.size, device, timedelta(seconds=60))
+            self.open_buffer()
         self.home = Home(
             f"rank-{rank.rank}",
             rank.store,
@@ -174,6 +179,13 @@ class Player:
         self.names: tuple[str, ...] = ()
         self.step_s: list[float] = []
         self.rates: list[float] = []
+        self.detour = Detour()
+
+    def open_buffer(self) -> None:
+        """NIXL-EP's, of the process: it outlives generations."""
+        from equipoise.dispatch.nixl_ep.all_to_all import NixlEPAll2AllManager
+
+        self.manager = NixlEPAll2AllManager(self.rank.size, self.device, timedelta(seconds=60))
 
     def send_by_nixl_ep(self, group: RankGroup, topology: Topology) -> TokenDispatcher:
         from equipoise.dispatch.nixl_ep.dispatcher import NixlEPOptions
@@ -207,9 +219,7 @@ class Player:
             assert next_one.wait(PATIENCE_S) == "decided", next_one.reason
             word = Word.SWITCH
         while word is Word.OPEN:
-            told = torch.tensor([next_one.word])
-            heard = self.parallel.state.group.all_gather(told)  # type: ignore[union-attr]
-            word = settle([int(each) for each in heard])
+            word = self.meet(next_one)
             if word is Word.OPEN:
                 self.serve()
         assert word is Word.SWITCH, next_one.reason
@@ -219,6 +229,7 @@ class Player:
         if self.parallel is not None:
             self.serve()
         pause_s = time.perf_counter() - started
+        self.detour.note(next_one)
         figures = next_one.figures
         rate = figures.received_bytes / max(figures.pull_s, 1e-9)
         during = f", {len(steps)} steps meanwhile"
@@ -231,11 +242,49 @@ class Player:
         )
         if figures.received_bytes:
             self.rates.append(rate)
+        if next_one.has_detour:
+            self.serve_until_straight()
         if next_one.retirement is not None:
             assert next_one.retirement.wait(60.0)
+        if self.parallel is None and self.manager is not None:
+            # As a process that ends, and another that begins.
+            self.manager.close()
+            self.open_buffer()
+
+    def meet(self, next_one: NextGeneration | None) -> Word:
+        assert self.parallel is not None
+        word = self.detour.word if next_one is None else next_one.word
+        heard = self.parallel.state.group.all_gather(torch.tensor([word]))
+        settled = settle([int(each) for each in heard])
+        if settled is Word.ASIDE:
+            assert next_one is not None
+            next_one.stand_aside()
+            print(f"{self.home.name}: a detour after {len(self.step_s)} steps", flush=True)
+            return Word.OPEN
+        return settled
+
+    def serve_until_straight(self) -> None:
+        """Step until what was retired is closed on all ranks, and tokens go straight again."""
+        assert self.parallel is not None
+        started, on_detour = time.perf_counter(), len(self.step_s)
+        while self.meet(None) is not Word.BACK:
+            self.serve()
+        detour_s = time.perf_counter() - started
+        self.detour.end(self.parallel.dispatchers)
+        straight = len(self.step_s)
+        for _ in range(3):
+            self.serve()
+        steps = ", ".join(f"{seconds:.4f}" for seconds in self.step_s[straight:])
+        print(
+            f"{self.home.name}: a detour for {detour_s:.3f} s more, {straight - on_detour} steps, "
+            f"longest {max(self.step_s[on_detour - 1 : straight]):.4f} s; then {steps} s",
+            flush=True,
+        )
 
 
-def grow_and_shrink(rank: Rank, device: torch.device, device_group: Any, wires: Wires) -> None:
+def grow_and_shrink(
+    rank: Rank, device: torch.device, device_group: Any, wires: Wires, changes: Any = CHANGES
+) -> None:
     if rank.rank == 0:
         write_hollow_checkpoint(rank.path / "model")
         rank.store.set("model", "there")
@@ -260,7 +309,7 @@ def grow_and_shrink(rank: Rank, device: torch.device, device_group: Any, wires: 
         torch.save(compute(player.parallel, device).cpu(), rank.path / "logits")
         for _ in range(3):
             player.serve()
-    for number, names in CHANGES[:NUM_CHANGES]:
+    for number, names in changes[:NUM_CHANGES]:
         player.change(number, names)
         if player.parallel is not None:
             wanted = torch.load(rank.path / "sums")
@@ -317,3 +366,12 @@ def test_two_gpus_become_one_and_two_again(rank: Rank, wires: Wires) -> None:
     device = torch.device("cuda", rank.rank)
     torch.cuda.set_device(device)
     grow_and_shrink(rank, device, "nccl", wires)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.timeout(400)
+@processes(2, timeout_s=390)
+def test_two_gpus_connect_anew_beside_tokens_over_nccl(rank: Rank) -> None:
+    device = torch.device("cuda", rank.rank)
+    torch.cuda.set_device(device)
+    grow_and_shrink(rank, device, "nccl", WIRES[0], AMONG_TWO)

@@ -110,8 +110,12 @@ class NextGeneration:
         self._is_promised = False
         self._is_given_up = False
         self._is_closed = threading.Event()
-        # One that leaves has nothing to connect, and may stand aside at any time.
-        self._wants_aside = serving is not None and plan.find_number(home.name) is None
+        # One that leaves has nothing to connect, and may stand aside whenever the others want to.
+        self._wants_aside = (
+            serving is not None
+            and plan.find_number(home.name) is None
+            and len(plan.newcomers) < len(plan.members)
+        )
         self._is_aside = threading.Event()
         self._serves_aside = False
         self._started = time.monotonic()
