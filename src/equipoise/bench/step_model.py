@@ -76,10 +76,13 @@ class Routes:
             layer.module.forward = self._redirect(row, layer.module.forward)
 
     def rename_experts(self) -> None:
-        """Have other experts be the busy ones from now on, in every layer alike."""
+        """Have other experts be the busy ones from now on; waits for the device."""
         order = torch.randperm(self._shares.shape[1], generator=self._random, device=self._device)
         for pool in self._pools:
             pool.copy_(order[pool])
+        if self._device.type == "cuda":
+            # It is no part of the step that comes.
+            torch.cuda.synchronize(self._device)
 
     def _draw(self, row: int) -> Tensor:
         """[T, K] int64: K different experts per token, each as often as its share says.

@@ -133,15 +133,19 @@ class _Bench:
         self._random = np.random.default_rng(spec.seed + group.rank)
         self._num_requests = 0
         self._others: list[ParallelModel] = []
-        self.parallel, self._routes = self._spread(spec.balancing)
+        # Balances at each step that may begin it; paused but for the blocks that are for it.
+        self.parallel, self._routes = self._spread(spec.balancing, step_interval=1)
+        self.parallel.state.pause()
 
-    def _spread(self, config: EPLBConfig) -> tuple[ParallelModel, Routes]:
+    def _spread(
+        self, config: EPLBConfig, *, step_interval: int = _NEVER
+    ) -> tuple[ParallelModel, Routes]:
         """A model of its own, experts in order; all have the same weights and routes."""
         spec = self._spec
         config = config.model_copy(
             update={
                 "window_size": spec.num_steps,
-                "step_interval": _NEVER,
+                "step_interval": step_interval,
                 "communicator": spec.communicator,
             }
         )
@@ -200,15 +204,20 @@ class _Bench:
         num_blocks = 2 * -(-spec.num_stall_steps // block_steps)
         engine, feed = self._make_decoding(self.parallel)
         off, on, between = _Tally(decodes=True), _Tally(decodes=True), _Tally()
+        state = self.parallel.state
         for block in range(num_blocks):
             # What the block before has begun ends outside of what is measured.
             self._settle(engine, feed, between)
             into = on if block % 2 else off
+            if block % 2:
+                self._routes.rename_experts()
+                state.resume()
             for _ in range(block_steps):
-                if block % 2 and not self.parallel.state.is_rebalancing:
-                    self._routes.rename_experts()
-                    self.parallel.state.rearrange()
+                num_before = into.rebalances
                 self._run(engine, feed, 1, into)
+                if into.rebalances > num_before:
+                    self._routes.rename_experts()
+            state.pause()
         moves, rebalances = on.moves + between.moves, on.rebalances + between.rebalances
         return Compared(
             "stall", self._merge(off), self._merge(on), moves=moves, rebalances=rebalances

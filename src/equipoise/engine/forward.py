@@ -43,8 +43,7 @@ class Forward:
         except Exception as error:  # whatever a family's code makes of it
             kind = type(parallel.model).__name__
             raise ModelError(f"{kind} cannot be served: {error}") from error
-        self._wants_graphs = graphs
-        self._graphs = DecodeGraphs(self._decode, num_rows, max_len)
+        self._wants_graphs, self._graphs = graphs, DecodeGraphs(self._decode, num_rows, max_len)
         # Ranks start elsewhere, so that replicas take turns over ranks as well as over tokens.
         self._position = parallel.state.group.rank
         self.adopt(parallel)
@@ -109,9 +108,7 @@ class Forward:
         placed = np.array(columns or [(0, 0, 0)]).T
         first, self._position = self._position, self._position + placed.shape[1]
         if self._captures and decoding and not chunks:
-            inputs = np.stack(
-                [placed[0], placed[2], np.ones_like(placed[0]), placed[0] * 0 + first]
-            )
+            inputs = np.stack([placed[0], placed[2], placed[0] * 0 + 1, placed[0] * 0 + first])
             return self._graphs.run(inputs, longest, self._device), getters
         there = torch.from_numpy(placed.copy()).to(self._device, non_blocking=True)
         layout = Layout(there[1], there[2], len(decoding), longest, chunks)
@@ -119,9 +116,12 @@ class Forward:
         return self._score(hidden[lasts]), getters
 
     def check(self) -> None:
-        """Return when all ranks have taken part; raises as a step. Collective: none; may wait."""
+        """Return when all ranks have taken part and the device is through; raises as a step."""
         for dispatcher in self._parallel.dispatchers:
             dispatcher.check()
+        # Most have waited; who waits again gives the interpreter away, and must get it back.
+        if self._device.type == "cuda" and not torch.cuda.current_stream(self._device).query():
+            torch.cuda.synchronize(self._device)
 
     def _decode(self, inputs: Tensor, longest: int) -> Tensor:
         """As `Decode` says; what is no token goes nowhere, and leaves its mark in a free row."""

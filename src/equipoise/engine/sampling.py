@@ -22,14 +22,14 @@ def choose_tokens(logits: Tensor, requests: Sequence[Request]) -> Tensor:
         logits: [B, V] float32, behind each request's last token.
         requests: B of them.
     Returns:
-        [B] int64, where the logits are. Collective: none; waits for the device where any are drawn.
+        [B] int64, on the host once the device was waited for. Collective: none; drawing waits.
     """
     tokens = logits.argmax(dim=-1)
     drawn = [row for row, request in enumerate(requests) if request.sampling.temperature > 0]
     if drawn:
         row_D = torch.tensor(drawn, device=logits.device)  # noqa: N806 - D drawn rows
         tokens[row_D] = _draw(logits[row_D], [requests[row] for row in drawn])
-    return tokens
+    return tokens.to("cpu", non_blocking=True)
 
 
 def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
