@@ -414,18 +414,17 @@ class Changes:
                 # The next generation stands: its members switch, and find out there.
                 self._advance(before)
                 return
-            if before.stage == "retiring":
+            if before.stage == "retiring" or (before.kind == "scale" and before.switched):
                 self._count(before)
                 if not before.answer.done():
                     before.answer.set_result(self._report(before))
             elif before.kind == "scale":
                 if before.is_respawn:
                     self._respawn.note_failure(time.monotonic())
-                for name in before.joining:
-                    if name not in before.switched:
-                        self._roster.end_newcomer(name, why)
                 if not before.answer.done():
                     before.answer.set_exception(MembershipError(f"not done: {why}"))
+            for name in sorted(set(before.joining) - before.switched):
+                self._roster.end_newcomer(name, why)
         change = Change("recover", why=why, stage="registering")
         self._current = change
         self.phase, self.reason = "preparing", str(change)
