@@ -335,6 +335,7 @@ class Checkpoint:
                 f"{self.directory}: the weights lack {len(missing)} tensors, like {missing[0]}"
             )
         known = self.model.state_dict()
+        rehearsed: set[Any] = set()
         for conversion in self._shared:
             target = known[conversion.target]
             for several in conversion.sources.values():
@@ -348,16 +349,27 @@ class Checkpoint:
                     check_complete(self.directory, layer, several)
                     for stored in several:
                         check_dtype(self._skeleton, stored, known[conversion.target])
-            self._rehearse(layer)
+            picked = [
+                pick_parts(conversion, layer, range(1)) for conversion in self._experts[layer.name]
+            ]
+            # Layers are mostly alike.
+            kind = _describe(layer, picked, known)
+            if kind not in rehearsed:
+                self._rehearse(layer, picked, known)
+                rehearsed.add(kind)
 
-    def _rehearse(self, layer: ExpertLayer) -> None:
+    def _rehearse(
+        self,
+        layer: ExpertLayer,
+        picked: list[dict[str, list[Part]]],
+        known: dict[str, Tensor],
+    ) -> None:
         """Convert one expert without data: what comes out must fit the model."""
-        known = self.model.state_dict()
         made: dict[str, Tensor] = {}
-        for conversion in self._experts[layer.name]:
+        for conversion, parts_by_pattern in zip(self._experts[layer.name], picked, strict=True):
             tensors = {
                 pattern: [part.on_meta() for part in parts]
-                for pattern, parts in pick_parts(conversion, layer, range(1)).items()
+                for pattern, parts in parts_by_pattern.items()
             }
             try:
                 made |= conversion.convert(tensors, self._skeleton, 1)
@@ -390,6 +402,23 @@ class Checkpoint:
             self.model.generation_config = transformers.GenerationConfig.from_pretrained(
                 self.directory, local_files_only=True
             )
+
+
+def _describe(
+    layer: ExpertLayer, picked: list[dict[str, list[Part]]], known: dict[str, Tensor]
+) -> tuple[Any, ...]:
+    """What an expert of a layer is made of, and what it should become."""
+    return (
+        tuple(
+            (pattern, tuple((part.shape, part.stored.dtype) for part in parts))
+            for conversion in picked
+            for pattern, parts in conversion.items()
+        ),
+        tuple(
+            (tensor, tuple(known[name].shape))
+            for tensor, name in zip(layer.tensors, layer.full_names(), strict=True)
+        ),
+    )
 
 
 class _Slice:

@@ -110,11 +110,12 @@ def read_index(directory: Path) -> dict[str, str] | None:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         promised = index["weight_map"]
-        if not all(isinstance(name, str) for name in (*promised, *promised.values())):
+        files = set(promised.values())
+        if not all(isinstance(name, str) for name in (*promised, *files)):
             raise TypeError
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path}: is no index: it must map tensors to files") from error
-    outside = [name for name in promised.values() if Path(name).name != name]
+    outside = [name for name in files if Path(name).name != name]
     if outside:
         raise ModelError(f"{path}: names {outside[0]}, which is not a file beside it")
     return dict(promised)

@@ -256,6 +256,9 @@ def sort_sources(
     """
     loading: Any = import_module("transformers.core_model_loading")
     renamings = [c for c in skeleton.conversions if isinstance(c, loading.WeightRenaming)]
+    if not any(_may_rename(renaming, stored) for renaming in renamings):
+        # Most checkpoints: to ask each of them for each tensor takes as long as the rest.
+        renamings = []
     converters = [c for c in skeleton.conversions if isinstance(c, loading.WeightConverter)]
     by_pattern = {p: converter for converter in converters for p in converter.source_patterns}
     prefix, known = skeleton.model.base_model_prefix, skeleton.model.state_dict()
@@ -272,6 +275,13 @@ def sort_sources(
         conversion = made.setdefault(target, Conversion(target, converter))
         conversion.sources.setdefault(pattern or name, []).append(stored[name])
     return list(made.values()), unused
+
+
+def _may_rename(renaming: Any, names: Iterable[str]) -> bool:
+    """Whether one of transformers' renamings matches any of these names."""
+    if renaming.scope_prefix is not None:
+        return True
+    return any(map(renaming.compiled_sources.search, names))
 
 
 def find_missing(skeleton: Skeleton, conversions: Iterable[Conversion]) -> list[str]:
