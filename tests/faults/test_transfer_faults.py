@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import numpy as np
@@ -60,11 +61,17 @@ class DyingGroup(RankGroup):
 
     num_gathered = 0
 
-    def all_gather(self, tensor: torch.Tensor, *, busy_s: float = 0.0) -> list[torch.Tensor]:
+    def all_gather(
+        self,
+        tensor: torch.Tensor,
+        *,
+        busy_s: float = 0.0,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> list[torch.Tensor]:
         self.num_gathered += 1
         # The first is the agreement on what moves.
         if self.num_gathered < 3:
-            return super().all_gather(tensor, busy_s=busy_s)
+            return super().all_gather(tensor, busy_s=busy_s, meanwhile=meanwhile)
         exchange = Exchange(self.cpu_group, _TAG_CONTROL)
         exchange.recv(view_bytes(torch.empty_like(tensor)), 0)
         exchange.send(view_bytes(tensor), 0)

@@ -6,6 +6,7 @@ import secrets
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Literal, Self
 
@@ -189,13 +190,21 @@ class RankGroup:
         """NCCL, the gloo group itself, or the engine's. Raises: MembershipError after `close`."""
         return self._unless_closed(self._device_group)
 
-    def all_gather(self, tensor: Tensor, *, busy_s: float = 0.0) -> list[Tensor]:
+    def all_gather(
+        self,
+        tensor: Tensor,
+        *,
+        busy_s: float = 0.0,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> list[Tensor]:
         """Everybody's tensor, by rank.
 
         Args:
             tensor: the same shape and dtype on every rank; any device.
             busy_s: seconds that a rank may have good reason to come later than this one; the
                 timeout begins behind them.
+            meanwhile: what this rank does between telling the others and hearing them; it does
+                not raise.
         Returns:
             R tensors of that shape and dtype on the CPU, own one included.
         Collective: every rank of the group, in the same order among the group's collectives.
@@ -209,6 +218,8 @@ class RankGroup:
             exchange.recv(view_bytes(gathered[peer]), peer)
         for peer in self._peers():
             exchange.send(view_bytes(mine), peer)
+        if meanwhile is not None:
+            meanwhile()
         self._finish(exchange, busy_s)
         return gathered
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -16,7 +16,11 @@ _REFUSES, _READY = 0, 1
 
 
 def agree(
-    group: RankGroup, facts: Mapping[str, str], problem: Exception | None, amount: int = 0
+    group: RankGroup,
+    facts: Mapping[str, str],
+    problem: Exception | None,
+    amount: int = 0,
+    meanwhile: Callable[[], None] | None = None,
 ) -> int:
     """Return when every rank has come with the same facts and no problem.
 
@@ -25,6 +29,7 @@ def agree(
         facts: what must be equal, by a name that an error can use; the same names everywhere.
         problem: why this rank cannot begin, or None.
         amount: a number of this rank's.
+        meanwhile: as for `RankGroup.all_gather`.
     Returns:
         The least amount of any rank.
     Collective: every rank of the group, also one with a problem.
@@ -32,7 +37,8 @@ def agree(
         every rank; MembershipError if one does not come.
     """
     words = [amount, _REFUSES if problem else _READY, *map(_digest, facts.values())]
-    heard = [t.tolist() for t in group.all_gather(torch.tensor(words, dtype=torch.int64))]
+    told_here = torch.tensor(words, dtype=torch.int64)
+    heard = [t.tolist() for t in group.all_gather(told_here, meanwhile=meanwhile)]
     least = int(min(theirs[0] for theirs in heard))
     told = [tuple(theirs[1:]) for theirs in heard]
     if problem is not None:

@@ -9,9 +9,11 @@ which nobody waits for.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -28,7 +30,7 @@ from equipoise.placement import Placement
 from equipoise.plan.transfer_plan import TransferPlan, make_plan
 from equipoise.topology import IntArray
 from equipoise.transfer.agreement import agree
-from equipoise.transfer.budget import choose_budget, recall_spare, settle
+from equipoise.transfer.budget import StagingBudget, choose_budget, recall_spare, settle
 from equipoise.transfer.mover import ChunkMover, Verify
 from equipoise.transfer.pipeline import Pipeline
 from equipoise.transfer.profile import reserve_buffers
@@ -111,21 +113,19 @@ def rearrange_expert_weights_inplace(
     checked.facts["options"] = repr((staging_bytes, is_profile, verify))
     num_chunks = 0
     try:
-        spare_bytes = agree(
-            group,
-            checked.facts,
-            checked.problem,
-            0 if staging_bytes is not None else recall_spare(communicator, checked.device),
-        )
-        table = checked.table
+        own = 0 if staging_bytes is not None else recall_spare(communicator, checked.device)
+        cutter = _Cutter(checked, communicator, group, staging_bytes)
+        cut_early = None if is_profile else partial(cutter.try_cut, own)
+        spare_bytes = agree(group, checked.facts, checked.problem, own, cut_early)
         if is_profile:
-            reserve_buffers(table.rows, communicator, group, staging_bytes)
+            reserve_buffers(checked.table.rows, communicator, group, staging_bytes)
             return TransferStats(0, 0, 0, 0, 0, 0, time.perf_counter() - started)
-        mover = ChunkMover(checked.plan, table.rows, communicator, group, table)
-        num_chunks = _move_all(mover, staging_bytes, spare_bytes, verify, on_commit)
+        mover, (budget, shares) = cutter.mover, cutter.cut(spare_bytes)
+        num_chunks = _move_all(mover, budget, shares, verify, on_commit)
     except MembershipError as error:
         raise TransferError(str(error), rank=error.rank, peer=error.peer) from error
-    return _sum_up(checked.plan, table.rows, group.rank, num_chunks, time.perf_counter() - started)
+    rows = checked.table.rows
+    return _sum_up(checked.plan, rows, group.rank, num_chunks, time.perf_counter() - started)
 
 
 @dataclass(frozen=True)
@@ -173,26 +173,69 @@ def _check(
         return _Checked(dict.fromkeys(_FACTS, ""), group.device, problem=error)
 
 
+class _Cutter:
+    """Cuts the plan into chunks; early, for the memory that this rank has, which may be the least.
+
+    Args:
+        checked: what this rank knows; it has a plan wherever anything is cut.
+        communicator: over the ranks of `group`.
+        group: all ranks.
+        staging_bytes: bound of the staging memory, or None.
+    """
+
+    def __init__(
+        self,
+        checked: _Checked,
+        communicator: EplbCommunicator,
+        group: RankGroup,
+        staging_bytes: int | None,
+    ) -> None:
+        self._checked = checked
+        self._staging_bytes = staging_bytes
+        self._communicator, self._group = communicator, group
+        self._early: tuple[int, tuple[StagingBudget, PlanShares]] | None = None
+
+    @cached_property
+    def mover(self) -> ChunkMover:
+        """What moves the chunks."""
+        table = self._checked.table
+        return ChunkMover(self._checked.plan, table.rows, self._communicator, self._group, table)
+
+    def try_cut(self, spare_bytes: int) -> None:
+        """While the other ranks are heard; what goes wrong is raised when it is known for sure."""
+        if self._checked.found is not None:
+            with contextlib.suppress(EquipoiseError):
+                self._early = spare_bytes, self.cut(spare_bytes)
+
+    def cut(self, spare_bytes: int) -> tuple[StagingBudget, PlanShares]:
+        """Chunks for the memory that the rank has which has least, and this rank's shares."""
+        if self._early is not None and self._early[0] == spare_bytes:
+            return self._early[1]
+        mover = self.mover
+        sizes = measure_experts(mover.rows)
+        budget = choose_budget(
+            mover.plan, sizes, self._staging_bytes, spare_bytes, self._checked.device
+        )
+        shares = share_plan(
+            mover.plan,
+            self._group.rank,
+            sizes,
+            budget.buffer_bytes,
+            in_place=self._communicator.lands_in_place,
+            ends_small=budget.num_buffers > 1,
+        )
+        return budget, shares
+
+
 def _move_all(
     mover: ChunkMover,
-    staging_bytes: int | None,
-    spare_bytes: int,
+    budget: StagingBudget,
+    shares: PlanShares,
     verify: Verify,
     on_commit: Callable[[IntArray], None] | None,
 ) -> int:
     """Move chunk after chunk, and say how many; some travel while one is committed."""
     rank, device = mover.group.rank, mover.rows[0][0].device
-    sizes = measure_experts(mover.rows)
-    budget = choose_budget(mover.plan, sizes, staging_bytes, spare_bytes, device)
-    in_place = mover.communicator.lands_in_place
-    shares = share_plan(
-        mover.plan,
-        rank,
-        sizes,
-        budget.buffer_bytes,
-        in_place=in_place,
-        ends_small=budget.num_buffers > 1,
-    )
     if not shares:
         return 0
     pipeline = Pipeline(mover, shares, _make_staging(shares, budget.num_buffers, device))

@@ -45,16 +45,20 @@ class _Chunk:
 
 
 class Pipeline:
-    """Stages chunk after chunk on a thread of its own, as early as there is a buffer for them.
+    """Stages chunk after chunk, as early as there is a buffer for them.
+
+    With one buffer on the caller's thread, since nothing fills slots meanwhile; with more on one of
+    its own.
 
     On a GPU, where the wire can hold what has come so far, a chunk is started before its buffer is
     free: all that precedes its bytes is done beside those of the chunk before it.
 
-    Two threads: this one, the transfer's, alone uses the communicator; the caller's asks for
-    received chunks in order, agrees on them with the other ranks, and fills slots. What goes from
-    one to the other goes through a queue, and back as a count under a lock. Chunks have no layer
-    in common, so what fills slots of one never meets what reads slots of another; a buffer is
-    used again when what fills slots from it is over, as its event says.
+    Two threads then: the transfer's, which is given the first chunk once that was started, alone
+    uses the communicator; the caller's asks for received chunks in order, agrees on them with the
+    other ranks, and fills slots. What goes from one to the other goes through a queue, and back as
+    a count under a lock. Chunks have no layer in common, so what fills slots of one never meets
+    what reads slots of another; a buffer is used again when what fills slots from it is over, as
+    its event says.
 
     Args:
         mover: of the plan.
@@ -77,11 +81,12 @@ class Pipeline:
         self._is_stopped = False
         self._freed: list[torch.cuda.Event | None] = [None] * len(buffers)
         self._last: _Chunk | None = None
+        self._course: Iterator[_Chunk] = iter(())
         self._thread: threading.Thread | None = None
 
     @contextlib.contextmanager
     def open(self, patience_s: float) -> Iterator[None]:
-        """Run the transfer's thread while the context lasts.
+        """Begin with the first chunk; run the transfer's thread, if any, while the context lasts.
 
         Args:
             patience_s: longest wait for it at the end, and for a chunk; its own waits are shorter.
@@ -104,13 +109,9 @@ class Pipeline:
 
         Returns:
             What went wrong, if anything, with this chunk or one behind it.
-        Collective: none; the transfer's threads of the ranks meet.
+        Collective: every rank, in this thread or the transfer's.
         """
-        try:
-            received = self._received.get(timeout=self._patience_s)
-        except queue.Empty:
-            rank = self._mover.group.rank
-            return TransferError(f"rank {rank}: the transfer's thread does not answer", rank=rank)
+        received = self._take_next()
         if isinstance(received, Exception):
             return received
         self._last = received
@@ -134,6 +135,18 @@ class Pipeline:
             self._num_filled += 1
             self._changed.notify_all()
 
+    def _take_next(self) -> _Chunk | Exception:
+        if self._thread is None and self._received.empty():
+            try:
+                return next(self._course)
+            except Exception as error:
+                return error
+        try:
+            return self._received.get(timeout=self._patience_s)
+        except queue.Empty:
+            rank = self._mover.group.rank
+            return TransferError(f"rank {rank}: the transfer's thread does not answer", rank=rank)
+
     def _start_first(self) -> None:
         """Start the first chunk from this thread: another takes its time to come to life."""
         try:
@@ -141,36 +154,48 @@ class Pipeline:
             if self._device.type == "cuda":
                 self._mover.communicator.advance(_FIRST_WORD_S)
         except Exception as error:
+            # Raised once the other ranks know.
             self._received.put(error)
-        else:
+            return
+        self._course = self._go(first)
+        if len(self._buffers) > 1:
             self._thread = threading.Thread(
-                target=self._run, args=(first,), name="equipoise-transfer", daemon=True
+                target=self._run, name="equipoise-transfer", daemon=True
             )
             self._thread.start()
 
-    def _run(self, first: _Chunk) -> None:
+    def _run(self) -> None:
         try:
             with self._own_stream():
-                started: deque[_Chunk] = deque()
-                for number in range(len(self._shares)):
-                    # A chunk that is held waits for the one before it: that has the wire first.
-                    landing = number - 1 if self._holds else number
-                    if not self._await_buffer(landing):
-                        return
-                    self._mover.communicator.advance()
-                    started.append(self._start(number) if number else first)
-                    if len(started) > self._num_ahead > 0:
-                        self._finish(started.popleft())
-                    # Not before: another chunk may have come, and ranks wait for each other's.
-                    self._prepare(number, started[-1])
-                    if not self._num_ahead:
-                        self._finish(started.popleft())
-                for left in started:
-                    self._finish(left)
+                for chunk in self._course:
+                    self._received.put(chunk)
         except BaseException as error:
             # Raised by the other thread, once the other ranks know.
             problem = error if isinstance(error, Exception) else RuntimeError(repr(error))
             self._received.put(problem)
+
+    def _go(self, first: _Chunk) -> Iterator[_Chunk]:
+        """Each chunk, once it was received."""
+        finish = self._mover.communicator.finish
+        started: deque[_Chunk] = deque()
+        for number in range(len(self._shares)):
+            # A chunk that is held waits for the one before it: that has the wire first.
+            landing = number - 1 if self._holds else number
+            if not self._await_buffer(landing):
+                return
+            self._mover.communicator.advance()
+            started.append(self._start(number) if number else first)
+            if len(started) > self._num_ahead > 0:
+                finish()
+                yield started.popleft()
+            # Not before: another chunk may have come, and ranks wait for each other's.
+            self._prepare(number, started[-1])
+            if not self._num_ahead:
+                finish()
+                yield started.popleft()
+        for left in started:
+            finish()
+            yield left
 
     def _await_buffer(self, number: int) -> bool:
         """Whether there is a buffer for a chunk, rather than an end."""
@@ -209,16 +234,14 @@ class Pipeline:
         mover, share, buffer = self._mover, self._shares[number], self.find_buffer(number)
         chunk = _Chunk(share, is_free=not self._holds)
         mover.start(share, buffer, partial(self._land, number, chunk) if self._holds else None)
-        # By now what the peers have to say may have come.
-        mover.communicator.advance()
         return chunk
 
     def _prepare(self, number: int, chunk: _Chunk) -> None:
         mover, buffer = self._mover, self.find_buffer(number)
         chunk.own = mover.prepare_own(chunk.share, buffer)
         self._stage_own(chunk)
-        mover.communicator.advance()
         chunk.copies = mover.prepare(chunk.share, buffer)
+        # By now what the peers have to say may have come.
         mover.communicator.advance()
 
     def _land(self, number: int, chunk: _Chunk) -> bool:
@@ -250,10 +273,6 @@ class Pipeline:
         if len(self._buffers) == 1 or not num_bytes:
             return 0.0
         return min(max(1.0, num_bytes / max(1, share.remote_bytes)), _MOST_PACE)
-
-    def _finish(self, oldest: _Chunk) -> None:
-        self._mover.communicator.finish()
-        self._received.put(oldest)
 
     def _stop(self) -> None:
         with self._changed:
