@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -60,13 +60,13 @@ class Announcement:
 
     def to_tensor(self) -> Tensor:
         """[8] int64."""
-        words = [self.number, *astuple(self.sends), *astuple(self.expects), self.total_bytes]
+        words = [self.number, *_list(self.sends), *_list(self.expects), self.total_bytes]
         return torch.tensor(words, dtype=torch.int64)
 
     @classmethod
     def from_tensor(cls, words: Tensor) -> Announcement:
         """What `to_tensor` wrote."""
-        number, *sizes, total_bytes = (int(word) for word in words)
+        number, *sizes, total_bytes = words.tolist()
         return cls(number, Sizes(*sizes[:3]), Sizes(*sizes[3:]), total_bytes)
 
 
@@ -103,6 +103,11 @@ def find_mismatch(rank: int, mine: Announcement, peer: int, theirs: Announcement
             f"but rank {destination} expects {_count(expected)}"
         )
     return None
+
+
+def _list(sizes: Sizes) -> tuple[int, int, int]:
+    """Its fields in order; what dataclasses has for it copies each of them."""
+    return sizes.num_tensors, sizes.num_bytes, sizes.digest
 
 
 def _count(sizes: Sizes) -> str:

@@ -55,6 +55,8 @@ class Spans:
     def between(self, start: int, stop: int) -> Spans:
         """Bytes start..stop of what they hold together."""
         ends = np.cumsum(self.num_bytes)
+        if start == 0 and len(ends) and stop == ends[-1]:
+            return self
         inside = ends[(ends > start) & (ends < stop)]
         return self._cut(np.array([start, *inside, stop], dtype=np.int64), ends)
 
@@ -71,7 +73,11 @@ NO_SPANS = Spans.of(())
 
 def align(first: Spans, second: Spans) -> tuple[Spans, Spans]:
     """Cut two lists of the same total bytes so that span k of one is as long as k of the other."""
+    if np.array_equal(first.num_bytes, second.num_bytes):
+        return first, second
     ends = np.cumsum(first.num_bytes), np.cumsum(second.num_bytes)
+    if len(first.num_bytes) == 1 < len(second.num_bytes):
+        return Spans(first.address + ends[1] - second.num_bytes, second.num_bytes), second
     edges = np.union1d(np.union1d(*ends), np.zeros(1, dtype=np.int64))
     return first._cut(edges, ends[0]), second._cut(edges, ends[1])
 
