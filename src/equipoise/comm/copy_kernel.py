@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,10 +19,12 @@ _WORD_BYTES = 8
 _BLOCK = 1024
 # Programs that share a span: enough to fill a GPU when a few experts move.
 _NUM_LANES = 32
-# Of all spans together, where they are fewer, and where a wire reads and writes the same memory:
-# copies that take all of its bandwidth slow the wire down by more than they gain. Each copies about
-# 7 GB/s. Not more spans by fewer programs: then NCCL's wires, which pack, waited for that.
+# At a time, where a wire reads and writes the same memory: copies that take all of its bandwidth
+# slow the wire down by more than they gain. Each copies about 7 GB/s. Not more spans by fewer
+# programs: then NCCL's wires, which pack, waited for that.
 _GENTLE_PROGRAMS = 64
+# More spans than programs are copied by so many launches behind each other, at most.
+_MOST_LAUNCHES = 8
 
 
 @triton.jit(do_not_specialize=["num_spans", "first_span"])
@@ -103,6 +106,42 @@ class KernelTable:
         with contextlib.nullcontext() if is_current else torch.cuda.device(device):
             for kernel, columns, num_spans, starts in self._launches:
                 if part + 1 < len(starts) and (count := starts[part + 1] - starts[part]):
-                    most = int(gently * _GENTLE_PROGRAMS)
-                    lanes = max(1, most // count) if gently else _NUM_LANES
-                    kernel[(count, lanes)](columns, num_spans, starts[part], BLOCK=_BLOCK)
+                    lanes, at_once = _NUM_LANES, count
+                    if gently:
+                        most = int(gently * _GENTLE_PROGRAMS)
+                        lanes, at_once = (
+                            max(1, most // count),
+                            max(most, -(-count // _MOST_LAUNCHES)),
+                        )
+                    for first in range(starts[part], starts[part + 1], at_once):
+                        grid = min(at_once, starts[part + 1] - first), lanes
+                        kernel[grid](columns, num_spans, first, BLOCK=_BLOCK)
+
+    def bind(self, part: int) -> Callable[[], None]:
+        """A part's launches with all that they need, for a thread that has no time to spare.
+
+        Returns:
+            Enqueues the copies on the current stream. It waits for nothing and keeps nothing: by
+            then the stream that this was made on is through, and this outlives the copies.
+        """
+        device, launches = self._table.device, []
+        for kernel, columns, num_spans, starts in self._launches:
+            if part + 1 < len(starts) and (count := starts[part + 1] - starts[part]):
+                grid = (count, _NUM_LANES, 1)
+                # Compiled before; a launch that looks for it takes several times as long.
+                compiled = kernel.warmup(columns, num_spans, starts[part], BLOCK=_BLOCK, grid=grid)
+                words = (columns.data_ptr(), num_spans, starts[part], _BLOCK)
+                launches.append(partial(compiled[grid], *words))
+
+        def launch() -> None:
+            stream = torch.cuda.current_stream(device).cuda_stream
+            is_current = torch.cuda.current_device() == device.index
+            with contextlib.nullcontext() if is_current else torch.cuda.device(device):
+                for enqueue in launches:
+                    enqueue(stream=stream)
+
+        return launch
+
+    def outlive_stream(self) -> None:
+        """Keep the table until the current stream, which is not its own, has used it."""
+        self._table.record_stream(torch.cuda.current_stream(self._table.device))

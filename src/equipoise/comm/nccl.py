@@ -25,6 +25,8 @@ from equipoise.errors import CommunicatorUnavailable, TransferError
 
 _TAG_DONE = 8
 _POOL_BYTES = 1 << 30
+# Of packing, in what the wire takes: so that a message is packed before the one before it is out.
+_PACK_PACE = 1.0
 _ALIGNMENT = 256
 _PAUSE_S = 20e-6
 _LEAST_SET_UP_S = 30.0
@@ -198,7 +200,8 @@ class NcclStagedCommunicator(QueuedCommunicator[_Flight]):
         with torch.cuda.stream(self._packing):
             if event is not None:
                 self._packing.wait_event(event)
-            packs.copies.run(number, gently=bool(self._under_way) or number > 0)
+            is_first = not self._under_way and number == 0
+            packs.copies.run(number, gently=0.0 if is_first else _PACK_PACE)
             packs.packed = self._packing.record_event()
 
     def _carry(self, peers: list[int], packs: _Packs, inbox: Inbox) -> None:
