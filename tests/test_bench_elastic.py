@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from equipoise.bench.random_model import write_random_model
+from equipoise.bench.request_stream import TIE, _count_wrong
 from equipoise.cli.faults import AskedFault, read_faults
+from equipoise.elastic.spec import ServiceSpec
 from equipoise.errors import ConfigError
 from tests.command_line import run_command
 
@@ -24,6 +30,7 @@ runs_long = pytest.mark.skipif(
         (("elastic", "--sizes=2,0"), "each from 1 on, got (2, 0)"),
         (("elastic", "--sizes=2,2"), "sizes must differ from the ones before them"),
         (("elastic", "--model=x", "--size-gb=1"), "either given or made of a size, not both"),
+        (("elastic", "--dispatch=nixl_ep", "--size-gb=1"), "nixl_ep needs device cuda, not cpu"),
         (("elastic", "--sizes=two"), "must be numbers with commas between, like 2,4,2"),
         (("recovery", "--ranks=1"), "at least 2 ranks, of which one may die, got 1"),
         (("recovery", "--kills=0"), "at least 1 rank must be killed, got 0"),
@@ -47,6 +54,49 @@ def test_faults_are_read_and_refused() -> None:
     done = run_command("run", "--prompts=8", "--ranks=2", "--kill=2@3")
     assert (done.code, done.out) == (2, "")
     assert "--kill 2@3: ranks are 0 to 1" in done.err
+
+
+def test_an_answer_within_the_rounding_of_a_narrow_dtype_is_no_wrong_one() -> None:
+    class Plain:
+        device = "cpu"
+
+        def __call__(self, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:
+            scores = torch.tensor([8.0, 7.9, 7.0]).expand(len(input_ids), 2, 3)
+            return SimpleNamespace(logits=scores)
+
+    answers = [[0, 0], [0, 1], [1, 2]]
+    assert _count_wrong(Plain(), [[5]] * 3, answers, TIE["bfloat16"]) == (1, 1)
+    assert _count_wrong(Plain(), [[5]] * 3, answers, TIE["float32"]) == (2, 0)
+
+
+def test_a_random_model_is_as_large_as_asked_in_either_dtype(tmp_path: Path) -> None:
+    for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
+        directory = tmp_path / dtype
+        directory.mkdir()
+        write_random_model(directory, 3e5, num_layers=2, num_experts=8, dtype=dtype)
+        tensors = load_file(directory / "model.safetensors")
+        experts = [tensor for name, tensor in tensors.items() if ".experts." in name]
+        assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, dtype)}
+        num_bytes = sum(tensor.numel() for tensor in experts) * itemsize
+        assert 0.5e5 < num_bytes <= 3e5
+        hidden = experts[0].shape[1]
+        assert (
+            0.8
+            < float(torch.cat([one.float().flatten() for one in experts]).std()) * (hidden**0.5)
+            < 1.2
+        )
+
+
+def test_a_service_over_nixl_ep_says_what_it_needs() -> None:
+    needed = {"device": "cuda", "dtype": "bfloat16", "dispatch": "nixl_ep"}
+    for given, message in (
+        ({"dispatch": "nixl_ep"}, "dispatch nixl_ep needs device cuda, not cpu"),
+        ({**needed, "dtype": "float32"}, "dispatch nixl_ep needs dtype bfloat16, not float32"),
+        (needed, "say slots_per_rank and max_ranks"),
+        ({**needed, "slots_per_rank": 8, "max_ranks": 1}, "of 1 does not hold the 2 ranks"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            ServiceSpec(Path("model"), 2, **given)  # type: ignore[arg-type]
 
 
 @runs_long

@@ -39,6 +39,7 @@ def kill(controller: Controller, name: str) -> None:
 
 
 @pytest.mark.more_faults
+@pytest.mark.timeout(240)
 def test_ranks_die_and_are_replaced_and_nobodys_answer_is_lost() -> None:
     with serving(3, respawn=True) as controller, streaming(controller):
         kill(controller, "rank-0")

@@ -18,9 +18,11 @@ from equipoise.bundled.texts import KINDS, excerpts
 from equipoise.comm.nixl.agent import has_nixl
 from equipoise.config import EPLBConfig
 from equipoise.elastic.controller import Controller
+from equipoise.elastic.placing import Redundancy
 from equipoise.elastic.service import ScaleReport, ServiceStatus
-from equipoise.elastic.spec import ServiceSpec
+from equipoise.elastic.spec import Dispatch, ServiceSpec
 from equipoise.errors import ConfigError
+from equipoise.models.families import read_model_shape
 
 PAUSE_STEPS, PAUSE_MS = 3.0, 100.0
 UP_S = 3.0
@@ -42,6 +44,8 @@ class ElasticBench:
         num_new_tokens: of each request.
         model: checkpoint directory; None for the bundled model.
         device: kind of device.
+        dispatch: what tokens travel by; nixl_ep carries bfloat16, so that the model is served in
+            it, and each rank has as many slots as the smallest size needs.
         timeout_s: longest wait of a rank for another.
         seed: of the prompts.
         size_gb: serve a model of random weights with so many GB of experts instead; written to a
@@ -54,6 +58,7 @@ class ElasticBench:
     num_new_tokens: int = 8
     model: Path | None = None
     device: Literal["cpu", "cuda"] = "cpu"
+    dispatch: Dispatch = "torch"
     timeout_s: float = 30.0
     seed: int = 0
     size_gb: float | None = None
@@ -65,6 +70,13 @@ class ElasticBench:
             raise ConfigError(f"sizes must be at least two, each from 1 on, got {self.sizes}")
         if any(before == after for before, after in pairwise(self.sizes)):
             raise ConfigError(f"sizes must differ from the ones before them, got {self.sizes}")
+        if self.dispatch == "nixl_ep" and self.device != "cuda":
+            raise ConfigError(f"dispatch nixl_ep needs device cuda, not {self.device}")
+
+    @property
+    def dtype(self) -> Literal["float32", "bfloat16"]:
+        """Of the weights."""
+        return "bfloat16" if self.dispatch == "nixl_ep" else "float32"
 
 
 @dataclass(frozen=True)
@@ -106,7 +118,7 @@ def measure_elastic(bench: ElasticBench, say: Callable[[str], None]) -> BenchOut
     Collective: none; starts those who meet.
     Raises: MembershipError or TimeoutError if a change is not done.
     """
-    with take_model(bench.model, bench.size_gb, bench.seed, say) as model:
+    with take_model(bench.model, bench.size_gb, bench.seed, say, bench.dtype) as model:
         return _measure(bench, model, say)
 
 
@@ -116,7 +128,11 @@ def _measure(bench: ElasticBench, model: Path, say: Callable[[str], None]) -> Be
         model=model,
         num_ranks=bench.sizes[0],
         config=EPLBConfig(window_size=64, step_interval=128),
+        dtype=bench.dtype,
         device=bench.device,
+        dispatch=bench.dispatch,
+        max_ranks=max(bench.sizes),
+        slots_per_rank=_choose_slots(bench, model),
         max_len=128,
         timeout_s=bench.timeout_s,
     )
@@ -133,11 +149,18 @@ def _measure(bench: ElasticBench, model: Path, say: Callable[[str], None]) -> Be
         say("measuring one READ between two GPUs")
         link = measure_link(LinkSpec(timeout_s=bench.timeout_s))
     say("comparing every token with the plain model's")
-    result = stream.check(model, bench.device)
+    result = stream.check(model, bench.device, bench.dtype)
     rows = [_describe_requests(result), *_compare_losses(losses, changes)]
     for change in changes:
         rows += _describe_change(change, link, is_cpu=bench.device == "cpu")
     return _sum_up(bench, rows, result, status)
+
+
+def _choose_slots(bench: ElasticBench, model: Path) -> int | None:
+    """NIXL-EP's buffer is made for one number of them."""
+    if bench.dispatch == "torch":
+        return None
+    return Redundancy().choose_slots(read_model_shape(model).num_experts, min(bench.sizes))
 
 
 def _change_all(
@@ -182,6 +205,11 @@ def _sum_up(
         "held-out loss: the largest difference of a kind's mean negative log-likelihood, after any "
         "of the changes, from the one before the first",
     ]
+    if bench.dtype != "float32":
+        notes.append(
+            f"{result.num_ties} answers of the others have a token that the plain model gives as "
+            f"much as its best, within the rounding of {bench.dtype}"
+        )
     setting = {
         "sizes": list(bench.sizes),
         "requests": bench.num_requests,
@@ -189,6 +217,7 @@ def _sum_up(
         "new_tokens": bench.num_new_tokens,
         "model": str(bench.model or "bundled"),
         "device": bench.device,
+        "dispatch": bench.dispatch,
         "seed": bench.seed,
         "size_gb": bench.size_gb,
     }
@@ -202,6 +231,7 @@ def _describe_requests(result: StreamResult) -> Row:
         "unit": "",
         "failed": result.num_failed,
         "wrong": result.num_wrong,
+        "ties": result.num_ties,
     }
     return with_goal(row, "value", 0, at_most=True)
 

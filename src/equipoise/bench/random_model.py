@@ -8,13 +8,23 @@ import struct
 from importlib import import_module
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from equipoise.bundled import model_directory
 from equipoise.errors import ConfigError
 
+
+class _Stored(NamedTuple):
+    """A dtype as safetensors has it."""
+
+    name: str
+    itemsize: int
+
+
+_STORED = {"float32": _Stored("F32", 4), "bfloat16": _Stored("BF16", 2)}
 _POOL_FLOATS = 1 << 22
 """Random numbers that are drawn; each tensor is another stretch of them."""
 
@@ -26,8 +36,9 @@ def write_random_model(
     *,
     num_layers: int = 4,
     num_experts: int = 128,
+    dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> None:
-    """Write a model of the bundled one's tokens and architecture, in float32.
+    """Write a model of the bundled one's tokens and architecture.
 
     Its answers mean nothing, but they are some model's, so that they can be compared.
 
@@ -37,10 +48,11 @@ def write_random_model(
         seed: of its weights.
         num_layers: L.
         num_experts: E.
+        dtype: of the weights.
     Collective: none.
     Raises: ConfigError if so few bytes make no expert of any size; OSError if it cannot be written.
     """
-    hidden = _find_hidden(num_bytes, num_layers * num_experts)
+    hidden = _find_hidden(num_bytes, num_layers * num_experts, _STORED[dtype].itemsize)
     transformers: Any = import_module("transformers")
     bundled = json.loads((model_directory() / "config.json").read_text())
     config = transformers.Qwen3MoeConfig(
@@ -57,7 +69,7 @@ def write_random_model(
         max_position_embeddings=1024,
         tie_word_embeddings=False,
         architectures=["Qwen3MoeForCausalLM"],
-        dtype="float32",
+        dtype=dtype,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=0,
@@ -65,15 +77,16 @@ def write_random_model(
     config.save_pretrained(directory)
     for file in model_directory().glob("*token*"):
         shutil.copy(file, directory)
-    _write_weights(directory / "model.safetensors", _list_tensors(config), hidden, seed)
+    file = directory / "model.safetensors"
+    _write_weights(file, _list_tensors(config), hidden, seed, _STORED[dtype])
 
 
-def _find_hidden(num_bytes: float, count: int) -> int:
+def _find_hidden(num_bytes: float, count: int, itemsize: int) -> int:
     """Of so many experts that are three square matrices, a multiple of 16."""
-    each = num_bytes / (count * 3 * 4)
+    each = num_bytes / (count * 3 * itemsize)
     hidden = isqrt(int(each)) // 16 * 16
     if hidden < 16:
-        least = count * 3 * 4 * 16**2
+        least = count * 3 * itemsize * 16**2
         raise ConfigError(f"a random model has at least {least:,} bytes, got {num_bytes:,.0f}")
     return hidden
 
@@ -99,24 +112,34 @@ def _list_tensors(config: Any) -> dict[str, tuple[int, ...]]:
     return listed
 
 
-def _write_weights(path: Path, shapes: dict[str, tuple[int, ...]], hidden: int, seed: int) -> None:
+def _write_weights(
+    path: Path, shapes: dict[str, tuple[int, ...]], hidden: int, seed: int, stored: _Stored
+) -> None:
     header: dict[str, Any] = {}
     end = 0
     for name, shape in shapes.items():
-        start, end = end, end + 4 * int(np.prod(shape))
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+        start, end = end, end + stored.itemsize * int(np.prod(shape))
+        header[name] = {"dtype": stored.name, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     random = np.random.default_rng(seed)
     most = max(int(np.prod(shape)) for shape in shapes.values())
     # As large as keeps what passes through a layer about as large as it was.
     pool = random.standard_normal(max(_POOL_FLOATS, 4 * most), dtype=np.float32)
     pool *= hidden**-0.5
+    kept = _narrow(pool, stored)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, shape in shapes.items():
             count = int(np.prod(shape))
             first = int(random.integers(0, len(pool) - count + 1))
-            some = pool[first : first + count]
+            some = kept[first : first + count]
             if "norm" in name:
-                some = np.ones(count, dtype=np.float32)
+                some = _narrow(np.ones(count, dtype=np.float32), stored)
             file.write(some.data)
+
+
+def _narrow(values: NDArray[np.float32], stored: _Stored) -> NDArray[Any]:
+    """As they are stored; of bfloat16 the upper halves, which are numbers as random."""
+    if stored.itemsize == 4:
+        return values
+    return (values.view(np.uint32) >> 16).astype(np.uint16)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from equipoise.bundled.texts import KINDS, excerpts
 from equipoise.elastic.service import RequestFailed, Service, ServiceRequest
@@ -17,6 +17,9 @@ from equipoise.engine.requests import Delta, SamplingParams
 SHORTEST, LONGEST = 8, 32
 """Tokens of a prompt."""
 NUM_EXCERPTS = 64
+TIE = {"float32": 0.0, "bfloat16": 2**-5}
+"""Share of the largest logit that two tokens may be apart by and be a tie: each layer rounds to 8
+bits. In float32 any difference counts."""
 BATCH = 64
 """Answers that are compared at once."""
 
@@ -29,6 +32,8 @@ class StreamResult:
         num_requests: that were sent.
         num_failed: those that were told so, or had no end in time.
         num_wrong: those with tokens unlike the plain model's greedy ones.
+        num_ties: in a narrow dtype, those whose tokens the plain model gives as much as its greedy
+            ones, within rounding; not wrong.
         num_tokens: generated.
         longest_gap_s: between two tokens of the service.
         seconds: from the first request to the last token.
@@ -40,6 +45,7 @@ class StreamResult:
     num_tokens: int
     longest_gap_s: float
     seconds: float
+    num_ties: int = 0
 
 
 class RequestStream:
@@ -112,33 +118,41 @@ class RequestStream:
             self._is_ending = True
             self._changed.wait_for(lambda: self._num_ended == len(self._prompts), timeout_s)
 
-    def check(self, model: Path, device: str = "cpu") -> StreamResult:
+    def check(
+        self,
+        model: Path,
+        device: str = "cpu",
+        dtype: Literal["float32", "bfloat16"] = "float32",
+    ) -> StreamResult:
         """Compare every token with the plain model's. Behind `end`.
 
         Args:
             model: directory of its checkpoint.
             device: kind of device to compare on.
+            dtype: of the weights, there and here.
         Collective: none.
         """
         import torch
 
         from equipoise.models.loading import load_model
 
-        plain = load_model(model, torch.float32, torch.device(device))
+        plain = load_model(model, getattr(torch, dtype), torch.device(device))
         alike: dict[tuple[int, int], list[str]] = {}
         for key, answer in self._answers.items():
             if answer:
                 alike.setdefault((len(self._prompts[key]), len(answer)), []).append(key)
-        num_wrong = 0
+        num_wrong = num_ties = 0
         with torch.inference_mode():
             for keys in alike.values():
                 for first in range(0, len(keys), BATCH):
                     batch = keys[first : first + BATCH]
-                    num_wrong += _count_wrong(
+                    wrong, ties = _count_wrong(
                         plain,
                         [self._prompts[key] for key in batch],
                         [self._answers[key] for key in batch],
+                        TIE[dtype],
                     )
+                    num_wrong, num_ties = num_wrong + wrong, num_ties + ties
         unended = len(self._prompts) - self._num_ended
         return StreamResult(
             num_requests=len(self._prompts),
@@ -147,6 +161,7 @@ class RequestStream:
             num_tokens=sum(map(len, self._answers.values())),
             longest_gap_s=self._longest_gap_s,
             seconds=self._last_at - self._started_at,
+            num_ties=num_ties,
         )
 
     def _send(self) -> None:
@@ -183,13 +198,21 @@ class RequestStream:
 
 
 def _count_wrong(
-    plain: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
-) -> int:
-    """How many answers are not the plain model's greedy ones; prompts and answers are as long."""
+    plain: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], tie: float
+) -> tuple[int, int]:
+    """How many answers are not the plain model's greedy ones, and of how many more that is a tie.
+
+    Prompts and answers are as long.
+    """
     import torch
 
     rows = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
     sequences = torch.tensor(rows, device=plain.device)
     output = plain(input_ids=sequences, use_cache=False, logits_to_keep=len(answers[0]))
-    best = output.logits.argmax(dim=-1).cpu()
-    return int((best != torch.tensor([list(answer) for answer in answers])).any(dim=1).sum())
+    logits = output.logits.float().cpu()
+    given = torch.tensor([list(answer) for answer in answers])
+    best = logits.amax(dim=-1)
+    short = best - logits.gather(-1, given[..., None])[..., 0]
+    is_other = (logits.argmax(dim=-1) != given).any(dim=1)
+    is_wrong = is_other & (short > tie * logits.abs().amax(dim=-1)).any(dim=1)
+    return int(is_wrong.sum()), int((is_other & ~is_wrong).sum())

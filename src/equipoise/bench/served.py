@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from equipoise.bench.random_model import write_random_model
 from equipoise.bench.request_stream import RequestStream
@@ -20,7 +21,11 @@ WAIT_S = 120.0
 
 @contextmanager
 def take_model(
-    model: Path | None, size_gb: float | None, seed: int, say: Callable[[str], None]
+    model: Path | None,
+    size_gb: float | None,
+    seed: int,
+    say: Callable[[str], None],
+    dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Iterator[Path]:
     """The directory of the checkpoint to serve.
 
@@ -29,13 +34,14 @@ def take_model(
         size_gb: of experts, to make one of random weights instead, for as long as it is needed.
         seed: of those.
         say: told that it is written.
+        dtype: of random weights.
     """
     if size_gb is None:
         yield model or model_directory()
         return
     with tempfile.TemporaryDirectory(prefix="equipoise-model-") as directory:
         say(f"writing a model of {size_gb:g} GB")
-        write_random_model(Path(directory), size_gb * 1e9, seed)
+        write_random_model(Path(directory), size_gb * 1e9, seed, dtype=dtype)
         yield Path(directory)
 
 

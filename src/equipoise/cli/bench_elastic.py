@@ -31,6 +31,10 @@ def bench_elastic(
         Path | None, typer.Option(help="Checkpoint directory.  [the bundled model]")
     ] = None,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Of the ranks.")] = "cpu",
+    dispatch: Annotated[
+        Literal["torch", "nixl_ep"],
+        typer.Option(help="What tokens travel by; nixl_ep is for GPUs, and bfloat16."),
+    ] = "torch",
     timeout: Annotated[float, typer.Option(help="Longest wait for another rank, in s.")] = 30.0,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     size_gb: Annotated[
@@ -50,6 +54,7 @@ def bench_elastic(
         num_new_tokens=new_tokens,
         model=model,
         device=device,
+        dispatch=dispatch,
         timeout_s=timeout,
         seed=seed,
         size_gb=size_gb,

@@ -14,6 +14,7 @@ import torch
 
 from equipoise.elastic.builder import Home
 from equipoise.elastic.channel import ChannelClosed, Message
+from equipoise.elastic.dispatching import RankDispatch
 from equipoise.elastic.interface import find_name
 from equipoise.elastic.launcher import RankSeat
 from equipoise.elastic.link import ControllerLink
@@ -98,6 +99,7 @@ def _serve(seat: RankSeat, link: ControllerLink, pulse: Pulse) -> int:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=spec.timeout_s)
     store = connect_store(welcome["store"], spec.timeout_s)
+    dispatch = RankDispatch(spec, device)
     home = Home(
         name=seat.name,
         store=store,
@@ -107,6 +109,7 @@ def _serve(seat: RankSeat, link: ControllerLink, pulse: Pulse) -> int:
         model=spec.model,
         dtype=getattr(torch, spec.dtype),
         attention="sdpa",
+        dispatcher=dispatch.create,
     )
     # What takes time is loaded before anybody waits for this rank.
     tokenizer = load_tokenizer(spec.model)
@@ -114,4 +117,7 @@ def _serve(seat: RankSeat, link: ControllerLink, pulse: Pulse) -> int:
     checkpoint = Checkpoint(spec.model, home.dtype, device, home.attention)
     home = replace(home, checkpoint=checkpoint)
     link.say({"say": "warm"})
-    return RankLoop(seat.name, spec, home, tokenizer, link, pulse.set).run()
+    try:
+        return RankLoop(seat.name, spec, home, tokenizer, link, pulse.set).run()
+    finally:
+        dispatch.close()

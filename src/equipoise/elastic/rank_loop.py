@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from equipoise.balancer import RebalanceOutcome
 from equipoise.comm.groups import create_rank_group
 from equipoise.elastic.builder import Home
 from equipoise.elastic.channel import Message
@@ -28,7 +29,7 @@ from equipoise.elastic.placing import Redundancy
 from equipoise.elastic.recovery import abandon
 from equipoise.elastic.retirement import Retirement
 from equipoise.elastic.scoring import RankScores
-from equipoise.elastic.spec import ServiceSpec
+from equipoise.elastic.spec import PREFILL_CHUNK, ServiceSpec
 from equipoise.elastic.store import connect_store
 from equipoise.elastic.verdict import Word, settle
 from equipoise.engine.engine import Engine, EngineLimits
@@ -192,7 +193,7 @@ class RankLoop:
         if meeting.num_rebalances > self._num_rebalances_done:
             self._num_rebalances = self._num_rebalances_done = meeting.num_rebalances
             if not meeting.is_paused:
-                state.rearrange()
+                self._say_outcomes(duty, state.rearrange())
         if self._is_asked and meeting.is_paused and not state.is_rebalancing:
             self._is_asked = False
             self._link.say(
@@ -210,14 +211,16 @@ class RankLoop:
             deltas = [values for values in noted if values is not None]
             self._link.say({"say": "deltas", "generation": duty.generation, "deltas": deltas})
             self._held.forget_old()
-        if duty.number == 0:
-            for outcome in result.outcomes:
-                self._link.say(duty.tell_outcome(outcome))
+        self._say_outcomes(duty, result.outcomes)
         self._set_pulse(
             steps=self._num_steps,
             running=len(self._held),
             step_s=statistics.median(self._step_s or [0.0]),
         )
+
+    def _say_outcomes(self, duty: Duty, outcomes: tuple[RebalanceOutcome, ...]) -> None:
+        for outcome in outcomes if duty.number == 0 else ():
+            self._link.say(duty.tell_outcome(outcome))
 
     def _note_step(self, has_worked: bool) -> None:
         """Measure what a switch cost, and say when what it ended is gone."""
@@ -260,6 +263,7 @@ class RankLoop:
                 num_nodes=num_nodes,
                 dtype=home.dtype,
                 attention=home.attention,
+                dispatcher=home.dispatcher,
             )
             parallel = keep_copies(parallel, spec.host_backup)
         except BaseException:
@@ -293,7 +297,7 @@ class RankLoop:
 
     def _make_engine(self, parallel: ParallelModel) -> None:
         """Also of a generation that does not serve yet, on the thread that builds it."""
-        limits = EngineLimits(self._spec.max_batch_size, self._spec.max_len)
+        limits = EngineLimits(self._spec.max_batch_size, self._spec.max_len, PREFILL_CHUNK)
         self._engine = Engine(parallel, limits, tokenizer=self._tokenizer)
 
     def _prepare(self, message: Message) -> None:

@@ -12,6 +12,10 @@ from equipoise.errors import ConfigError
 
 DType = Literal["float32", "bfloat16", "float16"]
 HostBackup = Literal["none", "unreplicated", "all"]
+Dispatch = Literal["torch", "nixl_ep"]
+
+PREFILL_CHUNK = 512
+"""Tokens of prompts in one step of a rank."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,9 @@ class ServiceSpec:
         config: balancing; it must work in the background or not at all.
         dtype: of the weights.
         device: kind of device.
+        dispatch: what tokens travel by. nixl_ep is for GPUs, a rank on each, and bfloat16; its
+            buffer is made once, for `slots_per_rank` and `max_ranks`.
+        max_ranks: most ranks at a time, leavers included; None where `dispatch` needs no limit.
         slots_per_rank: the same in every generation, so that more ranks mean more replicas; None to
             have as many redundant experts in each, by `config`.
         max_batch_size: sequences in flight per rank.
@@ -67,6 +74,8 @@ class ServiceSpec:
     config: EPLBConfig = field(default_factory=EPLBConfig)
     dtype: DType = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
+    dispatch: Dispatch = "torch"
+    max_ranks: int | None = None
     slots_per_rank: int | None = None
     max_batch_size: int = 8
     max_len: int = 512
@@ -89,6 +98,8 @@ class ServiceSpec:
         for name in ("num_ranks", "max_batch_size", "max_len", "queue_limit", "respawn_tries"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.dispatch == "nixl_ep":
+            self._check_nixl_ep()
         for name in _DURATIONS:
             if not 0 < getattr(self, name) <= LONGEST_S:
                 raise ConfigError(
@@ -99,6 +110,22 @@ class ServiceSpec:
             raise ConfigError(
                 f"silence_s of {self.silence_s:g} s gives ranks up between two signs of life, "
                 f"{self.beat_s:g} s apart: ask for at least {2 * self.beat_s:g}"
+            )
+
+    def _check_nixl_ep(self) -> None:
+        for name, wanted in (("device", "cuda"), ("dtype", "bfloat16")):
+            if getattr(self, name) != wanted:
+                raise ConfigError(
+                    f"dispatch nixl_ep needs {name} {wanted}, not {getattr(self, name)}"
+                )
+        if self.slots_per_rank is None or self.max_ranks is None:
+            raise ConfigError(
+                "dispatch nixl_ep has one buffer for all generations: say slots_per_rank and "
+                "max_ranks"
+            )
+        if self.max_ranks < self.num_ranks:
+            raise ConfigError(
+                f"max_ranks of {self.max_ranks} does not hold the {self.num_ranks} ranks that begin"
             )
 
     def to_json(self) -> dict[str, Any]:
