@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # noqa: TID251
 
+from equipoise.balancer import RebalanceOutcome
 from equipoise.comm.groups import RankGroup, create_rank_group
 from equipoise.elastic.requests import Delivery, RequestTable
 from equipoise.elastic.service import (
@@ -229,7 +230,7 @@ class OneRankService:
             cancelled, self._cancelled = self._cancelled, set()
             if self._wants_rebalance:
                 self._wants_rebalance = False
-                state.rearrange()
+                self._note(state.rearrange())
             is_ending = self._is_ending
         for given in self._table.assign({NAME: self._spec.max_batch_size}):
             request = given.request
@@ -243,15 +244,17 @@ class OneRankService:
         for delta in result.deltas:
             _make(self._table.take(NAME, 1, delta))
         with self._changed:
-            if result.outcomes:
-                self._balancedness = float(result.outcomes[-1].balancedness_after.mean())
-                self._placement = _read_placement(self._parallel)
-            self._totals = replace(
-                self._totals,
-                steps=self._totals.steps + 1,
-                rebalances=self._totals.rebalances + len(result.outcomes),
-            )
+            self._note(result.outcomes)
+            self._totals = replace(self._totals, steps=self._totals.steps + 1)
             self._changed.notify_all()
+
+    def _note(self, outcomes: tuple[RebalanceOutcome, ...]) -> None:
+        """Rebalances have ended, with a step or between two."""
+        if outcomes:
+            self._balancedness = float(outcomes[-1].balancedness_after.mean())
+            self._placement = _read_placement(self._parallel)
+            num_rebalances = self._totals.rebalances + len(outcomes)
+            self._totals = replace(self._totals, rebalances=num_rebalances)
 
 
 def _make(deliveries: Sequence[Delivery]) -> None:
