@@ -70,7 +70,7 @@ def test_a_load_is_compared_with_a_plain_read_and_leaves_nothing(tmp_path):
             "32 experts and 4 redundant slots cannot be spread evenly over 3 ranks: take another "
             "number of ranks",
         ),
-        (("load", "FOLDER", "--gigabytes=0"), "--gigabytes must be above 0, got 0.0"),
+        (("load", "FOLDER", "--gigabytes=0"), "--gigabytes must be a number above 0, got 0.0"),
         (("load", "FOLDER", "--rounds=0"), "--rounds must be at least 1, got 0"),
         (
             ("load", "FOLDER", "--device=cpu", "--ranks=3"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from equipoise.bench.load_files import CheckpointSize
+from equipoise.bench.option_checks import check_least, check_positive
 from equipoise.errors import ConfigError
 
 Cache = Literal["cold", "warm"]
@@ -30,13 +31,8 @@ class LoadSpec:
     timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
-        for name in ("ranks", "rounds"):
-            if getattr(self, f"num_{name}") < 1:
-                raise ConfigError(
-                    f"--{name} must be at least 1, got {getattr(self, f'num_{name}')}"
-                )
-        if not self.timeout_s > 0:
-            raise ConfigError(f"--timeout must be above 0, got {self.timeout_s}")
+        check_least(("--ranks", self.num_ranks, 1), ("--rounds", self.num_rounds, 1))
+        check_positive(("--timeout", self.timeout_s))
         if self.size.num_experts % self.num_ranks:
             raise ConfigError(
                 f"{self.size.num_experts} experts cannot be spread evenly over {self.num_ranks} "

@@ -52,13 +52,12 @@ def bench_load(
     from equipoise.bench.load import compare_load
     from equipoise.bench.load_case import LoadSpec
     from equipoise.bench.load_files import choose_size
-    from equipoise.errors import ConfigError
+    from equipoise.bench.option_checks import check_positive
 
     on_gpus = device is LoadDevice.CUDA or (device is LoadDevice.AUTO and _count_gpus() >= 2)
     if gigabytes is None:
         gigabytes = 20.0 if on_gpus else 0.5
-    if not gigabytes > 0:
-        raise ConfigError(f"--gigabytes must be above 0, got {gigabytes}")
+    check_positive(("--gigabytes", gigabytes))
     spec = LoadSpec(
         str(folder), choose_size(gigabytes * 1e9, large=on_gpus), ranks, rounds, timeout
     )
