@@ -55,6 +55,8 @@ def test_the_page_shows_the_figures() -> None:
     page = Page(render_html(summary))
     assert write_sentence(summary) in page.text
     assert "Largest difference of logits: 1.5e-06." in page.text
+    rounded = Page(render_html(sum_up(job=replace(JOB, dtype="bfloat16"))))
+    assert "1.5e-06; rounding in bfloat16 sends some tokens to other experts" in rounded.text
     words = page.text.split()
     for row in (
         "all 1.38 1.25",

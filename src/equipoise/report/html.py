@@ -55,6 +55,7 @@ def render_html(summary: JobSummary) -> str:
         sentence=write_sentence(summary),
         job=describe_job(job),
         max_logit_diff=None if check is None else f"{check.max_logit_diff:.2g}",
+        rounded_in=None if job.dtype == "float32" else job.dtype,
         tables=[list_imbalance(summary), list_passes(summary), list_losses(summary)],
         moves=list_moves(summary),
         lines=[
