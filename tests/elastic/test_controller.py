@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from equipoise.bundled import model_directory
+from equipoise.config import EPLBConfig
 from equipoise.elastic.control import ControlSocket, ask
 from equipoise.elastic.controller import Controller
 from equipoise.elastic.service import (
@@ -201,8 +202,12 @@ def test_commands_reach_it_by_its_socket(controller: Controller, tmp_path: Path)
 
 
 def test_it_drains_and_then_takes_no_more() -> None:
-    with serving(1) as controller:
+    with serving(1, config=EPLBConfig(use_async=False)) as controller:
         events = ask_for(controller, "last", SamplingParams(max_new_tokens=20, ignore_end=True))
+        wait_until(lambda: controller.status().totals.generated_tokens > 0)
+        controller.rebalance()
+        # Between two steps, and told all the same.
+        wait_until(lambda: controller.status().totals.rebalances == 1)
         assert controller.drain(WAIT_S)
         assert len(read_end(events)[0]) == 20
         with pytest.raises(ServiceClosed, match="it drains"):
