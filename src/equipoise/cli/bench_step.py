@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from equipoise.config import EPLBConfig
 
 _OWN = {"window_size": "", "step_interval": "", "communicator": ": see --communicator"}
+_SIZES = ("prefill_tokens", "decode_size", "num_stall_steps")
+_ON_GPUS = MappingProxyType(
+    {"prefill_tokens": 4096, "prompt_len": 512, "decode_size": 64, "num_stall_steps": 2000}
+)
 _COLUMNS = (
     ("case", "case"),
     ("what", "what"),
@@ -51,7 +56,7 @@ def bench_step(
     sequences: Annotated[
         int | None, typer.Option(help="That decode, per rank; 16, on GPUs 64.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Of each kind in a case; 40.")] = None,
+    steps: Annotated[int, typer.Option(help="Of each kind in a case.")] = 40,
     stall_steps: Annotated[
         int | None, typer.Option(help="The same, beside rebalances; 200, on GPUs 2,000.")
     ] = None,
@@ -70,30 +75,37 @@ def bench_step(
     """Compare steps on skewed and on balanced load, and beside rebalances."""
     check_json_path(json_path)
     from equipoise.bench.step import compare_steps
-    from equipoise.bench.step_case import BUNDLED, CASES, SCALED, StepSpec
+    from equipoise.bench.step_case import CASES, StepSpec
     from equipoise.comm.registry import check_name
 
     check_name(communicator)
-    on_gpus = device is Device.CUDA or (device is Device.AUTO and count_gpus() >= 2)
-    size = SCALED if on_gpus else BUNDLED
     spec = StepSpec(
-        size=replace(size, num_layers=size.num_layers if layers is None else layers),
         kind=kind,
-        device="cuda" if on_gpus else "cpu",
         num_ranks=ranks,
         cases=tuple(case or CASES),  # type: ignore[arg-type]
-        prefill_tokens=_or(prefill_tokens, 4096 if on_gpus else 512),
-        prompt_len=512 if on_gpus else 64,
-        decode_size=_or(sequences, 64 if on_gpus else 16),
-        num_steps=_or(steps, 40),
-        num_stall_steps=_or(stall_steps, 2000 if on_gpus else 200),
+        num_steps=steps,
         dispatcher=dispatcher,
         communicator=communicator,
         balancing=_read_options(eplb_config),
         seed=seed,
         timeout_s=timeout,
+        **_fit(device, layers, (prefill_tokens, sequences, stall_steps)),
     )
     show_outcome(compare_steps(spec, _say_done), _COLUMNS, json_path)
+
+
+def _fit(device: Device, layers: int | None, given: tuple[int | None, ...]) -> dict[str, Any]:
+    """What depends on the device, unless it was given: prefill tokens, sequences, stall steps."""
+    from equipoise.bench.step_case import BUNDLED, SCALED
+
+    on_gpus = device is Device.CUDA or (device is Device.AUTO and count_gpus() >= 2)
+    size = SCALED if on_gpus else BUNDLED
+    return {
+        "size": size if layers is None else replace(size, num_layers=layers),
+        "device": "cuda" if on_gpus else "cpu",
+        **(_ON_GPUS if on_gpus else {}),
+        **{name: value for name, value in zip(_SIZES, given, strict=True) if value is not None},
+    }
 
 
 def _read_options(eplb_config: str | None) -> EPLBConfig:
@@ -113,7 +125,3 @@ def _say_done(said: StepSaid) -> None:
         off, on = (statistics.median(timed.step_s.tolist()) for timed in (said.off, said.on))
         what += f": a step takes {off * 1e3:.3g} ms without, {on * 1e3:.3g} ms with"
     typer.echo(f"{time.strftime('%H:%M:%S')} {what}", err=True)
-
-
-def _or(given: int | None, default: int) -> int:
-    return default if given is None else given
