@@ -76,22 +76,22 @@ class Accounts:
     def __init__(self, config: EPLBConfig) -> None:
         self._config = config
         self._since_log: dict[str, Tensor] = {}
-        # Of models whose last rebalance was not measured yet: its outcome, the load since.
-        self._since_commit: dict[str, tuple[RebalanceOutcome, Tensor]] = {}
+        # Of models whose last rebalance was not measured yet: its outcome, the load since, if any
+        # step has ended.
+        self._since_commit: dict[str, tuple[RebalanceOutcome, Tensor | None]] = {}
 
     def record(self, models: Iterable[EplbModelState]) -> None:
         """Count the step that the models' windows took last. Collective: none; no host sync."""
         for model in models:
             if self._config.log_balancedness:
-                if model.name not in self._since_log:
-                    self._since_log[model.name] = _make_zeros(model)
-                self._since_log[model.name].add_(model.window.newest())
+                self._since_log[model.name] = _add(self._since_log.get(model.name), model)
             if model.name in self._since_commit:
-                self._since_commit[model.name][1].add_(model.window.newest())
+                outcome, load = self._since_commit[model.name]
+                self._since_commit[model.name] = (outcome, _add(load, model))
 
     def open(self, model: EplbModelState, outcome: RebalanceOutcome) -> None:
         """A rebalance has ended: what comes from here on shows what it has brought."""
-        self._since_commit[model.name] = (outcome, _make_zeros(model))
+        self._since_commit[model.name] = (outcome, None)
 
     def collect(
         self, models: Iterable[EplbModelState], step: int, *, begins: bool
@@ -114,17 +114,21 @@ class Accounts:
                 load = self._since_log.pop(model.name)
                 measures.append(Measure(step, model.name, load, model.placement, None))
             if model.name in self._since_commit:
-                outcome, load = self._since_commit[model.name]
+                outcome, since = self._since_commit[model.name]
                 if begins or step >= outcome.step + self._config.window_size:
                     del self._since_commit[model.name]
-                    measures.append(Measure(step, model.name, load, model.placement, outcome))
+                    if since is not None:
+                        measures.append(Measure(step, model.name, since, model.placement, outcome))
         return tuple(measures)
 
 
-def _make_zeros(model: EplbModelState) -> Tensor:
-    """[L, E] int64, to be added to at steps in and out of inference mode."""
+def _add(load: Tensor | None, model: EplbModelState) -> Tensor:
+    """[L, E] int64, with the step that the model's window took last; changed in place."""
+    if load is not None:
+        return load.add_(model.window.newest())
+    # To be added to at steps in and out of inference mode.
     with torch.inference_mode(False):
-        return torch.zeros_like(model.maps.replica_counts)
+        return model.window.newest().clone()
 
 
 def sum_measures(
