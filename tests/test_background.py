@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 import weakref
+from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +22,8 @@ from equipoise.config import EPLBConfig
 from equipoise.errors import ConfigError, TransferError
 from equipoise.plan.slot_order import keep_slots
 from equipoise.policy import get_policy
-from tests.background import ServingInBackground
+from equipoise.transfer.mover import ChunkMover
+from tests.background import A_LAYER_AT_A_TIME, ServingInBackground
 from tests.ranks import Rank, processes
 from tests.test_balancer import CPU, NUM_EXPERTS, NUM_LAYERS, Serving, skew
 
@@ -266,6 +270,41 @@ def test_what_cannot_pay_is_not_moved_again(rank: Rank) -> None:
     (second,) = serving.step_until_done(skew(2))
     assert (second.moves, second.placement) == (0, first.placement)
     serving.close()
+
+
+@processes(2)
+def test_a_rank_whose_worker_hangs_commits_what_was_decided_as_it_closes(rank: Rank) -> None:
+    """Between the decision and its step, while the next chunk travels."""
+    reached, released = threading.Event(), threading.Event()
+    stage, calls = ChunkMover.stage, itertools.count()
+
+    def stage_slowly(mover: ChunkMover, *arguments: Any) -> None:
+        if next(calls) == 1:
+            reached.set()
+            if rank.rank == 0:
+                released.wait(60.0)
+        stage(mover, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ChunkMover, "stage", stage_slowly)
+        serving = ServingInBackground(
+            rank.make_group(), step_interval=1000, staging_bytes=A_LAYER_AT_A_TIME
+        )
+        serving.add()
+        serving.step(skew(5))
+        serving.state.rearrange()
+        assert reached.wait(20.0)
+        assert serving.maps.placement == serving.placement
+        has_ended = serving.state.close(wait_s=2.0)
+        assert rank.rank != 0 or not has_ended
+        serving.assert_slots_hold_what_maps_say()
+        stands = serving.maps.placement.fingerprint()
+        rank.store.set(f"stands {rank.rank}", stands)
+        rank.store.wait([f"stands {1 - rank.rank}"], timedelta(seconds=20))
+        other = rank.store.get(f"stands {1 - rank.rank}").decode()
+        assert stands == other != serving.placement.fingerprint()
+        released.set()
+        serving.close()
 
 
 class Staging:

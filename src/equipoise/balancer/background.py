@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from equipoise.balancer.accounting import Measure
-from equipoise.balancer.events import CpuGpuEvent
 from equipoise.balancer.handover import Chunk, End, Handover
 from equipoise.balancer.model_state import EplbModelState
 from equipoise.balancer.orders import Order
@@ -106,6 +105,8 @@ class Background:
         is_news = self._end is None or (ended is not None and ended.cut_off)
         if ended is not None and is_news:
             outcomes += self._take_end(ended, step)
+        if self._end is not None:
+            self._handover.let_go()
         return tuple(outcomes)
 
     @property
@@ -140,7 +141,7 @@ class Background:
         self._is_under_way = True
         self._forward_s = 0.0
         loads = tuple(model.window.sum() for model in self._models)
-        ready = CpuGpuEvent(self.group.device)
+        ready = self._worker.take_event()
         ready.record()
         costs = MoveCosts(self._handover.byte_s, self._layer_s)
         self._worker.ask(Request(self._number, step, loads, ready, costs))
@@ -160,7 +161,7 @@ class Background:
             return
         assert self._worker is not None, "the first step starts it"
         self._number += 1
-        ready = CpuGpuEvent(self.group.device)
+        ready = self._worker.take_event()
         ready.record()
         costs = MoveCosts(0.0, 0.0)
         self._worker.ask(Request(self._number, step, (), ready, costs, True, measures))
@@ -181,16 +182,20 @@ class Background:
             Whether the worker has ended. If not, it uses its communicators up to a deadline of
             its own.
         Collective: every rank, at the same step.
+        Raises: MembershipError if a chunk is on offer and the store does not say what stands.
         """
         longest_s = self.group.timeout.total_seconds() if wait_s is None else wait_s
         has_ended = self._worker is None or self._worker.stop(longest_s)
         if self._end is None or self._end.status is Status.STOPPED:
             self._end = self._handover.ended or End(Status.STOPPED, None)
-        if has_ended and not self._end.cut_off:
-            # Decided while this rank was on its way here; the others commit it too.
-            for chunk in self._handover.take_all():
-                self._commit(chunk, 0)
-        self.group.close()
+        try:
+            if not self._end.cut_off:
+                # Decided while this rank was on its way here; the others commit it too.
+                for chunk in self._handover.take_all():
+                    self._commit(chunk, 0)
+        finally:
+            self._handover.let_go()
+            self.group.close()
         return has_ended
 
     def _ask_store(self, question: str, proposal: str) -> str:

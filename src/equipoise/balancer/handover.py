@@ -34,7 +34,8 @@ class AsyncEplbLayerResult:
     Attributes:
         model: theirs.
         maps: what the maps say of them from the commit on.
-        copies: what fills the slots and switches the maps.
+        copies: what fills the slots and switches the maps; the memory that they need.
+        enqueue: does these copies, on the current stream.
         staging: the half that it is staged in, [bytes] uint8.
         freed: recorded once the half may be filled again.
     """
@@ -42,21 +43,29 @@ class AsyncEplbLayerResult:
     model: EplbModelState
     maps: PreparedMaps
     copies: SpanCopies
+    enqueue: Callable[[], None]
     staging: Tensor
     freed: CpuGpuEvent
 
     def commit(self) -> None:
         """F: fill the slots, switch the maps, and free the half, on the current stream.
 
+        Somebody keeps this until the half is free.
+
         Collective: none; every rank at the same step.
         """
-        self.copies.run()
-        if self.staging.is_cuda:
-            # The worker may let go of it before the copies are over.
-            self.staging.record_stream(torch.cuda.current_stream(self.staging.device))
-        self.maps.outlive_stream()
+        # What lets go of the interpreter gets it back when the worker does: so, on a GPU, only the
+        # launch and the record do.
+        self.enqueue()
         self.model.adopt(self.maps)
         self.freed.record()
+
+    def outlive_stream(self) -> None:
+        """F: let go of this only behind what the current stream was given. Collective: none."""
+        if self.staging.is_cuda:
+            self.staging.record_stream(torch.cuda.current_stream(self.staging.device))
+        self.copies.outlive_stream()
+        self.maps.outlive_stream()
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,10 @@ class Handover:
         self._ledger = Ledger(MARGIN_STEPS)
         self._chunks: dict[int, Chunk] = {}
         self._offered: Chunk | None = None
+        # The chunk that W stages, until it is settled.
+        self._entered: str | None = None
+        # Kept until the device is through with their commits, or F has told it to keep them.
+        self._lent: list[AsyncEplbLayerResult] = []
         self._end: End | None = None
         self._arbiter = arbiter
         self._timeout_s = timeout_s
@@ -146,12 +159,17 @@ class Handover:
     def take_all(self) -> tuple[Chunk, ...]:
         """F, which will not step again: every chunk that is committed, due or not, in order.
 
+        The worker may hang anywhere: what it would still have committed, nobody does.
+
         Collective: none.
         Raises: MembershipError if the store does not say whether a chunk on offer stands.
         """
         with self._changed:
             self._wanted = max(self._wanted, Status.STOPPED)
+            entered = self._entered
         self._ask()
+        if entered is not None:
+            self._arbiter(entered, ABORT)
         with self._changed:
             left = tuple(self._chunks.pop(one.chunk) for one in self._ledger.queue)
             self._ledger = Ledger(MARGIN_STEPS, self._ledger.steps)
@@ -161,6 +179,11 @@ class Handover:
         """W: the next operation takes at most so many seconds; `math.inf` for rest."""
         with self._changed:
             self._overdue_at = time.monotonic() + seconds
+
+    def enter(self, question: str) -> None:
+        """W: the key of the chunk that comes next, told before it looks whether it may go on."""
+        with self._changed:
+            self._entered = question
 
     def offer(self, number: int, chunk: Chunk) -> int:
         """W: a chunk that every rank has staged.
@@ -174,6 +197,8 @@ class Handover:
         with self._changed:
             self._ledger = self._ledger.make_offer(number)
             self._offered = chunk
+            if chunk.result is not None:
+                self._lent.append(chunk.result)
             if self._wanted is not Status.FINE:
                 _cancel(chunk)
             return self._ledger.steps
@@ -181,8 +206,21 @@ class Handover:
     def settle(self, word: str) -> None:
         """W: the word that stands for the offered chunk, or for one that was not offered."""
         with self._changed:
+            self._entered = None
             if self._ledger.offer is not None:
                 self._settle(self._ledger.offer.chunk, word)
+
+    def take_back(self, freed: AsyncEplbLayerResult | None = None) -> None:
+        """W: the device is through with this commit, or with all that were made."""
+        with self._changed:
+            self._lent = [one for one in self._lent if freed is not None and one is not freed]
+
+    def let_go(self) -> None:
+        """F: W, which has ended, takes nothing back; the device keeps what it has to do with."""
+        with self._changed:
+            lent, self._lent = self._lent, []
+        for one in lent:
+            one.outlive_stream()
 
     def note_byte_s(self, byte_s: float) -> None:
         """W: seconds that a received byte took in the last rebalance that brought any."""

@@ -49,7 +49,7 @@ class Request:
         step: the count of steps.
         loads: per model its window's load [L, E] int64; copies. None of a poll, which only asks
             whether any rank has an order, and moves nothing.
-        ready: recorded once copies are made and every commit before them is over.
+        ready: recorded once copies are made and every commit before them is over; waited for once.
         costs: what moves have cost this rank so far; zeros where none was made.
         measures: of a poll, what is to be summed beside.
     """
@@ -106,7 +106,7 @@ class _Half:
 
     staging: Tensor
     freed: CpuGpuEvent
-    is_lent: bool = False
+    lent: AsyncEplbLayerResult | None = None
 
 
 class Rebalance:
@@ -221,6 +221,7 @@ class Rebalance:
         try:
             if not self._request.is_poll:
                 self._request.ready.wait(self._timeout_s)
+                self._handover.take_back()
         except Exception as error:
             return self._fail(error)
         return Status.FINE
@@ -298,6 +299,7 @@ class Rebalance:
 
     def _stage(self, number: int) -> Status:
         self._staged = None
+        self._handover.enter(self._question(number))
         if not self._chunks:
             return self._handover.wanted
         part, share = self._chunks[number].part, self._chunks[number].share
@@ -325,21 +327,26 @@ class Rebalance:
     def _await_half(self, half: _Half) -> Status:
         """Wait until the forward thread has emptied it, and the pace allows an exchange."""
         try:
-            if half.is_lent and not half.freed.wait(self._timeout_s):
-                return self._handover.wanted
+            if half.lent is not None:
+                if not half.freed.wait(self._timeout_s):
+                    return self._handover.wanted
+                self._handover.take_back(half.lent)
         except Exception as error:
             return self._fail(error)
-        half.is_lent = False
+        half.lent = None
         return self._handover.rest(self._pace.wait_s)
 
     def _prepare(self, part: _Part, share: ChunkShare, half: _Half) -> AsyncEplbLayerResult:
         standing = self._standing[part.model.name]
         maps = part.model.prepare(standing, part.plan.new, share.layers.tolist())
+        # One launch for slots and maps.
+        beside = part.model.maps.list_copies(maps)
+        copies = part.mover.prepare(share, half.staging, beside)
         result = AsyncEplbLayerResult(
             model=part.model,
             maps=maps,
-            # One launch for slots and maps.
-            copies=part.mover.prepare(share, half.staging, part.model.maps.list_copies(maps)),
+            copies=copies,
+            enqueue=copies.bind(),
             staging=half.staging,
             freed=half.freed,
         )
@@ -412,7 +419,7 @@ class Rebalance:
     def _offer(self, number: int) -> int:
         is_last = number + 1 >= len(self._chunks)
         if self._staged is not None:
-            self._halves[number % NUM_HALVES].is_lent = True
+            self._halves[number % NUM_HALVES].lent = self._staged
         # A model of which nothing moves is done with whatever chunk is first.
         ahead = {id(chunk.part) for chunk in self._chunks[number + 1 :]}
         done = [part for part in self._parts if is_last or id(part) not in ahead]

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from equipoise.balancer.accounting import Measure, sum_measures
+from equipoise.balancer.events import CpuGpuEvent
 from equipoise.balancer.halves import StagingHalves
 from equipoise.balancer.handover import MARGIN_STEPS, End, Handover
 from equipoise.balancer.limits import Pace
@@ -67,8 +68,17 @@ class EplbWorker:
         # Of polls that need no answer of their own; the same on every rank.
         self._measures: list[Measure] = []
         self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        # That requests came with, waited for: to make one takes longer than to record it.
+        self._events: queue.SimpleQueue[CpuGpuEvent] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="equipoise-worker", daemon=True)
         self._thread.start()
+
+    def take_event(self) -> CpuGpuEvent:
+        """An event for a request, not recorded yet. Collective: none."""
+        try:
+            return self._events.get_nowait()
+        except queue.Empty:
+            return CpuGpuEvent(self._group.device)
 
     def ask(self, request: Request) -> None:
         """Have it rebalance, or poll. Collective: every rank, at the same step."""
@@ -105,6 +115,7 @@ class EplbWorker:
                     if end is not None:
                         self._handover.end(end)
                         return
+                    self._events.put(request.ready)
         except BaseException as error:
             # Nobody else would hear of it.
             problem = error if isinstance(error, Exception) else RuntimeError(repr(error))

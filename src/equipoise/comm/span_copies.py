@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -74,6 +75,21 @@ class SpanCopies:
         elif part + 1 < len(self._edges):
             for copy in self._copies[self._edges[part] : self._edges[part + 1]]:
                 ctypes.memmove(*copy)
+
+    def bind(self) -> Callable[[], None]:
+        """All copies of a single part, for a thread that has no time to spare.
+
+        Returns:
+            As `run`, but waits for nothing and keeps nothing: on a GPU, what was enqueued before
+            this was made is over by then, and this outlives the copies.
+        Collective: none.
+        """
+        return self.run if self._table is None else self._table.bind(0)
+
+    def outlive_stream(self) -> None:
+        """Let go of this only behind what the current stream was given. Collective: none."""
+        if self._table is not None:
+            self._table.outlive_stream()
 
 
 def shift(spans: Spans, start: int) -> Spans:
