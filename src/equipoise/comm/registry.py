@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import difflib
 import logging
+import sys
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -101,7 +103,14 @@ def create_eplb_communicator(
 
 def _find_entries() -> dict[str, EntryPoint]:
     # Ours are listed here, so that a tree works that was never installed; and they win.
-    return {entry.name: entry for entry in (*entry_points(group=GROUP), *_OURS)}
+    return {entry.name: entry for entry in (*_find_installed(*sys.path), *_OURS)}
+
+
+@cache
+def _find_installed(*path: str) -> tuple[EntryPoint, ...]:
+    """Of packages on a path; once, as each generation asks and reading them takes its time."""
+    del path  # what is found depends on it
+    return tuple(entry_points(group=GROUP))
 
 
 def _refuse_name(name: str, there: list[str]) -> Exception:

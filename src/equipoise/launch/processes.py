@@ -181,7 +181,7 @@ def list_modules(model: Path) -> list[str]:
     family = read_model_shape(model).model_type
     return [
         "equipoise.elastic.rank",
-        "equipoise.policy.flow",
+        "equipoise.policy.flow.warm",
         "transformers.models.auto.tokenization_auto",
         f"transformers.models.{family}.modeling_{family}",
     ]

@@ -7,6 +7,8 @@ group `equipoise.policies`. None is imported before it is asked for.
 from __future__ import annotations
 
 import difflib
+import sys
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
 from equipoise.errors import ConfigError
@@ -64,4 +66,11 @@ def _find_entries() -> dict[str, EntryPoint]:
         EntryPoint("deepseek", "equipoise.policy.deepseek:DeepSeekPolicy", GROUP),
         EntryPoint("flow", "equipoise.policy.flow:FlowPolicy", GROUP),
     )
-    return {entry.name: entry for entry in (*entry_points(group=GROUP), *ours)}
+    return {entry.name: entry for entry in (*_find_installed(*sys.path), *ours)}
+
+
+@cache
+def _find_installed(*path: str) -> tuple[EntryPoint, ...]:
+    """Of packages on a path; once, as each generation asks and reading them takes its time."""
+    del path  # what is found depends on it
+    return tuple(entry_points(group=GROUP))

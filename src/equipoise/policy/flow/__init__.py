@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import ClassVar
 
 import numpy as np
@@ -64,8 +65,9 @@ class FlowPolicy(PlacementPolicy):
         return Placement(table, tokens.shape[1], topology)
 
 
+@cache
 def warm_up() -> None:
-    """Compile every loop that a plan runs, or load it from numba's cache.
+    """Compile every loop that a plan runs, or load it from numba's cache; once per process.
 
     Collective: none.
     """
