@@ -41,13 +41,13 @@ CHANGES = (
     (5, ("rank-1",)),
 )
 NUM_CHANGES = int(os.environ.get("EQUIPOISE_GPU_CHANGES", len(CHANGES)))
-AMONG_TWO = (
-    (2, ("rank-0", "rank-1")),
-    (3, ("rank-1", "rank-0")),
-    (4, ("rank-0", "rank-1")),
-    (5, ("rank-1", "rank-0")),
+AMONG_TWO = tuple(
+    (2 + turn, ("rank-1", "rank-0") if turn % 2 else ("rank-0", "rank-1"))
+    for turn in range(int(os.environ.get("EQUIPOISE_GPU_CHANGES", "5")))
 )
 """Both serve from the second change on, so that tokens make way while they connect anew."""
+SLACK_BYTES = 64 << 20
+"""Of device memory, between one change and a later one."""
 PATIENCE_S = 200.0
 
 
@@ -180,6 +180,7 @@ class Player:
         self.step_s: list[float] = []
         self.rates: list[float] = []
         self.detour = Detour()
+        self.used_bytes: list[int] = []
 
     def open_buffer(self) -> None:
         """NIXL-EP's, of the process: it outlives generations."""
@@ -251,6 +252,13 @@ class Player:
             self.manager.close()
             self.open_buffer()
 
+    def note_memory(self) -> None:
+        """What the device has in use, of all that uses it, but for what torch keeps for itself."""
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self.device)
+        self.used_bytes.append(total - free)
+
     def meet(self, next_one: NextGeneration | None) -> Word:
         assert self.parallel is not None
         word = self.detour.word if next_one is None else next_one.word
@@ -284,7 +292,7 @@ class Player:
 
 def grow_and_shrink(
     rank: Rank, device: torch.device, device_group: Any, wires: Wires, changes: Any = CHANGES
-) -> None:
+) -> Player:
     if rank.rank == 0:
         write_hollow_checkpoint(rank.path / "model")
         rank.store.set("model", "there")
@@ -311,6 +319,8 @@ def grow_and_shrink(
             player.serve()
     for number, names in changes[:NUM_CHANGES]:
         player.change(number, names)
+        if changes is AMONG_TWO:
+            player.note_memory()
         if player.parallel is not None:
             wanted = torch.load(rank.path / "sums")
             for key, got in sum_experts(player.parallel).items():
@@ -321,6 +331,9 @@ def grow_and_shrink(
             for _ in range(3):
                 player.serve()
     if player.parallel is not None:
+        # Nobody closes while another still waits for a last exchange.
+        torch.cuda.synchronize(device)
+        player.parallel.state.group.barrier()
         player.parallel.close()
         player.parallel.state.group.close()
     if player.manager is not None:
@@ -328,6 +341,7 @@ def grow_and_shrink(
     link = measure_link(rank, device)
     rates = ", ".join(f"{rate / 1e9:.0f} GB/s ({rate / link:.2f})" for rate in player.rates)
     print(f"{player.home.name}: weights at {rates} of one READ's {link / 1e9:.0f}", flush=True)
+    return player
 
 
 def measure_link(rank: Rank, device: torch.device) -> float:
@@ -374,4 +388,7 @@ def test_two_gpus_become_one_and_two_again(rank: Rank, wires: Wires) -> None:
 def test_two_gpus_connect_anew_beside_tokens_over_nccl(rank: Rank) -> None:
     device = torch.device("cuda", rank.rank)
     torch.cuda.set_device(device)
-    grow_and_shrink(rank, device, "nccl", WIRES[0], AMONG_TWO)
+    player = grow_and_shrink(rank, device, "nccl", WIRES[0], AMONG_TWO)
+    used = [f"{num_bytes / 1e9:.3f}" for num_bytes in player.used_bytes]
+    print(f"{player.home.name}: GB in use after each change: {', '.join(used)}", flush=True)
+    assert player.used_bytes[-1] <= player.used_bytes[1] + SLACK_BYTES
