@@ -12,6 +12,7 @@ from equipoise.placement import Placement, place_in_order
 from equipoise.plan.sources import spread_sources
 from equipoise.plan.transfer_plan import TransferPlan, make_plan
 from equipoise.topology import Topology
+from equipoise.transfer.staging import share_plan
 from tests.placements import make_random_placement, placement_pairs
 
 
@@ -207,6 +208,33 @@ def test_chunks_hold_whole_layers_within_the_budget(
         assert staged[chunk].sum(axis=0).max() <= allowed
     for chunk, following in itertools.pairwise(chunks):
         assert staged[[*chunk, following[0]]].sum(axis=0).max() > allowed
+
+
+@given(placement_pairs(), st.integers(0, 40), st.integers(1, 9))
+@settings(max_examples=100, deadline=None)
+def test_chunks_end_with_a_single_layer_and_keep_their_budget(
+    pair: tuple[Placement, Placement], more: int, first: int
+) -> None:
+    plan = make_plan(*pair)
+    each = np.arange(plan.old.num_layers) % 3 + first
+    staged = plan.staged_bytes(each)
+    budget = int(staged.max()) + more
+    plain = plan.chunks(each, budget)
+    chunks = share_plan(plan, 0, each, budget, ends_small=True).chunks
+    busy = sorted(set(plan.layer.tolist()))
+    assert [int(layer) for chunk in chunks for layer in chunk if layer in busy] == busy
+    assert len(plain) <= len(chunks) <= len(plain) + 1 or not plain
+    for chunk in chunks:
+        assert staged[chunk].sum(axis=0).max() <= budget
+    if len(chunks) > 1:
+        assert len(chunks[-1]) == 1
+
+
+def test_a_plan_of_many_chunks_leaves_none_but_the_last_short() -> None:
+    old = place_in_order(20, 4, Topology(2, 2))
+    new = Placement(np.array([[2, 1, 0, 3]] * 20), 4, Topology(2, 2))
+    shares = share_plan(make_plan(old, new), 0, np.full(20, 5), 15, ends_small=True)
+    assert [len(layers) for layers in shares.chunks] == [3, 3, 3, 3, 3, 2, 2, 1]
 
 
 def test_a_budget_that_is_too_small_says_the_least_that_works() -> None:

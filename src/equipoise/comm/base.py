@@ -98,10 +98,6 @@ class EplbCommunicator(ABC):
     lands_in_place: bool = False
     """Whether received experts can land in slots, without a copy; never in one that is in use."""
 
-    spare_memory: tuple[int, int, int] | None = None
-    """Bytes of a GPU that torch held, that were in use, and that staging might take, as the last
-    transfer over this wire found them."""
-
     table: WeightTable | None = None
     """Of the weights that it was made with, once they were checked; None for a wire without one."""
 

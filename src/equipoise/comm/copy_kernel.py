@@ -22,7 +22,7 @@ _NUM_LANES = 32
 # At a time, where a wire reads and writes the same memory: copies that take all of its bandwidth
 # slow the wire down by more than they gain. Each copies about 7 GB/s. Not more spans by fewer
 # programs: then NCCL's wires, which pack, waited for that.
-_GENTLE_PROGRAMS = 64
+_GENTLE_PROGRAMS = 96
 # More spans than programs are copied by so many launches behind each other, at most.
 _MOST_LAUNCHES = 8
 
@@ -109,10 +109,9 @@ class KernelTable:
                     lanes, at_once = _NUM_LANES, count
                     if gently:
                         most = int(gently * _GENTLE_PROGRAMS)
-                        lanes, at_once = (
-                            max(1, most // count),
-                            max(most, -(-count // _MOST_LAUNCHES)),
-                        )
+                        num_launches = min(-(-count // most), _MOST_LAUNCHES)
+                        at_once = -(-count // num_launches)
+                        lanes = max(1, most // at_once)
                     for first in range(starts[part], starts[part + 1], at_once):
                         grid = min(at_once, starts[part + 1] - first), lanes
                         kernel[grid](columns, num_spans, first, BLOCK=_BLOCK)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from equipoise.comm.base import EplbCommunicator
 from equipoise.plan.transfer_plan import TransferPlan
 from equipoise.topology import IntArray
 
@@ -37,43 +36,13 @@ def find_spare(device: torch.device) -> int:
     """
     if device.type != "cuda":
         return 0
-    reserved, allocated = _find_held(device)
-    # What torch holds and does not use is free too.
-    free = torch.cuda.mem_get_info(device)[0] + reserved - allocated
-    return int(min(free // _SHARE_OF_FREE, _MOST_BYTES))
-
-
-def recall_spare(communicator: EplbCommunicator, device: torch.device) -> int:
-    """As `find_spare`, without asking the driver again where torch still holds what it held.
-
-    Then what the last transfer staged in is among that, unused. The driver takes as long to answer
-    as a hundred megabytes take to arrive.
-
-    Args:
-        communicator: that the transfer is over; it remembers the answer.
-        device: of the weights.
-    Collective: none.
-    """
-    if device.type != "cuda":
-        return 0
-    reserved, allocated = _find_held(device)
-    if (told := communicator.spare_memory) is not None:
-        had_reserved, had_allocated, spare = told
-        if reserved == had_reserved and allocated <= had_allocated:
-            return spare
-    spare = find_spare(device)
-    communicator.spare_memory = (reserved, allocated, spare)
-    return spare
-
-
-def _find_held(device: torch.device) -> tuple[int, int]:
-    """Bytes that torch holds of a GPU, and those that are in use."""
-    # Its tidier functions take ten times as long.
+    # What torch holds and does not use is free too. Its tidier functions take ten times as long.
     held = torch.cuda.memory_stats_as_nested_dict(device)
     reserved, allocated = (
-        int(held[f"{what}_bytes"]["all"]["current"]) for what in ("reserved", "allocated")
+        held[f"{what}_bytes"]["all"]["current"] for what in ("reserved", "allocated")
     )
-    return reserved, allocated
+    free = torch.cuda.mem_get_info(device)[0] + reserved - allocated
+    return int(min(free // _SHARE_OF_FREE, _MOST_BYTES))
 
 
 def choose_budget(

@@ -30,7 +30,7 @@ from equipoise.placement import Placement
 from equipoise.plan.transfer_plan import TransferPlan, make_plan
 from equipoise.topology import IntArray
 from equipoise.transfer.agreement import agree
-from equipoise.transfer.budget import StagingBudget, choose_budget, recall_spare, settle
+from equipoise.transfer.budget import StagingBudget, choose_budget, find_spare, settle
 from equipoise.transfer.mover import ChunkMover, Verify
 from equipoise.transfer.pipeline import Pipeline
 from equipoise.transfer.profile import reserve_buffers
@@ -113,7 +113,7 @@ def rearrange_expert_weights_inplace(
     checked.facts["options"] = repr((staging_bytes, is_profile, verify))
     num_chunks = 0
     try:
-        own = 0 if staging_bytes is not None else recall_spare(communicator, checked.device)
+        own = 0 if staging_bytes is not None else find_spare(checked.device)
         cutter = _Cutter(checked, communicator, group, staging_bytes)
         cut_early = None if is_profile else partial(cutter.try_cut, own)
         spare_bytes = agree(group, checked.facts, checked.problem, own, cut_early)

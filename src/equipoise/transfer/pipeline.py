@@ -125,9 +125,16 @@ class Pipeline:
         Collective: none; every rank, once the chunk is committed.
         """
         assert self._last is not None, "what was not received is not committed"
-        is_last = self._num_filled + 1 == len(self._shares)
         share = self._last.share
-        self._last.copies.run(gently=0.0 if is_last else self._find_pace(share, share.num_bytes))
+        match len(self._shares) - self._num_filled:
+            case 1:
+                pace = 0.0
+            case 2:
+                # What fills the last chunk's slots comes behind.
+                pace = _MOST_PACE
+            case _:
+                pace = self._find_pace(share, share.num_bytes)
+        self._last.copies.run(gently=pace)
         with self._changed:
             if self._device.type == "cuda":
                 stream = torch.cuda.current_stream(self._device)

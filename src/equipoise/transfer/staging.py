@@ -133,22 +133,40 @@ def share_plan(
         expert_bytes: [L] int64, bytes of one expert of each layer.
         staging_bytes: most that a chunk may bring to any rank; None for the least that works.
         in_place: whether received experts land in slots that stand empty, and are not staged.
-        ends_small: whether the last chunk is a single layer: nothing travels beside what fills its
-            slots.
+        ends_small: whether the last chunk is a single layer, since nothing travels beside what
+            fills its slots, and those before it are about alike, so that each leaves time to
+            prepare the next.
     Returns:
         One share per chunk; every layer that differs is in one of them.
     Collective: none; the same chunks on every rank.
     Raises: ConfigError if a layer does not fit `staging_bytes`.
     """
     chunks = plan.chunks(expert_bytes, staging_bytes)
-    if ends_small and chunks and len(chunks[-1]) > 1:
-        chunks = [*chunks[:-1], chunks[-1][:-1], chunks[-1][-1:]]
+    if ends_small:
+        chunks = _end_small(chunks, plan.staged_bytes(expert_bytes))
     # Layers in which slots only become empty have maps to switch, and nothing to stage.
     changed = (plan.old.slot_to_expert != plan.new.slot_to_expert).any(axis=1)
     idle = np.setdiff1d(np.flatnonzero(changed), plan.layer)
     if idle.size:
         chunks = [np.union1d(chunks[0], idle), *chunks[1:]] if chunks else [idle]
     return share_chunks(plan, rank, chunks, expert_bytes, in_place=in_place)
+
+
+def _end_small(chunks: list[IntArray], staged: IntArray) -> list[IntArray]:
+    """The same layers, the last on its own; staged: [L, R] bytes."""
+    if not chunks or len(chunks) == len(chunks[-1]) == 1:
+        return chunks
+    *chunks, end = [*chunks[:-1], chunks[-1][:-1], chunks[-1][-1:]]
+    if not len(chunks[-1]):
+        chunks.pop()
+    if len(chunks) > 1:
+        both = np.concatenate(chunks[-2:])
+        before = np.cumsum(staged[both], axis=0)
+        # The larger part, by where the second one begins; no larger than it was.
+        larger = np.maximum(before[:-1], before[-1] - before[:-1]).max(axis=1)
+        stop = int(np.flatnonzero(larger == larger.min())[-1]) + 1
+        chunks[-2:] = [both[:stop], both[stop:]]
+    return [*chunks, end]
 
 
 def share_chunks(
