@@ -141,6 +141,9 @@ def test_ranks_come_and_go_while_requests_are_served(controller: Controller) -> 
         assert (rehearsal.dry_run, rehearsal.done, rehearsal.joining) == (True, False, ("rank-2",))
         assert rehearsal.peak_bytes_per_rank is not None
         assert set(rehearsal.peak_bytes_per_rank) == {"rank-0", "rank-1", "rank-2"}
+        # Beside what a switch takes, the first step behind it.
+        assert rehearsal.pause_s is not None
+        assert rehearsal.pause_s > min(rank.step_s for rank in controller.status().ranks) > 0
         assert list_serving(controller) == ["rank-0", "rank-1"]
 
         up = controller.scale(to=3, timeout_s=WAIT_S)

@@ -83,6 +83,7 @@ class ElasticBench:
 class _Change:
     before: int
     after: int
+    expected_s: float
     report: ScaleReport
     step_s: dict[int, float]
     losses: dict[str, float]
@@ -176,6 +177,7 @@ def _change_all(
     for before, after in pairwise(bench.sizes):
         step_s = {before: _find_step_s(controller.status())}
         say(f"{before} to {after} ranks")
+        expected = controller.scale(to=after, dry_run=True, timeout_s=WAIT_S)
         report = controller.scale(to=after, timeout_s=WAIT_S)
         stream.wait_for(share, WAIT_S)
         status = controller.status()
@@ -184,7 +186,8 @@ def _change_all(
         pauses = [rank.pause_s for rank in status.ranks if rank.name in report.staying]
         report = replace(report, pause_s=max(pauses, default=0.0))
         losses = held_out.score(controller)
-        changes.append(_Change(before, after, report, step_s, losses))
+        expected_s = expected.pause_s or 0.0
+        changes.append(_Change(before, after, expected_s, report, step_s, losses))
     return changes
 
 
@@ -201,6 +204,7 @@ def _sum_up(
         f"without any token was {result.longest_gap_s * 1000:.0f} ms",
         "a pause is from the end of the last step before the switch to the end of the first one "
         "behind it, on the slowest rank; both are measured in steps of the larger size",
+        "expected: what a rehearsal of the change (`--dry-run`) said of the pause just before it",
         "a change counts from when its newcomers' processes have started and imported",
         "held-out loss: the largest difference of a kind's mean negative log-likelihood, after any "
         "of the changes, from the one before the first",
@@ -259,6 +263,7 @@ def _describe_change(change: _Change, link: float | None, *, is_cpu: bool) -> li
         "value": pause_ms / 1000 / step_s if is_cpu else pause_ms,
         "unit": "steps" if is_cpu else "ms",
         "pause_ms": pause_ms,
+        "expected_ms": change.expected_s * 1000,
         "step_ms": step_s * 1000,
         "bytes": report.bytes,
     }

@@ -15,6 +15,7 @@ _COLUMNS = (
     ("value", "value"),
     ("unit", "unit"),
     ("pause ms", "pause_ms"),
+    ("expected ms", "expected_ms"),
     ("step ms", "step_ms"),
     ("of link", "of_link"),
     ("goal", "goal"),

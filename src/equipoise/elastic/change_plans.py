@@ -71,16 +71,20 @@ def order_prepare(roster: Roster, plan: MembershipPlan) -> Message:
     return {"do": "prepare", "plan": plan.to_json(), "device_group": group}
 
 
-def foretell(change: Change, plan: MembershipPlan, serving: int, device: str) -> ScaleReport:
+def foretell(
+    change: Change, plan: MembershipPlan, roster: Roster, serving: int, device: str
+) -> ScaleReport:
     """What a change will take, of which nothing is done.
 
     Args:
         change: that was asked for.
         plan: of it.
+        roster: whose steps say how long the first one behind the switch will take.
         serving: the generation that serves.
         device: kind of device that weights are on.
     """
     expected = rehearse(plan, device)
+    step_s = max((one.step_s for one in roster.serving()), default=0.0)
     return ScaleReport(
         dry_run=True,
         done=False,
@@ -90,7 +94,7 @@ def foretell(change: Change, plan: MembershipPlan, serving: int, device: str) ->
         staying=tuple(one.name for one in plan.members if not one.is_newcomer),
         bytes=expected.bytes,
         peak_bytes_per_rank=dict(expected.peak_bytes_per_rank),
-        pause_s=expected.pause_s,
+        pause_s=expected.pause_s + step_s,
         notes=expected.notes,
     )
 

@@ -314,7 +314,9 @@ class Changes:
             self._abort(change, str(error))
             return
         if change.dry_run:
-            self._end(change, foretell(change, plan, self.generation, self._spec.device))
+            self._end(
+                change, foretell(change, plan, self._roster, self.generation, self._spec.device)
+            )
             return
         self._last_generation += 1
         change.plan = plan

@@ -33,7 +33,7 @@ class Rehearsal:
         bytes: weights that travel between ranks.
         restored_bytes: of experts that no rank holds.
         peak_bytes_per_rank: by name, weights held at once during the change.
-        pause_s: expected pause of a serving rank at the switch.
+        pause_s: expected of a serving rank at the switch, beside the first step behind it.
         notes: what else is worth knowing, one line each.
     """
 

@@ -127,6 +127,11 @@ class RankRecord:
             with contextlib.suppress(ChannelClosed):
                 self.channel.send(message)
 
+    @property
+    def step_s(self) -> float:
+        """Median seconds of its last steps, as it says; 0.0 before it has said so."""
+        return float(self.facts.get("step_s", 0.0))
+
     def describe(self, held: int, max_batch_size: int, silence_s: float) -> RankStatus:
         """As its users see it."""
         return RankStatus(
@@ -140,7 +145,7 @@ class RankRecord:
             running=held,
             room=max(0, max_batch_size - held) if self.state == "serving" else 0,
             near_deadline=round(self.longest_silence_s / silence_s, 3),
-            step_s=float(self.facts.get("step_s", 0.0)),
+            step_s=self.step_s,
             pause_s=self.pause_s,
             detail=self.detail,
             node=self.node,

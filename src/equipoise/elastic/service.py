@@ -220,7 +220,8 @@ class ScaleReport:
         staying: names of the others.
         bytes: weights that travel between ranks.
         peak_bytes_per_rank: by name, weights and buffers held at once.
-        pause_s: longest pause of a serving rank; an expectation where rehearsed.
+        pause_s: longest pause of a serving rank, the first step behind the switch included; an
+            expectation where rehearsed.
         prepare_s: seconds from the request, start of processes excluded, to the decision.
         total_s: the same up to serving at the full new size.
         notes: what else is worth knowing, one line each.
