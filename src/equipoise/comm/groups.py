@@ -75,6 +75,7 @@ class RankGroup:
         self._cpu_group: dist.ProcessGroup | None = cpu_group
         self._device_group: dist.ProcessGroup | None = device_group
         self._owns_device_group = owns_device_group
+        self._is_over = threading.Event()
         self._num_decisions = 0
         self._store_thread = StoreThread()
         # Asked by this rank, the oldest first; one thread at a time asks.
@@ -340,6 +341,18 @@ class RankGroup:
             oldest = self._asked.popleft()
             if self.rank == 0 and oldest not in self._asked:
                 self.store.delete_key(oldest)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether a rank is known to be dead; whoever waits for a device looks. Any thread."""
+        return self._is_over.is_set()
+
+    def end(self) -> None:
+        """A rank is known to be dead: what waits for it over NCCL would only by the deadline know.
+
+        Collective: none; any thread.
+        """
+        self._is_over.set()
 
     def close(self) -> None:
         """Let the groups go, those of the engine unharmed; twice is fine.

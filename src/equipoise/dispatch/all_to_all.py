@@ -155,6 +155,8 @@ class AllToAllDispatcher(TokenDispatcher):
         started_s = time.monotonic()
         while not reached.query():
             waited_s = time.monotonic() - started_s
+            if waited_s > _SPIN_S and self._group.is_over:
+                raise self._explain("a rank is known to be dead")
             if waited_s > self._group.timeout.total_seconds():
                 raise self._explain("the device still waits")
             if waited_s > _SPIN_S:

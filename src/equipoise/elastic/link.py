@@ -42,6 +42,7 @@ class ControllerLink:
         self._seat, self._describe = seat, describe
         self._beat_s, self._orphan_s = BEAT_S, 0.0
         self._met = ""
+        self._on_over: tuple[int, Callable[[], None]] | None = None
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._said, self._heard = Said(), Heard()
@@ -65,6 +66,19 @@ class ControllerLink:
         """Which service this rank is of: a controller that takes the place of another asks."""
         with self._lock:
             self._met = service
+
+    def watch(self, generation: int, on_over: Callable[[], None]) -> None:
+        """What to call as soon as the controller says that a generation is over.
+
+        The forward thread, which is told as well, may be waiting for the device just then, and the
+        device for the dead.
+
+        Args:
+            generation: that this rank serves in from now on.
+            on_over: called on the reading thread.
+        """
+        with self._lock:
+            self._on_over = (generation, on_over)
 
     @property
     def local_address(self) -> str:
@@ -122,6 +136,7 @@ class ControllerLink:
                     self._confirm(int(message["heard"]))
                 elif self._heard.is_new(message):
                     self._inbox.put(message)
+                    self._look(message)
                 if message.get("do") == "given up":
                     # Whoever calls again hears the same again.
                     return
@@ -135,6 +150,12 @@ class ControllerLink:
                 if not self._call_again():
                     self._inbox.put({"do": "abandoned"})
                     return
+
+    def _look(self, message: Message) -> None:
+        with self._lock:
+            watched = self._on_over
+        if message["do"] == "over" and watched and watched[0] == message["generation"]:
+            watched[1]()
 
     def _call_again(self) -> bool:
         with self._lock:

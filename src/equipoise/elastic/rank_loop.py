@@ -285,6 +285,7 @@ class RankLoop:
     ) -> None:
         """Serve in a generation from here on."""
         self._duty, self._lost_by = duty, None
+        self._link.watch(duty.generation, duty.group.end)
         if self._engine is None:
             self._make_engine(duty.parallel)
         self._find_engine().adopt(duty.parallel)
