@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from equipoise import EPLBConfig, ParallelModel, parallelize
+from equipoise import EPLBConfig, NearestReplicas, ParallelModel, parallelize
 from equipoise.comm.groups import RankGroup
 from equipoise.errors import ConfigError, ModelError, PlacementError, TransferError
 from equipoise.placement import Placement, measure_balancedness, place_in_order, spread_load
@@ -119,6 +119,23 @@ def test_replicas_take_turns_without_being_told_positions(rank: Rank) -> None:
     # One token per step and rank: its experts' replicas took one each.
     assert counts[:, :8].tolist() == counts[:, 8:].tolist()
     assert counts.sum() == 2 * TOP_K * LAYERS
+    parallel.close()
+    group.barrier()
+
+
+@processes(2)
+def test_replicas_may_be_the_nearest(rank: Rank) -> None:
+    group = rank.make_group()
+    table = np.array([[0, 1, 2, 3, 4, 5, 6, 7, 7, 6, 5, 4, 3, 2, 1, 0]] * LAYERS)
+    placement = Placement(table, EXPERTS, Topology(2, 8))
+    model = make_model("mixtral")
+    tokens = torch.tensor([[3, 4, 5, 6]])
+    with torch.inference_mode():
+        expected = model(input_ids=tokens, use_cache=False).logits
+    parallel = parallelize(model, group, placement=placement, replicas=NearestReplicas)
+    torch.testing.assert_close(run(parallel, tokens), expected)
+    own = parallel.spread.recorder.counts.view(LAYERS, 2, 8)[:, rank.rank]
+    assert own.sum() == parallel.spread.recorder.counts.sum() == tokens.numel() * TOP_K * LAYERS
     parallel.close()
     group.barrier()
 

@@ -21,6 +21,7 @@ from equipoise.config import EPLBConfig
 from equipoise.dispatch import create_dispatcher
 from equipoise.dispatch.base import TokenDispatcher
 from equipoise.dispatch.maps import PlacementMaps
+from equipoise.dispatch.turns import ReplicaChoice
 from equipoise.errors import ConfigError, ModelError
 from equipoise.load.recorder import LoadRecorder
 from equipoise.models.checkpoint import Checkpoint, Progress
@@ -178,6 +179,7 @@ def parallelize(
     dequantize: bool = False,
     progress: Progress | None = None,
     dispatcher: MakeDispatcher | None = None,
+    replicas: Callable[[int], ReplicaChoice] | None = None,
 ) -> ParallelModel:
     """Spread the experts of a Hugging Face model over a group.
 
@@ -199,6 +201,8 @@ def parallelize(
             read; on a CPU they always do.
         progress: told of the bytes read of a checkpoint, and of those due; from any thread.
         dispatcher: makes what tokens travel by, once for each set of layers; None for `torch`.
+        replicas: makes, from this rank, the choice of the replica that a token goes to, like
+            `NearestReplicas`; None for `SpreadReplicas`, to which a change of ranks returns.
     Collective: every rank of the group.
     Raises: ModelError if the model has no experts that can be taken over, or the checkpoint is not
         whole, in one line that says what and where; ConfigError,
@@ -215,6 +219,7 @@ def parallelize(
                 "dtype, attention, dequantize and progress are of a checkpoint, not of a model"
             )
         plans = _plan_sets(find_expert_sets(model), group, config, initial, dispatcher)
+        plans = _choose_replicas(plans, group, replicas)
         spread = take_over(model, plans, group.rank, WholeModel())
         model.to(group.device)
     else:
@@ -223,6 +228,7 @@ def parallelize(
             check_kernels(checkpoint.model)
         sets = find_expert_sets(checkpoint.model)
         plans = _plan_sets(sets, group, config, initial, dispatcher)
+        plans = _choose_replicas(plans, group, replicas)
         spread = load_spread(checkpoint, plans, group, progress)
     return assemble(spread, group, config, checkpoint, on_commit)
 
@@ -363,6 +369,18 @@ def _plan(
         dispatcher=make(group, placement.topology),
         recorder=LoadRecorder(placement.num_layers, placement.num_slots, group.device),
     )
+
+
+def _choose_replicas(
+    plans: list[SetPlan], group: RankGroup, replicas: Callable[[int], ReplicaChoice] | None
+) -> list[SetPlan]:
+    if replicas is None:
+        return plans
+    choice = replicas(group.rank)
+    return [
+        replace(plan, maps=PlacementMaps(plan.maps.placement, group.device, choice))
+        for plan in plans
+    ]
 
 
 def _add_models(parallel: ParallelModel) -> None:
