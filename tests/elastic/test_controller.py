@@ -156,6 +156,8 @@ def test_ranks_come_and_go_while_requests_are_served(controller: Controller) -> 
         down = controller.scale(remove=["rank-0"], timeout_s=WAIT_S)
         assert (down.leaving, down.generation) == (("rank-0",), up.generation + 1)
         assert list_serving(controller) == ["rank-1", "rank-2"]
+        # It ends with 0: any other end would be told as a death.
+        wait_until(lambda: [one.name for one in controller.status().ranks] == ["rank-1", "rank-2"])
         controller.rebalance()
         # A name comes back, as another rank.
         waiting = controller.scale(to=3, wait=False)
