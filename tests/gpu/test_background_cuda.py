@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,8 @@ from equipoise.comm.groups import RankGroup, has_nccl
 from equipoise.config import EPLBConfig
 from equipoise.dispatch.maps import PlacementMaps
 from equipoise.load.recorder import LoadRecorder
-from equipoise.placement import place_in_order
+from equipoise.load.window import LoadWindow
+from equipoise.placement import Placement, place_in_order
 from equipoise.policy import get_policy
 from equipoise.topology import Topology
 from tests.ranks import Rank, processes
@@ -122,6 +124,40 @@ def test_a_host_wait_for_the_device_has_a_deadline() -> None:
     with pytest.raises(TimeoutError, match=r"the device was not through within 0.1 s"):
         event.wait(0.1)
     torch.cuda.synchronize(device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("num_experts", "num_slots", "window_size"), [(5, 5, 1), (128, 130, 3), (200, 288, 2)]
+)
+def test_a_window_takes_a_step_in_one_launch_as_on_the_cpu(
+    num_experts: int, num_slots: int, window_size: int
+) -> None:
+    topology, num_layers = Topology(1, num_slots), 7
+    random = np.random.default_rng(num_slots)
+    devices = (torch.device("cpu"), torch.device("cuda", 0))
+    placement = place_in_order(num_layers, num_experts, topology)
+    windows = [LoadWindow(num_layers, num_experts, window_size, device) for device in devices]
+    recorders = [LoadRecorder(num_layers, num_slots, device) for device in devices]
+    maps = [PlacementMaps(placement, device) for device in devices]
+    for step in range(3 * window_size + 1):
+        if step % 2:
+            # Slots of experts that have others, some of them empty from here on.
+            table = np.full((num_layers, num_slots), -1)
+            table[:, :num_experts] = np.arange(num_experts)
+            num_more = (num_slots - num_experts) // 2
+            table[:, num_experts:][:, :num_more] = random.integers(num_experts, size=num_more)
+            table = random.permuted(table, axis=1)
+            for each in maps:
+                each.commit(Placement(table, num_experts, topology))
+        held = maps[0].placement.slot_to_expert >= 0
+        counts = torch.tensor(random.integers(1000, size=held.shape) * held)
+        for window, recorder, each in zip(windows, recorders, maps, strict=True):
+            recorder.counts.copy_(counts)
+            window.take(recorder.counts, each.slot_to_expert, each.expert_to_slots)
+            assert not recorder.counts.any()
+        assert torch.equal(windows[0].newest(), windows[1].newest().cpu())
+        assert torch.equal(windows[0].sum(), windows[1].sum().cpu())
 
 
 @pytest.mark.multi_gpu

@@ -48,6 +48,7 @@ class EplbModelState:
 
     def __post_init__(self) -> None:
         self._addresses = self._find_addresses()
+        self.window.bind(self.recorder.counts, self.maps.expert_to_slots)
 
     @property
     def expert_bytes(self) -> IntArray:
@@ -65,8 +66,7 @@ class EplbModelState:
 
         Collective: none; no host sync.
         """
-        self.window.push(self.recorder.counts, self.maps.slot_to_expert)
-        self.recorder.clear()
+        self.window.take(self.recorder.counts, self.maps.slot_to_expert, self.maps.expert_to_slots)
 
     def commit(self, target: Placement, layers: IntArray) -> None:
         """Switch the maps of layers whose slots have just been filled, and tell the engine.

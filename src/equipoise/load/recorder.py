@@ -23,13 +23,15 @@ class LoadRecorder:
     def __init__(self, num_layers: int, num_slots: int, device: torch.device) -> None:
         # One column more takes what must not count.
         self._buffer = torch.zeros(num_layers, num_slots + 1, dtype=torch.int64, device=device)
+        # A view costs as much as an operation, and every step asks for it.
+        self._counts = self._buffer[:, :-1]
         self._weight = torch.ones(1, dtype=torch.int64, device=device)
         self._enabled = True
 
     @property
     def counts(self) -> Tensor:
         """[L, P] int64, a view: tokens per slot since the last `clear`."""
-        return self._buffer[:, :-1]
+        return self._counts
 
     @property
     def enabled(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,45 @@ class LoadWindow:
         self._newest = self._step[:, :-1]
         self._rows = self._ring.unbind()
         self._next = 0
+        # On a GPU: what takes a step, and what it was bound to.
+        self._take: Callable[[int], None] | None = None
+        self._taken_from: tuple[Tensor, Tensor] | None = None
+
+    def bind(self, slot_counts: Tensor, expert_to_slots: Tensor) -> None:
+        """Have `take` ready for these tensors, rather than at the first step.
+
+        Args:
+            slot_counts: as for `take`, and so are the others.
+            expert_to_slots: of the placement.
+        Collective: none.
+        """
+        if slot_counts.is_cuda:
+            # Not at the top: Triton takes seconds to import, and is not there without CUDA.
+            from equipoise.load.window_kernel import bind_step
+
+            window = (self._ring, self._sum, self._newest)
+            self._take = bind_step(slot_counts, expert_to_slots, *window)
+            self._taken_from = (slot_counts, expert_to_slots)
+
+    def take(self, slot_counts: Tensor, slot_to_expert: Tensor, expert_to_slots: Tensor) -> None:
+        """As `push`, and start the counts again at zero; on a GPU in one launch.
+
+        Args:
+            slot_counts: [L, P] int64, tokens per slot in this step; none of empty slots.
+            slot_to_expert: as for `push`.
+            expert_to_slots: [L, E, most] int64, the same placement, padded with -1.
+        Collective: none; no host sync.
+        """
+        if not slot_counts.is_cuda:
+            self.push(slot_counts, slot_to_expert)
+            slot_counts.zero_()
+            return
+        known = self._taken_from
+        if known is None or known[0] is not slot_counts or known[1] is not expert_to_slots:
+            self.bind(slot_counts, expert_to_slots)
+        assert self._take is not None, "bound above"
+        self._take(self._next)
+        self._next = (self._next + 1) % len(self._rows)
 
     def push(self, slot_counts: Tensor, slot_to_expert: Tensor) -> None:
         """Add a step; the oldest leaves once there are `window_size`.
