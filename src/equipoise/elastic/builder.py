@@ -110,7 +110,7 @@ class Builder:
     ) -> None:
         self.parallel: ParallelModel | None = None
         self.haul = Haul()
-        self.needs_detour = False
+        self.needs_detour = self._needs_pause = False
         self._wait_aside = wait_aside
         self._plan, self._home, self._serving, self._store = plan, home, serving, store
         self._notify, self._try_out = notify, try_out
@@ -162,10 +162,7 @@ class Builder:
             )
             self._rehearse(self.parallel)
         self._synchronize()
-        # NIXL-EP lost the memory of a peer where a wire to that peer was closed: so this is before
-        # it connects them, or once it is through with those that leave.
-        if self._serving is None or len(plan.serving.held) == 1:
-            self._drop_bridge()
+        self._drop_bridge_early()
         return self._make_fingerprint()
 
     def interrupt(self) -> None:
@@ -259,6 +256,8 @@ class Builder:
             one.prepares_beside for one in self._dispatchers
         )
         self.needs_detour = not (beside or plan.is_recovery)
+        between = any(one.prepares_between_steps for one in self._dispatchers)
+        self._needs_pause = between and not plan.is_recovery
         if self._serving is None:
             assert checkpoint is not None, "as above"
             return build_newcomer(checkpoint, sets, plan, number)
@@ -349,8 +348,8 @@ class Builder:
         rule = None
         if checkpoint is not None:
             read = partial(read_copy, spread, checkpoint)
-            rule = CopyRule(self._plan.backup, self._number, kept_by, read)
-        return HostCopies({**kept, **{key: had[key] for key in stays}}, rule)
+            rule = CopyRule(self._plan.backup, self._number, kept_by, read, self._home.device)
+        return HostCopies(kept, rule, (had, stays))
 
     def _rehearse(self, parallel: ParallelModel) -> None:
         """Leave nothing for the first step to do for the first time."""
