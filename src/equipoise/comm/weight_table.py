@@ -109,6 +109,15 @@ class WeightTable:
         kept = num_bytes > 0
         return Spans(in_slot[kept], num_bytes[kept]), Spans(in_block[kept], num_bytes[kept])
 
+    def count_spans(self, layers: IntArray) -> IntArray:
+        """[n] int64, how many spans of each expert `pair_up` finds.
+
+        Args:
+            layers: [n] int64, of each expert.
+        """
+        counts: IntArray = np.count_nonzero(self._row_bytes, axis=1)[layers]
+        return counts
+
 
 @dataclass(frozen=True)
 class RowList:

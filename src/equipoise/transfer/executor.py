@@ -241,8 +241,9 @@ def _move_all(
     pipeline = Pipeline(mover, shares, _make_staging(shares, budget.num_buffers, device))
     patience_s = find_busy_s(int(shares.busiest_bytes.max()), mover.group)
     with pipeline.open(patience_s):
-        for number, share in enumerate(shares):
+        for number in range(len(shares)):
             problem = pipeline.receive()
+            share = pipeline.find_share(number)
             problem = _compare(mover, share, pipeline.find_buffer(number), verify, problem)
             stands = mover.group.decide("abort" if problem else "commit")
             if stands == "commit":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -160,6 +160,32 @@ class ChunkMover:
         if beside is not None:
             staged, slots = Spans.join([staged, beside[0]]), Spans.join([slots, beside[1]])
         return SpanCopies(staged, slots, staging.device, (staging, self.rows))
+
+    def prepare_many(self, shares: Sequence[ChunkShare], staging: Sequence[Tensor]) -> SpanCopies:
+        """What `prepare` makes of several chunks, at little more than the cost of one.
+
+        Args:
+            shares: this rank's.
+            staging: what each is staged into.
+        Returns:
+            A part for each chunk.
+        Collective: none.
+        """
+        columns = [
+            (
+                share.staged.layer[share.write_staged],
+                share.write_slot,
+                buffer.data_ptr() + share.staged.offset[share.write_staged],
+                share.staged.block_rows[share.write_staged],
+                share.staged.place[share.write_staged],
+            )
+            for share, buffer in zip(shares, staging, strict=True)
+        ]
+        layers, *others = (np.concatenate(column) for column in zip(*columns, strict=True))
+        slots, staged = self.table.pair_up(layers, *others)
+        chunk = np.repeat(np.arange(len(shares)), [len(share.write_slot) for share in shares])
+        part = np.repeat(chunk, self.table.count_spans(layers))
+        return SpanCopies(staged, slots, staging[0].device, (staging, self.rows), part)
 
     def _find_ends(
         self, share: ChunkShare, chosen: IntArray, slots: IntArray, staging: Tensor

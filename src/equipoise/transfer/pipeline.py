@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from equipoise.transfer.staging import ChunkShare
 _MOST_PACE = 4.0
 # For the peers' word on the first chunk: nothing travels meanwhile that work could go beside.
 _FIRST_WORD_S = 2e-3
+# Whose copies are made ready together: little more than those of one would take.
+_CHUNKS_AT_ONCE = 8
 # Between two looks at what has come, while a buffer is waited for.
 _LOOK_S = 2e-4
 
@@ -33,7 +35,7 @@ class _Chunk:
         share: this rank's.
         is_free: whether its buffer is.
         own: what stages this rank's own experts; None before it is made ready, and once it was run.
-        copies: what fills its slots.
+        copies: what fills its slots, as its part says.
         staged: recorded behind `own`; None on the CPU.
     """
 
@@ -41,6 +43,7 @@ class _Chunk:
     is_free: bool = False
     own: SpanCopies | None = None
     copies: SpanCopies = field(init=False)
+    part: int = 0
     staged: torch.cuda.Event | None = None
 
 
@@ -69,6 +72,7 @@ class Pipeline:
     def __init__(self, mover: ChunkMover, shares: Sequence[ChunkShare], staging: Tensor) -> None:
         self._mover = mover
         self._shares = shares
+        self._cut = cache(shares.__getitem__)
         self._staging = staging
         self._buffers = buffers = staging.unbind()
         self._device = staging.device
@@ -81,6 +85,7 @@ class Pipeline:
         self._is_stopped = False
         self._freed: list[torch.cuda.Event | None] = [None] * len(buffers)
         self._last: _Chunk | None = None
+        self._copies: SpanCopies
         self._course: Iterator[_Chunk] = iter(())
         self._thread: threading.Thread | None = None
 
@@ -103,6 +108,10 @@ class Pipeline:
     def find_buffer(self, number: int) -> Tensor:
         """Where a chunk is staged. Collective: none."""
         return self._buffers[number % len(self._buffers)]
+
+    def find_share(self, number: int) -> ChunkShare:
+        """This rank's share of a chunk. Collective: none."""
+        return self._cut(number)
 
     def receive(self) -> Exception | None:
         """Return when the next chunk is staged here.
@@ -134,7 +143,7 @@ class Pipeline:
                 pace = _MOST_PACE
             case _:
                 pace = self._find_pace(share, share.num_bytes)
-        self._last.copies.run(gently=pace)
+        self._last.copies.run(self._last.part, gently=pace)
         with self._changed:
             if self._device.type == "cuda":
                 stream = torch.cuda.current_stream(self._device)
@@ -238,7 +247,7 @@ class Pipeline:
         return event is None or bool(event.query())  # type: ignore[no-untyped-call]
 
     def _start(self, number: int) -> _Chunk:
-        mover, share, buffer = self._mover, self._shares[number], self.find_buffer(number)
+        mover, share, buffer = self._mover, self._cut(number), self.find_buffer(number)
         chunk = _Chunk(share, is_free=not self._holds)
         mover.start(share, buffer, partial(self._land, number, chunk) if self._holds else None)
         return chunk
@@ -247,7 +256,13 @@ class Pipeline:
         mover, buffer = self._mover, self.find_buffer(number)
         chunk.own = mover.prepare_own(chunk.share, buffer)
         self._stage_own(chunk)
-        chunk.copies = mover.prepare(chunk.share, buffer)
+        chunk.part = number % _CHUNKS_AT_ONCE
+        if chunk.part == 0:
+            some = range(number, min(number + _CHUNKS_AT_ONCE, len(self._shares)))
+            self._copies = mover.prepare_many(
+                [self._cut(each) for each in some], [self.find_buffer(each) for each in some]
+            )
+        chunk.copies = self._copies
         # By now what the peers have to say may have come.
         mover.communicator.advance()
 
