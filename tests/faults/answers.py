@@ -60,6 +60,13 @@ class AnswerStream:
             done = lambda: self.num_right >= until or bool(self.faults)  # noqa: E731
             return self._changed.wait_for(done, timeout_s) and not self.faults
 
+    def settle(self, timeout_s: float) -> bool:
+        """Wait until all that are under way now are answered; whether they were in time."""
+        with self._changed:
+            asked = set(self._known)
+            done = lambda: not asked & set(self._known) or bool(self.faults)  # noqa: E731
+            return self._changed.wait_for(done, timeout_s) and not self.faults
+
     def end(self, timeout_s: float) -> bool:
         """Send no more; whether all that were sent are answered in time."""
         with self._changed:

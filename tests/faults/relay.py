@@ -138,6 +138,11 @@ class Relay:
         if self._store is not None:
             self._store.cut()
 
+    def block_store(self, seconds: float) -> None:
+        """Let nothing through to the store for so long."""
+        if self._store is not None:
+            self._store.block(seconds)
+
     def close(self) -> None:
         """Let go of everything."""
         for line in self.lines:

@@ -6,13 +6,15 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
-Deed = Literal["kill", "hang", "slow", "cut", "store", "block", "delay", "scale", "rebalance"]
+Deed = Literal[
+    "kill", "hang", "slow", "cut", "store", "mute", "block", "delay", "scale", "rebalance"
+]
 """What is done.
 
 kill: the rank's process ends at once. hang: it is stopped, and woken only after it was given up,
 as a rank of a host that nobody can reach. slow: it is stopped for less than that. cut: its link to
-the controller drops. store: its connections to the store drop. block: for a while nothing of it
-reaches the controller or the store, and no new connection either. delay: what it says and hears
+the controller drops. store: its connections to the store drop. mute: for a while nothing of it
+reaches the store. block: nor the controller, and no new connection either. delay: what it says and hears
 takes longer for a while. scale, rebalance: what an operator asks for.
 """
 
@@ -25,6 +27,7 @@ WEIGHTS: dict[Deed, int] = {
     "slow": 10,
     "cut": 12,
     "store": 10,
+    "mute": 6,
     "block": 6,
     "delay": 10,
     "scale": 14,
@@ -84,7 +87,9 @@ def draw_schedule(seed: int, silence_s: float) -> Schedule:
     acts = []
     for _ in range(chance.choice((1, 1, 2, 2, 3, 4))):
         (deed,) = chance.choices(list(WEIGHTS), list(WEIGHTS.values()))
-        longest = {"block": 1.5 * silence_s, "slow": 0.5 * silence_s}.get(deed, 1.0)
+        longest = {"block": 1.5 * silence_s, "mute": 1.5 * silence_s, "slow": 0.5 * silence_s}.get(
+            deed, 1.0
+        )
         acts.append(
             Act(
                 deed,

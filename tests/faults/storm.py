@@ -28,7 +28,8 @@ SILENCE_S = 3.0
 TIMEOUT_S = 8.0
 PATIENCE_S = 120.0
 """Nothing may take longer, on the slowest machine, than this; what does, hangs."""
-MOMENT_S = 1.0
+MOMENT_S, CALM_S = 1.0, 0.2
+"""How long a moment of a change is waited for, at most, and while none is under way."""
 NUM_IN_FLIGHT = 8
 PER_RANK = {"controller": 6, "rank": 16}
 SLACK = 24
@@ -171,6 +172,8 @@ class Storm:
             rank.relay.channel.cut()
         elif act.deed == "store":
             rank.relay.cut_store()
+        elif act.deed == "mute":
+            rank.relay.block_store(act.seconds)
         elif act.deed == "block":
             rank.is_far = True
             for line in rank.relay.lines:
@@ -210,9 +213,14 @@ class Storm:
         return len(self._roster())
 
     def _await_moment(self, act: Act) -> None:
-        until = time.monotonic() + MOMENT_S
-        while act.moment != "now" and time.monotonic() < until:
-            if self.controller.status().phase == act.moment:
+        started = calm_since = time.monotonic()
+        while act.moment != "now" and time.monotonic() < started + MOMENT_S:
+            status = self.controller.status()
+            if status.phase == act.moment:
+                return
+            if status.phase in ("preparing", "committing", "retiring") or status.changes_waiting:
+                calm_since = time.monotonic()
+            elif time.monotonic() > calm_since + CALM_S:
                 return
             time.sleep(0.002)
 
@@ -233,7 +241,7 @@ class Storm:
 
     def _check(self) -> None:
         """Tokens, placements, and what is left behind."""
-        answered = self.stream.wait_for(2 * NUM_IN_FLIGHT, PATIENCE_S)
+        answered = self.stream.settle(PATIENCE_S)
         assert answered, self.stream.faults[:3] or "requests are not answered any more"
         self._check_placements()
         self._wait(self._are_gone, "processes that serve no more to end")
