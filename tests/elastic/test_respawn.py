@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from equipoise.elastic.reach import STORE
 from equipoise.elastic.respawn import MOST_RECOVERIES, STEADY_S, Recoveries, Respawn
 
 
@@ -41,6 +42,17 @@ def test_one_that_served_for_a_while_ends_the_count() -> None:
     assert respawn.may_try(2.0 + STEADY_S)
     respawn.note_failure(20.0)
     assert respawn.may_try(21.0)
+
+
+def test_a_rank_that_lacks_the_store_twice_in_a_row_is_gone_on_without() -> None:
+    recoveries = Recoveries()
+    assert recoveries.choose_cut_off({"rank-2": [STORE]}) == []
+    # Its connections had only dropped.
+    assert recoveries.choose_cut_off({}) == []
+    assert recoveries.choose_cut_off({"rank-2": [STORE], "rank-3": [STORE]}) == []
+    assert recoveries.choose_cut_off({"rank-2": [STORE], "rank-1": [STORE]}) == ["rank-2"]
+    # Who does not reach a peer is gone on without at once.
+    assert recoveries.choose_cut_off({"rank-0": ["rank-4"], "rank-5": [STORE]}) == ["rank-4"]
 
 
 def test_recoveries_without_a_step_end_unless_fewer_are_left_each_time() -> None:

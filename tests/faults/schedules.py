@@ -14,8 +14,8 @@ Deed = Literal[
 kill: the rank's process ends at once. hang: it is stopped, and woken only after it was given up,
 as a rank of a host that nobody can reach. slow: it is stopped for less than that. cut: its link to
 the controller drops. store: its connections to the store drop. mute: for a while nothing of it
-reaches the store. block: nor the controller, and no new connection either. delay: what it says and hears
-takes longer for a while. scale, rebalance: what an operator asks for.
+reaches the store. block: nor the controller, and no new connection either. delay: what it says and
+hears takes longer for a while. scale, rebalance: what an operator asks for.
 """
 
 Moment = Literal["now", "preparing", "committing", "retiring"]

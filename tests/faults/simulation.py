@@ -19,6 +19,7 @@ from equipoise.elastic.controller import TICK_S, Controller
 from equipoise.elastic.launcher import RankSeat
 from equipoise.elastic.membership import MembershipPlan
 from equipoise.elastic.orders import Change
+from equipoise.elastic.reach import STORE
 from equipoise.elastic.service import RequestFailed, ServiceRequest
 from equipoise.elastic.spec import ServiceSpec
 from equipoise.elastic.verdict import SWITCH, Word, settle
@@ -61,10 +62,14 @@ class Preparation:
     def get_ready(self, rank: PlayedRank) -> None:
         if rank.next is not self or not rank.is_alive or rank.is_stopped:
             return
+        if rank.lacks_store:
+            self.missed[rank.name] = [STORE]
+            self.learn(rank, Word.ABORT, "the store does not answer")
+            return
         everybody = self.here.values()
         cut_off = [one.name for one in everybody if one.is_cut_off and len(everybody) > 1]
         if cut_off:
-            self.missed = {one.name: [c for c in cut_off if c != one.name] for one in everybody}
+            self.missed |= {one.name: [c for c in cut_off if c != one.name] for one in everybody}
         if cut_off or not all(one.is_alive for one in everybody):
             self.fail(rank, "a participant does not answer")
             return

@@ -13,7 +13,7 @@ from equipoise.launch.processes import LocalLauncher
 from tests.elastic.services import list_serving, serving, streaming, wait_until
 from tests.elastic.test_controller_faults import kill
 from tests.faults.schedules import Act, Moment, Schedule
-from tests.faults.storm import SILENCE_S, Storm, open_storm
+from tests.faults.storm import SILENCE_S, TIMEOUT_S, Storm, open_storm
 
 pytestmark = [pytest.mark.more_faults, pytest.mark.timeout(300)]
 
@@ -44,6 +44,14 @@ SCRIPTS: dict[str, tuple[int, tuple[Act, ...]]] = {
             Act("scale", 0.2, "now", 3, 0.0),
             Act("store", 0.0, "preparing", 1, 0.0),
         ),
+    ),
+    "one does not reach the store for long, and another dies": (
+        0,
+        (Act("mute", 0.0, "now", 1, 4 * TIMEOUT_S), kill_at("now", 2)),
+    ),
+    "one does not reach the store for long as experts are balanced": (
+        0,
+        (Act("mute", 0.0, "now", 1, 4 * TIMEOUT_S), Act("rebalance", 0.1, "now", 1, 0.0)),
     ),
     "one is cut off from controller and store for long": (
         0,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property
 
@@ -41,13 +42,31 @@ class ChangeStore:
         self._origin, self._generation = store, generation
         self._is_called_off = threading.Event()
         self._why = ""
+        self._lock = threading.Lock()
+        self._asked_at: float | None = None
+
+    @property
+    def waited_s(self) -> float:
+        """How long the store has been asked something that it has not answered. Any thread."""
+        with self._lock:
+            return 0.0 if self._asked_at is None else time.monotonic() - self._asked_at
 
     @cached_property
     def _store(self) -> Store:
+        cloned: Store = self._origin.clone()  # type: ignore[attr-defined]
+        return _prefix(cloned, self._generation)
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        with self._lock:
+            self._asked_at = time.monotonic()
         try:
-            return _prefix(self._origin.clone(), self._generation)  # type: ignore[attr-defined]
+            yield
         except RuntimeError as error:
             raise StoreLost(f"the store does not answer: {error}") from error
+        finally:
+            with self._lock:
+                self._asked_at = None
 
     def call_off(self, why: str) -> None:
         """Any thread: end waits, now and later."""
@@ -58,19 +77,15 @@ class ChangeStore:
         """Raise CalledOff if this rank or another has called the change off."""
         if self._is_called_off.is_set():
             raise CalledOff(self._why)
-        try:
+        with self._asking():
             stands = self._store.get(_DECISION).decode() if self._store.check([_DECISION]) else ""
-        except RuntimeError as error:
-            raise StoreLost(f"the store does not answer: {error}") from error
         if stands.startswith(ABORT):
             raise CalledOff(stands.removeprefix(f"{ABORT}: "))
 
     def tell(self, key: str, value: str) -> None:
         """Put a value under a key. Raises: StoreLost."""
-        try:
+        with self._asking():
             self._store.set(key, value)
-        except RuntimeError as error:
-            raise StoreLost(f"the store does not answer: {error}") from error
 
     def hear(self, key: str, who: str, deadline: float) -> str:
         """Wait for a value.
@@ -101,10 +116,8 @@ class ChangeStore:
 
     def decide(self, proposal: str) -> str:
         """Settle the change: the first proposal to arrive stands, for all. Raises: StoreLost."""
-        try:
+        with self._asking():
             return str(self._store.compare_set(_DECISION, "", proposal).decode())
-        except RuntimeError as error:
-            raise StoreLost(f"the store does not answer: {error}") from error
 
 
 def call_off(store: Store, generation: int, reason: str) -> bool:

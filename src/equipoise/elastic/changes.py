@@ -32,7 +32,7 @@ from equipoise.elastic.change_plans import (
 )
 from equipoise.elastic.channel import Message
 from equipoise.elastic.orders import STAGE_ENDS, Change, Hands, settle_names
-from equipoise.elastic.reach import choose_cut_off
+from equipoise.elastic.reach import STORE
 from equipoise.elastic.respawn import MOST_RECOVERIES, Recoveries, Respawn
 from equipoise.elastic.roster import RankRecord, Roster, sort_names
 from equipoise.elastic.service import Busy, Phase, ScaleReport
@@ -389,9 +389,11 @@ class Changes:
 
     def _finish_abort(self, change: Change) -> None:
         if change.kind == "recover":
-            cut_off = self._roster.find_all(choose_cut_off(change.missed))
+            cut_off = self._roster.find_all(self._recoveries.choose_cut_off(change.missed))
             for record in cut_off:
-                self._hands.bury(record, f"{record.name} was given up: its peers do not reach it")
+                lacks_store = STORE in change.missed.get(record.name, ())
+                why = "it does not reach the store" if lacks_store else "its peers do not reach it"
+                self._hands.bury(record, f"{record.name} was given up: {why}")
             if not cut_off:
                 self._register(change.why)
             return

@@ -11,6 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from equipoise.elastic.change_store import ChangeStore
 from equipoise.errors import ConfigError, MembershipError
 
+STORE = "the store"
+"""Stands for it where ranks say whom they do not reach."""
+
 TRY_S = 3.0
 """Longest that a connection may take; on one network it takes less than a millisecond."""
 

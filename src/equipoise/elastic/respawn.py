@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from equipoise.elastic.reach import STORE, choose_cut_off
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +22,7 @@ class Recoveries:
     def __init__(self) -> None:
         self._last: tuple[int, Sequence[str]] | None = None
         self._num_in_a_row = 0
+        self._lacked: set[str] = set()
 
     def may_try(self, num_steps: int, survivors: Sequence[str]) -> bool:
         """Count a recovery; whether it may be tried.
@@ -32,6 +35,20 @@ class Recoveries:
         self._num_in_a_row = self._num_in_a_row + 1 if facts == self._last else 1
         self._last = facts
         return self._num_in_a_row <= MOST_RECOVERIES
+
+    def choose_cut_off(self, missed: Mapping[str, Collection[str]]) -> list[str]:
+        """Whom to go on without, after a recovery that came to nothing.
+
+        Its connections to the store may have dropped just then: a rank is given up for that only
+        if it does not reach the store twice in a row.
+
+        Args:
+            missed: by name, whom a participant does not reach; `STORE` for the store.
+        """
+        lacking = {name for name, others in missed.items() if STORE in others}
+        again, self._lacked = lacking & self._lacked, lacking
+        peers = {name: set(others) - {STORE} for name, others in missed.items()}
+        return sorted(again) or choose_cut_off(peers)
 
 
 class Respawn:
