@@ -16,7 +16,7 @@ from equipoise.elastic.bridge import Haul, Staged
 from equipoise.elastic.builder import Builder, Home, TryOut
 from equipoise.elastic.change_store import CalledOff, ChangeStore, StoreLost, say_abort
 from equipoise.elastic.membership import MembershipPlan
-from equipoise.elastic.reach import Unreachable
+from equipoise.elastic.reach import STORE, Unreachable
 from equipoise.elastic.retirement import Retirement
 from equipoise.elastic.verdict import SWITCH, Word
 from equipoise.errors import EquipoiseError, MembershipError
@@ -34,6 +34,9 @@ the change. For tests and logs."""
 
 _LOOK_S = 0.05
 """Between two looks whether the change was called off."""
+
+_STUCK_S = 1.0
+"""A store that takes longer to answer is one that this rank does not reach."""
 
 PARTS = ("build", "pull", "verify", "assemble", "rehearse", "ready", "decide")
 """What a watch hears, in order; a leaver assembles and rehearses nothing."""
@@ -81,7 +84,8 @@ class NextGeneration:
     Attributes:
         plan: as given.
         retirement: of what served before, once this rank has switched.
-        missed: by name, participants that a participant does not reach, where that ended it.
+        missed: by name, participants that a participant does not reach, where that ended it; or
+            this rank's name and `STORE`.
 
     Collective: none here; its thread meets those of all participants.
     Raises: MembershipError if this rank is no participant.
@@ -180,6 +184,8 @@ class NextGeneration:
                 now = time.monotonic()
                 if now > self._deadline:
                     self._give_up("what was decided could not be learned in time")
+                elif self._store.waited_s > self._home.timeout.total_seconds():
+                    self._give_up("the store does not answer")
                 elif now >= until:
                     break
                 else:
@@ -326,6 +332,8 @@ class NextGeneration:
         reason = str(error) or repr(error)
         if isinstance(error, Unreachable):
             self.missed = error.missed
+        elif isinstance(error, StoreLost):
+            self.missed = {self._home.name: [STORE]}
         if not isinstance(error, CalledOff):
             reason = f"{self._home.name}: {reason}"
         try:
@@ -351,6 +359,8 @@ class NextGeneration:
     def _give_up(self, reason: str) -> None:
         """Under the lock: this rank does not switch."""
         if not self._is_given_up:
+            if self._store.waited_s > _STUCK_S:
+                self.missed = {self._home.name: [STORE]}
             self._is_given_up = True
             self._state, self._word, self._reason = "aborted", Word.ABORT, reason
             self._changed.notify_all()
