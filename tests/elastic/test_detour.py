@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
+from typing import ClassVar
 
+import pytest
 import torch
 
 from equipoise import EPLBConfig
 from equipoise.comm.groups import RankGroup
 from equipoise.dispatch.all_to_all import AllToAllDispatcher
+from equipoise.elastic.membership import Deadlines
 from equipoise.elastic.placing import Redundancy
+from equipoise.errors import MembershipError
 from equipoise.topology import Topology
 from tests.elastic.scenario import Cast, begin, change, end, join_cast
 from tests.ranks import Rank, processes
@@ -34,6 +39,23 @@ class Careful(AllToAllDispatcher):
     def detour(self, is_on: bool) -> None:
         self.goes_straight = not is_on
         self.log.append("aside" if is_on else "straight")
+
+
+class BetweenSteps(AllToAllDispatcher):
+    """As NIXL-EP 1.4.0: a rank that serves connects others on the thread that serves."""
+
+    fails: ClassVar[bool] = False
+    connected: ClassVar[list[bool]] = []
+
+    @property
+    def prepares_between_steps(self) -> bool:
+        return True
+
+    def prepare(self, hidden_TD: torch.Tensor, slot_TK: torch.Tensor) -> None:  # noqa: N803
+        self.connected.append(threading.current_thread() is threading.main_thread())
+        if self.fails:
+            raise MembershipError("a peer died in the midst of it")
+        super().prepare(hidden_TD, slot_TK)
 
 
 def watch_connecting(cast: Cast, found: list[bool]) -> None:
@@ -73,7 +95,8 @@ def step_until(cast: Cast, log: list[str]) -> None:
     raise AssertionError(f"{find_log(cast)} did not become {log}")
 
 
-@processes(4, timeout_s=50.0)
+@pytest.mark.timeout(150)
+@processes(4, timeout_s=140.0)
 def test_tokens_make_way_and_come_back_together(rank: Rank) -> None:
     cast, found = join(rank)
     begin(cast, (0, 1, 2))
@@ -108,7 +131,8 @@ def fail_in(part: str) -> Callable[[str], None]:
     return watch
 
 
-@processes(3, timeout_s=50.0)
+@pytest.mark.timeout(150)
+@processes(3, timeout_s=140.0)
 def test_tokens_come_back_from_a_change_that_was_called_off(rank: Rank) -> None:
     cast, _ = join(rank)
     begin(cast, (0, 1))
@@ -119,4 +143,24 @@ def test_tokens_come_back_from_a_change_that_was_called_off(rank: Rank) -> None:
             step_until(cast, ["aside", "straight"] * times)
     if cast.parallel is not None:
         cast.check_placements()
+    end(cast)
+
+
+@pytest.mark.timeout(150)
+@processes(3, timeout_s=140.0)
+def test_who_serves_connects_others_between_two_steps(rank: Rank) -> None:
+    cast = join_cast(rank, CONFIG, Redundancy(), timeout_s=20.0)
+    cast.home = replace(cast.home, dispatcher=BetweenSteps)
+    begin(cast, (0,))
+    assert change(cast, 2, (0, 1)) in ("switched", "away")
+    assert BetweenSteps.connected == {0: [True], 1: [False], 2: []}[rank.rank]
+    # What fails there ends the change, not the generation that serves.
+    BetweenSteps.fails = rank.rank == 1
+    became = change(cast, 3, (0, 1, 2), deadlines=Deadlines(15.0, 10.0, 5.0))
+    assert became.startswith("aborted: ")
+    BetweenSteps.fails = False
+    assert change(cast, 4, (0, 1, 2)) == "switched"
+    cast.check_placements()
+    cast.meet(None)
+    cast.forward()
     end(cast)

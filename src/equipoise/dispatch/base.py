@@ -95,6 +95,11 @@ class TokenDispatcher(ABC):
         return True
 
     @property
+    def prepares_between_steps(self) -> bool:
+        """Whether `prepare` is for the thread that serves, if there is one, between two steps."""
+        return False
+
+    @property
     def slot_dtype(self) -> torch.dtype:
         """Of slot ids that need no conversion; others are converted."""
         return torch.int64

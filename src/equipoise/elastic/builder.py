@@ -148,7 +148,7 @@ class Builder:
         if spread is not None and self._group is not None:
             self._notify("assemble")
             self._store.check()
-            if self._home.config.communicator in OVER_NCCL:
+            if self.needs_detour and self._home.config.communicator in OVER_NCCL:
                 self._make_way()
             # From here on the parts are the parallel model's to close.
             self._dispatchers = []
@@ -364,10 +364,27 @@ class Builder:
             if self._try_out is not None:
                 self._try_out(parallel)
             self._synchronize()
+        self._drop_bridge_early()
         self._make_way()
         # In a recovery what the dead have left on the device may keep what connects.
         if not self._plan.is_recovery or all(one.prepares_beside for one in parallel.dispatchers):
-            try_together(parallel.spread, self._home.device)
+            try_together(parallel.spread, self._home.device, self._prepares_here)
+
+    def _prepares_here(self, dispatcher: TokenDispatcher) -> bool:
+        """On this thread, and not on the one that serves."""
+        if not dispatcher.prepares_between_steps:
+            return True
+        return self._serving is None and not self._plan.is_recovery
+
+    def connect_between_steps(self) -> None:
+        """The thread that serves, while `wait_aside` waits: what is for no other thread.
+
+        Collective: every member of the next generation.
+        Raises: TransferError or MembershipError if a rank does not take part in time.
+        """
+        if self.parallel is not None and self._needs_pause:
+            spread, device = self.parallel.spread, self._home.device
+            try_together(spread, device, lambda one: one.prepares_between_steps)
 
     def _serves_over_nccl(self) -> bool:
         if self._serving is None or self._plan.is_recovery:
@@ -375,9 +392,17 @@ class Builder:
         return has_nccl(self._serving.state.group.device_group)
 
     def _make_way(self) -> None:
-        """Have tokens leave nothing on devices that waits for a peer while ranks connect there."""
-        if self.needs_detour and self._wait_aside is not None:
-            self._wait_aside(self._deadline)
+        """Have tokens leave nothing on devices that waits for a peer while ranks connect there.
+
+        And have the thread that serves do its part of it; newcomers are there by then.
+        """
+        if not (self.needs_detour or self._needs_pause):
+            return
+        if self._wait_aside is None:
+            self._store.tell(f"connects/{self._home.name}", "yes")
+            return
+        self._store.hear_all("connects", self._plan.newcomers, self._deadline)
+        self._wait_aside(self._deadline)
 
     def _synchronize(self) -> None:
         """Wait for what this thread has enqueued on its stream."""
@@ -410,6 +435,14 @@ class Builder:
     def _make_fingerprint(self) -> str:
         facts = (self._plan.to_json(), self._home.config.model_dump_json())
         return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
+
+    def _drop_bridge_early(self) -> None:
+        """NIXL-EP lost the memory of a peer where a wire to that peer was closed.
+
+        So this is before it connects them, or once it is through with those that leave.
+        """
+        if self._serving is None or len(self._plan.serving.held) == 1:
+            self._drop_bridge()
 
     def _drop_bridge(self) -> None:
         bridge, self._bridge = self._bridge, None

@@ -121,6 +121,7 @@ class NextGeneration:
             and len(plan.newcomers) < len(plan.members)
         )
         self._is_aside = threading.Event()
+        self._not_connected = ""
         self._serves_aside = False
         self._started = time.monotonic()
         self._deadline = self._started + plan.deadlines.prepare_s + plan.deadlines.agree_s
@@ -212,13 +213,19 @@ class NextGeneration:
     def stand_aside(self) -> None:
         """Forward thread: all that serve are heard to be ready for it; tokens take a detour now.
 
+        What only this thread may connect is connected here; where that fails, the change does.
+
         Collective: every rank that serves, between the same two steps; waits for the device.
         Raises: TransferError if the device is not through with earlier exchanges in time.
         """
         assert self._serving is not None, "a newcomer has no tokens"
-        logger.info("%s: tokens take a detour while ranks connect", self._home.name)
+        logger.info("%s: tokens make way while ranks connect", self._home.name)
         for dispatcher in self._serving.dispatchers:
             dispatcher.detour(True)
+        try:
+            self._builder.connect_between_steps()
+        except EquipoiseError as error:
+            self._not_connected = str(error)
         self._is_aside.set()
 
     def drop(self, reason: str) -> None:
@@ -390,6 +397,8 @@ class NextGeneration:
             self._store.check()
             if time.monotonic() > deadline:
                 raise MembershipError(f"{self._home.name}: tokens did not make way in time")
+        if self._not_connected:
+            raise MembershipError(self._not_connected)
 
     def _notify(self, part: str) -> None:
         if self._watch is not None:

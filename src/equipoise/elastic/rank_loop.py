@@ -142,6 +142,8 @@ class RankLoop:
             self._forget_next("it was called off")
         elif meeting.word is Word.ASIDE and self._next is not None:
             self._next.stand_aside()
+            # What was captured may use what has been connected anew.
+            engine.adopt(duty.parallel)
         elif meeting.word is Word.BACK:
             self._detour.end(duty.parallel.dispatchers)
         self._is_busy = meeting.works

@@ -6,6 +6,7 @@ seconds in which all ranks would wait for one another.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -92,19 +93,22 @@ def try_choices(spread: ExpertParallelModel, device: torch.device) -> None:
 
 
 @torch.inference_mode()
-def try_together(spread: ExpertParallelModel, device: torch.device) -> None:
+def try_together(
+    spread: ExpertParallelModel, device: torch.device, which: Callable[[TokenDispatcher], bool]
+) -> None:
     """Have the dispatchers of a generation connect its ranks.
 
     Args:
         spread: of the generation.
         device: of its weights.
+        which: of the dispatchers.
     Collective: every rank of the generation.
     Raises: TransferError or MembershipError within the deadline if a rank does not take part.
     """
     config: Any = spread.model.config.get_text_config()
     width, top_k = config.hidden_size, _find_top_k(spread)
     dtype = spread.model.dtype
-    for one in spread.sets:
+    for one in (one for one in spread.sets if which(one.dispatcher)):
         topology = one.maps.placement.topology
         # A token for each rank, to its first slot.
         hidden = torch.zeros(topology.num_ranks, width, dtype=dtype, device=device)

@@ -192,11 +192,15 @@ class NixlEPDispatcher(TokenDispatcher):
         """As the kernels want them."""
         return self._slot_dtype
 
+    @property
+    def prepares_between_steps(self) -> bool:
+        """With a NIXL-EP that does not connect ranks while others' tokens travel."""
+        return not self._manager.connects_beside_dispatch
+
     def prepare(self, hidden_TD: Tensor, slot_TK: Tensor) -> None:
-        """As the contract says: connect the ranks and leave them masked, if it can."""
+        """As the contract says: connect the ranks and leave them masked."""
         del hidden_TD, slot_TK
-        if self._manager.connects_beside_dispatch:
-            self._manager.stage(self._group, self.members)
+        self._manager.stage(self._group, self.members)
 
     def isolate(self) -> TokenDispatcher | None:
         """As the contract says; takes up to `shape.max_tokens` tokens of differing slots.
