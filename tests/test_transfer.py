@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from equipoise.plan.transfer_plan import make_plan
 from equipoise.topology import IntArray, Topology
 from equipoise.transfer import TransferStats, rearrange_expert_weights_inplace
 from equipoise.transfer.checksum import sum_experts
+from equipoise.transfer.pipeline import Pipeline
 from tests.expert_weights import Shapes, random_placement, random_shapes
 from tests.ranks import Rank, processes
 
@@ -297,3 +300,20 @@ def test_weights_that_do_not_fit_are_refused(rank: Rank) -> None:
             run(weights)
     with pytest.raises(PlacementError, match="placement is for 2 ranks, the group has 1"):
         run([[torch.zeros(2, 1)], [torch.zeros(2, 2)]], place_in_order(2, 4, Topology(2, 2)))
+
+
+@processes(2)
+def test_what_was_staged_is_let_go_of_at_once(rank: Rank) -> None:
+    group = rank.make_group()
+    topology = Topology(2, 4)
+    rng = np.random.default_rng(3)
+    old, new = (random_placement(rng, len(SHAPES.layers), 8, topology) for _ in range(2))
+    weights = SHAPES.weights(old, rank.rank)
+    communicator = create_eplb_communicator(group, "torch_gloo", weights)
+    gc.collect()
+    gc.disable()
+    rearrange_expert_weights_inplace(old, new, weights, communicator, group)
+    # What only the collector would free is memory that nobody else gets meanwhile.
+    assert not any(isinstance(each, Pipeline) for each in gc.get_objects())
+    gc.enable()
+    communicator.close()

@@ -15,7 +15,7 @@ import torch
 from equipoise.comm import create_eplb_communicator
 from equipoise.comm.base import EplbCommunicator, ExpertMoves
 from equipoise.comm.groups import RankGroup
-from equipoise.comm.span_copies import SpanCopies
+from equipoise.comm.span_copies import SpanCopies, warm_up
 from equipoise.comm.spans import Spans
 from equipoise.errors import EquipoiseError, TransferError
 from equipoise.placement import Placement, place_in_order
@@ -182,6 +182,8 @@ def test_copies_made_on_one_stream_run_on_another_as_they_were_made() -> None:
     halves = np.array([half, half])
     here = Spans(source.data_ptr() + np.array([0, half]), halves)
     there = Spans(target.data_ptr() + np.array([half, 0]), halves)
+    # Importing Triton takes longer than the GPU sleeps.
+    warm_up(device)
     torch.cuda.synchronize(device)
     slow = torch.cuda.Stream(device)
     with torch.cuda.stream(slow):

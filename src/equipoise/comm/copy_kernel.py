@@ -22,7 +22,7 @@ _NUM_LANES = 32
 # At a time, where a wire reads and writes the same memory: copies that take all of its bandwidth
 # slow the wire down by more than they gain. Each copies about 7 GB/s. Not more spans by fewer
 # programs: then NCCL's wires, which pack, waited for that.
-_GENTLE_PROGRAMS = 96
+_GENTLE_PROGRAMS = 64
 # More spans than programs are copied by so many launches behind each other, at most.
 _MOST_LAUNCHES = 8
 

@@ -19,6 +19,7 @@ from equipoise.transfer.mover import ChunkMover
 from equipoise.transfer.staging import ChunkShare
 
 _MOST_PACE = 4.0
+_PACE_UNLESS_HELD = 1.5
 # For the peers' word on the first chunk: nothing travels meanwhile that work could go beside.
 _FIRST_WORD_S = 2e-3
 # Whose copies are made ready together: little more than those of one would take.
@@ -294,7 +295,9 @@ class Pipeline:
         """
         if len(self._buffers) == 1 or not num_bytes:
             return 0.0
-        return min(max(1.0, num_bytes / max(1, share.remote_bytes)), _MOST_PACE)
+        # A wire that cannot hold waits for the buffer before it begins.
+        least = 1.0 if self._holds else _PACE_UNLESS_HELD
+        return min(max(least, num_bytes / max(1, share.remote_bytes)), _MOST_PACE)
 
     def _stop(self) -> None:
         with self._changed:
@@ -302,12 +305,13 @@ class Pipeline:
             self._changed.notify_all()
         if self._num_filled < len(self._shares):
             self._mover.communicator.interrupt()
-        if self._thread is None:
-            return
-        self._thread.join(self._patience_s)
-        if self._thread.is_alive():
-            rank = self._mover.group.rank
-            raise TransferError(f"rank {rank}: the transfer's thread does not end", rank=rank)
+        # It holds this, and with it the staging, until somebody collects garbage.
+        self._course = iter(())
+        if self._thread is not None:
+            self._thread.join(self._patience_s)
+            if self._thread.is_alive():
+                rank = self._mover.group.rank
+                raise TransferError(f"rank {rank}: the transfer's thread does not end", rank=rank)
 
     def _own_stream(self) -> contextlib.AbstractContextManager[object]:
         """So that staging does not wait for slots that are being filled."""
