@@ -12,7 +12,15 @@ import torch
 from typer.testing import CliRunner
 
 from equipoise.bench.step import compare_steps
-from equipoise.bench.step_case import BUNDLED, Compared, ExpertTime, Setting, StepSpec, Timed
+from equipoise.bench.step_case import (
+    BUNDLED,
+    Compared,
+    ExpertTime,
+    Setting,
+    StepSpec,
+    Timed,
+    predict_experts,
+)
 from equipoise.bench.step_loads import read_shares
 from equipoise.bench.step_model import Routes, build_model
 from equipoise.cli.app import app
@@ -52,8 +60,11 @@ def test_every_case_is_measured_or_says_what_it_needs() -> None:
     assert before["imbalance"] > after["imbalance"] >= 1
     assert before["tokens_per_s"] > 0
     for row in (before, after):
-        assert row["parts"]["slowest_experts_s"] > row["parts"]["experts_s"] > 0
-        assert min(row["parts"].values()) > 0
+        parts = row["parts"]
+        by_rank = parts.pop("experts_s")
+        assert len(by_rank) == 2
+        assert 0 < min(by_rank) <= max(by_rank) < parts["slowest_experts_s"] < sum(by_rank)
+        assert min(parts.values()) > 0
     gain = rows["prefill", "gain over the predicted one"]
     prefill = next(said for said in heard if isinstance(said, Compared) and said.case == "prefill")
     assert gain["gained_s"] == np.median(prefill.off.step_s - prefill.on.step_s)
@@ -67,10 +78,13 @@ def test_a_prediction_is_the_slowest_ranks_of_each_layer() -> None:
     rows = np.array([[[10, 30]], [[20, 20]]])
     slots = np.array([[[2, 4]], [[3, 3]]])
     timed = Timed(np.ones(2), np.zeros(2), 0, rows, slots)
-    expert_time = ExpertTime(1.0, 0.1, 10.0, 0.0)
-    assert expert_time.predict(timed, 2) == pytest.approx((44 + 33) / 2)
+    time = ExpertTime(1.0, 0.1, 10.0, 0.0)
+    assert predict_experts((time, time), timed, 2) == pytest.approx((44 + 33) / 2)
     # Of one device they compute one after the other.
-    assert expert_time.predict(timed, 1) == pytest.approx((22 + 44 + 33 + 33) / 2)
+    assert predict_experts((time, time), timed, 1) == pytest.approx((22 + 44 + 33 + 33) / 2)
+    # A device that is slower is waited for at an even load.
+    slow = ExpertTime(1.0, 0.2, 10.0, 0.0)
+    assert predict_experts((slow, time), timed, 2) == pytest.approx((44 + 35) / 2)
 
 
 def test_tokens_go_to_experts_as_often_as_their_shares_say() -> None:

@@ -18,6 +18,7 @@ from equipoise.bench.step_case import (
     StepSaid,
     StepSpec,
     Timed,
+    predict_experts,
 )
 from equipoise.bench.step_loads import read_shares
 from equipoise.launch.local import run_local
@@ -36,8 +37,8 @@ _NOTES = (
     "often as those of gpt-oss-20b went in text of one kind, whose experts each stand for as many "
     "neighbours as are needed, and experts begin in order. Each step's time is the slowest rank's.",
     "gain: seconds that a step is shorter on the balanced placement, median over pairs of steps by "
-    "turns, over what a plane through measured times of the experts by rows and occupied slots "
-    "predicts from the measured loads, the slowest rank of each layer counting.",
+    "turns, over what planes through each rank's measured times of experts by rows and occupied "
+    "slots predict from the measured loads, the slowest rank of each layer counting.",
     "stall: decode steps with rebalances in the background back to back, experts' loads changing "
     "names between them, and without, in blocks by turns. Decode leaves out steps that take "
     "prompts.",
@@ -172,9 +173,9 @@ def _judge(said: Compared, off: Row, on: Row, spec: StepSpec, num_devices: int) 
 
 
 def _judge_gain(said: Compared, spec: StepSpec, num_devices: int, row: Row) -> Row:
-    expert_time = said.expert_time
-    assert expert_time is not None
-    before_s, after_s = (expert_time.predict(one, num_devices) for one in (said.off, said.on))
+    before_s, after_s = (
+        predict_experts(said.expert_times, one, num_devices) for one in (said.off, said.on)
+    )
     predicted = before_s - after_s
     pairs = said.off.step_s - said.on.step_s
     gained = float(np.median(pairs))
@@ -188,12 +189,7 @@ def _judge_gain(said: Compared, spec: StepSpec, num_devices: int, row: Row) -> R
         # What a median's error is, were the pairs normal.
         "gained_error_s": 0.93 * spread / len(pairs) ** 0.5,
         "predicted_s": predicted,
-        "expert_time": {
-            "fixed_s": expert_time.fixed_s,
-            "token_s": expert_time.token_s,
-            "slot_s": expert_time.slot_s,
-            "worst_deviation": expert_time.worst,
-        },
+        "expert_times": [asdict(one) for one in said.expert_times],
     }
     is_full = spec.size == SCALED and spec.prefill_tokens == _PREFILL_TOKENS
     is_full = is_full and num_devices == spec.num_ranks
@@ -203,24 +199,28 @@ def _judge_gain(said: Compared, spec: StepSpec, num_devices: int, row: Row) -> R
 
 
 def _say_gain(row: Row) -> str:
-    plane = row["expert_time"]
+    planes = "; ".join(
+        f"on rank {rank} {one['fixed_s'] * 1e6:.3g} us and {one['token_s'] * 1e9:.3g} ns a row "
+        f"and {one['slot_s'] * 1e6:.3g} us an occupied slot, measured times up to "
+        f"{one['worst']:.0%} off"
+        for rank, one in enumerate(row["expert_times"])
+    )
     return (
         f"{row['case']}: balanced steps are {row['gained_s'] * 1e3:.3g} "
         f"+- {row['gained_error_s'] * 1e3:.2g} ms shorter, predicted "
-        f"{row['predicted_s'] * 1e3:.3g} ms: a layer's experts take "
-        f"{plane['fixed_s'] * 1e6:.3g} us and {plane['token_s'] * 1e9:.3g} ns a row and "
-        f"{plane['slot_s'] * 1e6:.3g} us an occupied slot, measured times up to "
-        f"{plane['worst_deviation']:.0%} off."
+        f"{row['predicted_s'] * 1e3:.3g} ms: a layer's experts take {planes}."
     )
 
 
 def _say_parts(row: Row) -> str:
-    parts = {name: f"{seconds * 1e3:.3g}" for name, seconds in row["parts"].items()}
+    parts = row["parts"]
+    by_rank = ", ".join(f"{seconds * 1e3:.3g}" for seconds in parts["experts_s"])
+    others = {name: f"{parts[name] * 1e3:.3g}" for name in parts if name != "experts_s"}
     return (
-        f"{row['case']}, {row['what']}, by parts of a step, in ms: experts {parts['experts_s']} "
-        f"({parts['slowest_experts_s']} on each layer's slowest rank), dispatch "
-        f"{parts['dispatch_s']} and combine {parts['combine_s']}, waits for others included, "
-        f"between layers {parts['between_s']}."
+        f"{row['case']}, {row['what']}, by parts of a step, in ms: experts {by_rank} by rank, "
+        f"{others['slowest_experts_s']} on each layer's slowest; dispatch {others['dispatch_s']} "
+        f"and combine {others['combine_s']}, waits for others included; between layers "
+        f"{others['between_s']}."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -144,17 +145,29 @@ class ExpertTime:
     slot_s: float
     worst: float
 
-    def predict(self, timed: Timed, num_devices: int) -> float:
-        """Seconds of all layers' experts in a step, mean over steps; the slowest device counts.
+    def predict(self, rank_tokens: FloatArray, occupied: FloatArray) -> FloatArray:
+        """Seconds for so many rows in so many slots, of the shape of both. Collective: none."""
+        return self.fixed_s + self.token_s * rank_tokens + self.slot_s * occupied
 
-        Args:
-            timed: what came to the ranks.
-            num_devices: that the ranks take turns over; those of one compute one after the other.
-        Collective: none.
-        """
-        seconds = self.fixed_s + self.token_s * timed.rank_tokens + self.slot_s * timed.occupied
-        by_device = [seconds[:, :, first::num_devices].sum(2) for first in range(num_devices)]
-        return float(np.max(by_device, axis=0).sum(axis=1).mean())
+
+def predict_experts(times: Sequence[ExpertTime], timed: Timed, num_devices: int) -> float:
+    """Seconds of all layers' experts in a step, mean over steps; the slowest device counts.
+
+    Args:
+        times: of each rank.
+        timed: what came to the ranks.
+        num_devices: that the ranks take turns over; those of one compute one after the other.
+    Collective: none.
+    """
+    seconds = np.stack(
+        [
+            one.predict(timed.rank_tokens[:, :, rank], timed.occupied[:, :, rank])
+            for rank, one in enumerate(times)
+        ],
+        axis=2,
+    )
+    by_device = [seconds[:, :, first::num_devices].sum(2) for first in range(num_devices)]
+    return float(np.max(by_device, axis=0).sum(axis=1).mean())
 
 
 @dataclass(frozen=True)
@@ -163,14 +176,14 @@ class StepParts:
 
     Attributes:
         dispatch_s: in sending tokens, waits for other ranks included; mean over ranks.
-        experts_s: of the experts; mean over ranks.
+        experts_s: of the experts; of each rank.
         slowest_experts_s: the same on each layer's slowest rank.
         combine_s: in bringing outputs home, waits included; mean over ranks.
         between_s: from one layer's experts to the next one's; mean over ranks.
     """
 
     dispatch_s: float
-    experts_s: float
+    experts_s: tuple[float, ...]
     slowest_experts_s: float
     combine_s: float
     between_s: float
@@ -184,7 +197,7 @@ class Compared:
         case: which.
         off: without balancing; without what the case is about.
         on: with it.
-        expert_time: of the MoE part, where the case predicts something.
+        expert_times: of the MoE part on each rank, where the case predicts something.
         parts: of steps that take prompts, as it came and balanced.
         moves: experts that travelled.
         rebalances: that ended.
@@ -193,7 +206,7 @@ class Compared:
     case: CaseName
     off: Timed
     on: Timed
-    expert_time: ExpertTime | None = None
+    expert_times: tuple[ExpertTime, ...] = ()
     parts: tuple[StepParts, StepParts] | None = None
     moves: int = 0
     rebalances: int = 0

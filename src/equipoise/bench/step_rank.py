@@ -6,7 +6,7 @@ Axis letters: L layers, R ranks, S slots per rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +17,7 @@ from equipoise.balancer import RebalanceOutcome
 from equipoise.bench.step_case import (
     CaseName,
     Compared,
+    ExpertTime,
     LeftOut,
     Setting,
     StepParts,
@@ -266,9 +267,14 @@ class _Bench:
         slot_count = torch.cat([self._sum_counts(tally).flatten(0, 2) for tally in tallies])
         random = torch.Generator().manual_seed(self._spec.seed)
         chosen = torch.randperm(len(slot_count), generator=random)[:_NUM_TIMED]
-        expert_time = measure_experts(balanced, slot_count[chosen])
+        expert_times = self._gather(measure_experts(balanced, slot_count[chosen]))
         parts = None if decodes else self._time_parts(sides, between)
-        return Compared(case, off, on, expert_time, parts, between.moves, between.rebalances)
+        return Compared(case, off, on, expert_times, parts, between.moves, between.rebalances)
+
+    def _gather(self, own: ExpertTime) -> tuple[ExpertTime, ...]:
+        """Of every rank: no two devices are as fast."""
+        values = torch.tensor(astuple(own), dtype=torch.float64)
+        return tuple(ExpertTime(*said.tolist()) for said in self._group.all_gather(values))
 
     def _time_parts(self, sides: tuple[Fed, Fed], into: _Tally) -> tuple[StepParts, StepParts]:
         """Some more steps, whose parts are marked: marks take time of their own."""
