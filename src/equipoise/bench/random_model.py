@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from math import isqrt
 from pathlib import Path
@@ -27,6 +29,7 @@ class _Stored(NamedTuple):
 _STORED = {"float32": _Stored("F32", 4), "bfloat16": _Stored("BF16", 2)}
 _POOL_FLOATS = 1 << 22
 """Random numbers that are drawn; each tensor is another stretch of them."""
+_NUM_WRITERS = 8
 
 
 def write_random_model(
@@ -127,15 +130,26 @@ def _write_weights(
     pool = random.standard_normal(max(_POOL_FLOATS, 4 * most), dtype=np.float32)
     pool *= hidden**-0.5
     kept = _narrow(pool, stored)
-    with path.open("wb") as file:
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(_NUM_WRITERS) as writers:
         file.write(struct.pack("<Q", len(text)) + text)
+        jobs = []
         for name, shape in shapes.items():
             count = int(np.prod(shape))
             first = int(random.integers(0, len(pool) - count + 1))
             some = kept[first : first + count]
             if "norm" in name:
                 some = _narrow(np.ones(count, dtype=np.float32), stored)
-            file.write(some.data)
+            start = 8 + len(text) + header[name]["data_offsets"][0]
+            jobs.append(writers.submit(_write_at, file.fileno(), some, start))
+        for job in jobs:
+            job.result()
+
+
+def _write_at(descriptor: int, values: NDArray[Any], start: int) -> None:
+    left = memoryview(values).cast("B")
+    while left:
+        written = os.pwrite(descriptor, left, start)
+        left, start = left[written:], start + written
 
 
 def _narrow(values: NDArray[np.float32], stored: _Stored) -> NDArray[Any]:

@@ -159,7 +159,7 @@ def _kill_all(
         stream.take_gap_s()
         os.kill(victim.pid, signal.SIGKILL)
         kill = _watch_recovery(controller, stream, number, _Kill(victim.name), started)
-        say(f"the next token came after {kill.next_token_s:.2f} s")
+        say(f"the next token came after {kill.next_token_s:.2f} s; {kill.tell_parts()}")
         num_ranks = bench.num_ranks if bench.respawn else bench.num_ranks - number - 1
         full_s = _wait_for_size(controller, num_ranks, started)
         kills.append(replace(kill, full_s=full_s))
