@@ -181,6 +181,7 @@ class Player:
         self.rates: list[float] = []
         self.detour = Detour()
         self.used_bytes: list[int] = []
+        self.has_left = False
 
     def open_buffer(self) -> None:
         """NIXL-EP's, of the process: it outlives generations."""
@@ -203,6 +204,10 @@ class Player:
 
     def change(self, number: int, names: tuple[str, ...]) -> None:
         store = self.rank.store
+        if self.has_left and self.manager is not None:
+            # As where a process has ended, and another begins.
+            self.manager.close()
+            self.open_buffer()
         if self.parallel is not None:
             self.parallel.state.pause()
         if self.parallel is not None and self.parallel.state.group.rank == 0:
@@ -227,6 +232,7 @@ class Player:
         steps, self.step_s = sorted(self.step_s), []
         started = time.perf_counter()
         self.parallel, self.names = next_one.switch(), names
+        self.has_left = self.parallel is None
         if self.parallel is not None:
             self.serve()
         pause_s = time.perf_counter() - started
@@ -247,10 +253,6 @@ class Player:
             self.serve_until_straight()
         if next_one.retirement is not None:
             assert next_one.retirement.wait(60.0)
-        if self.parallel is None and self.manager is not None:
-            # As a process that ends, and another that begins.
-            self.manager.close()
-            self.open_buffer()
 
     def note_memory(self) -> None:
         """What the device has in use, of all that uses it, but for what torch keeps for itself."""
@@ -266,8 +268,13 @@ class Player:
         settled = settle([int(each) for each in heard])
         if settled is Word.ASIDE:
             assert next_one is not None
+            started = time.perf_counter()
             next_one.stand_aside()
-            print(f"{self.home.name}: a detour after {len(self.step_s)} steps", flush=True)
+            seconds = time.perf_counter() - started
+            print(
+                f"{self.home.name}: made way after {len(self.step_s)} steps, in {seconds:.4f} s",
+                flush=True,
+            )
             return Word.OPEN
         return settled
 

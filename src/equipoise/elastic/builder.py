@@ -257,7 +257,8 @@ class Builder:
         )
         self.needs_detour = not (beside or plan.is_recovery)
         between = any(one.prepares_between_steps for one in self._dispatchers)
-        self._needs_pause = between and not plan.is_recovery
+        # Those that have served together are connected.
+        self._needs_pause = between and bool(plan.newcomers) and not plan.is_recovery
         if self._serving is None:
             assert checkpoint is not None, "as above"
             return build_newcomer(checkpoint, sets, plan, number)
