@@ -164,6 +164,30 @@ def test_every_rank_generates_its_own_batch(rank: Rank, communicator: str) -> No
     group.close()
 
 
+@pytest.mark.multi_gpu
+@processes(2, timeout_s=110)
+def test_what_is_compiled_over_static_caches_leaves_experts_out(rank: Rank) -> None:
+    """transformers compiles on a GPU what generates over a cache of fixed size."""
+    from torch._dynamo.utils import counters
+
+    # A rank that compiles longer is waited for.
+    group = rank.make_group(device="cuda", device_group="nccl", timeout_s=60)
+    plain: Any = make_tiny(find_family("Qwen3MoeExperts")).to(group.device)
+    plain.set_experts_implementation("batched_mm")
+    parallel = parallelize(copy.deepcopy(plain), group, configure("torch_nccl"))
+    parallel.model.set_experts_implementation("batched_mm")
+    request = make_request(group.rank)
+    given = {name: request[name].to(group.device) for name in ("input_ids", "attention_mask")}
+    wanted = plain.generate(**(request | given))
+    for _ in range(2):
+        tokens = parallel.generate(**(request | given), cache_implementation="static")
+        assert torch.equal(tokens, wanted)
+    assert counters["stats"]["unique_graphs"] > 0
+    print(dict(counters["stats"]), dict(counters["graph_break"]), flush=True)
+    parallel.close()
+    group.close()
+
+
 def check_told(got: tuple[Any, list[torch.Tensor]], want: tuple[Any, list[torch.Tensor]]) -> None:
     """Router logits and hidden states of each layer, and what hooks on one of them saw."""
     (told, seen), (wanted, wanted_seen) = got, want

@@ -78,6 +78,31 @@ def test_tokens_are_those_of_the_plain_model(
         assert moves > 0
 
 
+@pytest.mark.parametrize("way", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}])
+def test_other_ways_to_generate(
+    way: dict[str, int], saved: tuple[Path, Any], ranks: ThreadRanks
+) -> None:
+    """Beams, and tokens that are guessed, which take as many calls as come true."""
+    directory, plain = saved
+    plain.set_experts_implementation("batched_mm")
+
+    def make(rank: int) -> dict[str, Any]:
+        request = make_request(rank)
+        # Guesses are for one row without padding.
+        alone = {name: request[name][:1, 1 + rank :] for name in ("input_ids", "attention_mask")}
+        return request | alone | way
+
+    def serve(group: RankGroup) -> torch.Tensor:
+        parallel = parallelize(directory, group, CONFIG)
+        parallel.model.set_experts_implementation("batched_mm")
+        tokens: torch.Tensor = parallel.generate(**make(group.rank))
+        parallel.close()
+        return tokens
+
+    for rank, tokens in enumerate(ranks(serve)):
+        assert torch.equal(tokens, plain.generate(**make(rank)))
+
+
 def test_a_rank_without_requests_keeps_step(saved: tuple[Path, Any], ranks: ThreadRanks) -> None:
     directory, plain = saved
     plain.set_experts_implementation("batched_mm")

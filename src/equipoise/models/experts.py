@@ -443,4 +443,6 @@ def _make_forward(
             routing.expert_cpu_s += time.thread_time() - started_s
         return dispatcher.combine(output_ND, weight_TK, dispatched)
 
-    return forward
+    # transformers compiles what generates over static caches: an exchange is no part of a graph.
+    disable: Callable[..., Callable[..., Tensor]] = torch.compiler.disable
+    return disable(forward)

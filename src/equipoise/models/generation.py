@@ -50,8 +50,10 @@ class Lockstep:
         Raises: TransferError or MembershipError within the deadline if a rank does not take part.
         """
         model = self._spread.model
-        before = model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        after = model.register_forward_hook(self._end)
+        # As experts, they are no part of a call that is compiled.
+        apart: Callable[..., Any] = torch.compiler.disable
+        before = model.register_forward_pre_hook(apart(self._begin), with_kwargs=True)
+        after = model.register_forward_hook(apart(self._end))
         try:
             yield model
         finally:
