@@ -31,7 +31,7 @@ PATIENCE_S = 120.0
 MOMENT_S, CALM_S = 1.0, 0.2
 """How long a moment of a change is waited for, at most, and while none is under way."""
 NUM_IN_FLIGHT = 8
-PER_RANK = {"controller": 6, "rank": 16}
+PER_RANK = {"controller": 12, "rank": 16}
 SLACK = 24
 """Descriptors that another rank is good for, and those that may be closing just then."""
 

@@ -146,7 +146,7 @@ def _write_weights(
 
 
 def _write_at(descriptor: int, values: NDArray[Any], start: int) -> None:
-    left = memoryview(values).cast("B")
+    left = values.data.cast("B")
     while left:
         written = os.pwrite(descriptor, left, start)
         left, start = left[written:], start + written

@@ -179,6 +179,8 @@ class Builder:
         """
         bridge, self._bridge = self._bridge, None
         self.parallel, self.haul, self._group, self._serving = None, Haul(), None, None
+        # Whoever made this is what it belongs to: connections would stay until both are collected.
+        self._wait_aside = None
         return bridge
 
     def close(self) -> None:
@@ -191,6 +193,7 @@ class Builder:
         if self._group is not None:
             self._group.close()
         self.parallel, self.haul, self._group, self._dispatchers = None, Haul(), None, []
+        self._wait_aside = None
 
     def _check_standing(self) -> None:
         """Refuse a plan that was made of something else than this rank serves."""

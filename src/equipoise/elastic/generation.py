@@ -105,7 +105,9 @@ class NextGeneration:
         self._home, self._serving, self._watch = home, serving, watch
         self._store = ChangeStore(home.store, plan.generation)
         wait_aside = None if serving is None else self._wait_aside
-        self._builder = Builder(plan, home, serving, self._store, self._notify, try_out, wait_aside)
+        self._builder = Builder(
+            plan, home, serving, self._store, watch or _tell_nobody, try_out, wait_aside
+        )
         self._changed = threading.Condition()
         self._state: State = "preparing"
         self._word = Word.OPEN
@@ -408,6 +410,10 @@ class NextGeneration:
         device = self._home.device
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         return torch.cuda.stream(stream)
+
+
+def _tell_nobody(part: str) -> None:
+    """A watch that hears nothing."""
 
 
 def _fill(parallel: ParallelModel, staged: list[Staged]) -> None:
