@@ -31,7 +31,7 @@ class PinnedTensors:
 
     def __init__(self, tensors: Iterable[Tensor], device: torch.device) -> None:
         self.tensors = tuple(tensors)
-        self._pinned: list[int] = []
+        self._device, self._pinned = device, list[int]()
         self.is_pinned = True
         if device.type != "cuda":
             return
@@ -54,5 +54,6 @@ class PinnedTensors:
         # Before the tensors: their memory must not go while it is registered.
         if self._pinned:
             runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            for address in self._pinned:
-                runtime.cudaHostUnregister(address)
+            with torch.cuda.device(self._device):
+                for address in self._pinned:
+                    runtime.cudaHostUnregister(address)
