@@ -101,6 +101,26 @@ def test_layers_may_differ_in_their_number_of_experts(ranks: ThreadRanks) -> Non
     ranks(lambda group: parallels[group.rank].close())
 
 
+def test_experts_stay_out_of_what_is_compiled(ranks: ThreadRanks) -> None:
+    """Process groups and the host's counts are nothing that a compiler can look into."""
+    plain = Stack(make_experts(8), make_experts(8))
+
+    def compute(group: RankGroup) -> tuple[Tensor, Tensor]:
+        parallel = parallelize(Stack(make_experts(8), make_experts(8)), group, CONFIG)
+        random = torch.Generator().manual_seed(group.rank)
+        hidden = torch.randn(TOKENS, HIDDEN, generator=random)
+        kind = torch.randint(0, 8, (TOKENS,), generator=random)
+        with torch.inference_mode(), parallel.lockstep() as model:
+            compiled = torch.compile(model.__call__, backend="eager")
+            outputs = [compiled(hidden, kind) for _ in range(2)]
+        parallel.close()
+        assert torch.equal(*outputs)
+        return outputs[0], plain(hidden, kind)
+
+    for got, wanted in ranks(compute):
+        assert torch.equal(got, wanted)
+
+
 def test_tied_experts_share_their_slots(ranks: ThreadRanks) -> None:
     def make() -> Stack:
         first, second = make_experts(8), make_experts(8)
