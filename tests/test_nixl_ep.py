@@ -187,6 +187,7 @@ def test_a_newcomer_tries_the_kernels_alone_before_it_is_connected() -> None:
     alone = both[1].isolate()
     assert isinstance(alone, NixlEPDispatcher)
     assert both[1].isolate() is not None, "once for each set of layers"
+    assert both[1].max_tokens == 16
     hidden = torch.randn(5, HIDDEN).bfloat16()
     slots = torch.tensor([2, 0, -1]).expand(5, 3).contiguous()
     dispatched = alone.dispatch(hidden, slots)

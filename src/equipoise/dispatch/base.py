@@ -100,6 +100,11 @@ class TokenDispatcher(ABC):
         return False
 
     @property
+    def max_tokens(self) -> int | None:
+        """Most tokens of a rank in one dispatch; None for any number."""
+        return None
+
+    @property
     def slot_dtype(self) -> torch.dtype:
         """Of slot ids that need no conversion; others are converted."""
         return torch.int64

@@ -61,7 +61,9 @@ def try_alone(spread: ExpertParallelModel, device: torch.device) -> None:
         one.binding.dispatcher = _OwnSlots(alone, num_slots)
         one.recorder.enabled = False
     most = spread.model.get_input_embeddings().num_embeddings
-    for length in _LENGTHS:
+    limits = [one.dispatcher.max_tokens for one in spread.sets]
+    longest = min([limit for limit in limits if limit is not None], default=max(_LENGTHS))
+    for length in sorted({min(length, longest) for length in _LENGTHS}, reverse=True):
         tokens = torch.arange(length, device=device)[None] % most
         with spread.route(None, 0) as model:
             model(input_ids=tokens, use_cache=False)

@@ -193,6 +193,11 @@ class NixlEPDispatcher(TokenDispatcher):
         return self._slot_dtype
 
     @property
+    def max_tokens(self) -> int:
+        """As the buffer holds."""
+        return self.shape.max_tokens
+
+    @property
     def prepares_between_steps(self) -> bool:
         """With a NIXL-EP that does not connect ranks while others' tokens travel."""
         return not self._manager.connects_beside_dispatch
