@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from equipoise.cli import stream_options as options
 from equipoise.cli.bench import JsonPath, check_json_path, show_outcome
 from equipoise.errors import ConfigError
 
@@ -25,23 +25,18 @@ _COLUMNS = (
 
 def bench_elastic(
     sizes: Annotated[str, typer.Option(help="Numbers of ranks, in turn.")] = "2,4,2,3,5,2",
-    requests: Annotated[int, typer.Option(help="At least so many.")] = 2000,
-    in_flight: Annotated[int, typer.Option(help="Requests at any time.")] = 32,
-    new_tokens: Annotated[int, typer.Option(help="Of each request.")] = 8,
-    model: Annotated[
-        Path | None, typer.Option(help="Checkpoint directory.  [the bundled model]")
-    ] = None,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Of the ranks.")] = "cpu",
+    requests: options.Requests = 2000,
+    in_flight: options.InFlight = 32,
+    new_tokens: options.NewTokens = 8,
+    model: options.Model = None,
+    device: options.Device = "cpu",
     dispatch: Annotated[
         Literal["torch", "nixl_ep"],
         typer.Option(help="What tokens travel by; nixl_ep is for GPUs, and bfloat16."),
     ] = "torch",
-    timeout: Annotated[float, typer.Option(help="Longest wait for another rank, in s.")] = 30.0,
+    timeout: options.Timeout = 30.0,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
-    size_gb: Annotated[
-        float | None,
-        typer.Option(help="Serve random weights, so many GB of experts; written to TMPDIR."),
-    ] = None,
+    size_gb: options.SizeGb = None,
     json_path: JsonPath = None,
 ) -> None:
     """Change the number of ranks under load: what it costs, and whether any answer suffers."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from equipoise.cli import stream_options as options
 from equipoise.cli.bench import JsonPath, check_json_path, show_outcome
 
 _COLUMNS = (
@@ -25,24 +25,19 @@ def bench_recovery(
     ranks: Annotated[int, typer.Option(help="That serve, and again after each death.")] = 4,
     kills: Annotated[int, typer.Option(help="Ranks that are killed, in turn.")] = 5,
     every: Annotated[float, typer.Option(help="Seconds between two kills, at least.")] = 15.0,
-    requests: Annotated[int, typer.Option(help="At least so many.")] = 1000,
-    in_flight: Annotated[int, typer.Option(help="Requests at any time.")] = 32,
-    new_tokens: Annotated[int, typer.Option(help="Of each request.")] = 8,
-    model: Annotated[
-        Path | None, typer.Option(help="Checkpoint directory.  [the bundled model]")
-    ] = None,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Of the ranks.")] = "cpu",
-    timeout: Annotated[float, typer.Option(help="Longest wait for another rank, in s.")] = 30.0,
+    requests: options.Requests = 1000,
+    in_flight: options.InFlight = 32,
+    new_tokens: options.NewTokens = 8,
+    model: options.Model = None,
+    device: options.Device = "cpu",
+    timeout: options.Timeout = 30.0,
     seed: Annotated[int, typer.Option(help="Of the prompts, and of who is killed.")] = 0,
     host_backup: Annotated[
         Literal["none", "unreplicated", "all"],
         typer.Option(help="Experts that ranks keep in host memory."),
     ] = "none",
     respawn: Annotated[bool, typer.Option(help="Replace each rank that was killed.")] = True,
-    size_gb: Annotated[
-        float | None,
-        typer.Option(help="Serve random weights, so many GB of experts; written to TMPDIR."),
-    ] = None,
+    size_gb: options.SizeGb = None,
     json_path: JsonPath = None,
 ) -> None:
     """Kill ranks under load: how long no token comes, and whether any answer suffers."""
