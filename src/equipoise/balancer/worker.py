@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
 import queue
@@ -30,6 +31,10 @@ launch gets it. By default it is 5 ms, the better part of a step."""
 
 GRACE_S = 1.0
 """How long a worker that is stopped may be at an exchange, before that is given up."""
+
+EXIT_S = 2.0
+"""How long a process that ends lets its worker stop, before that is cut off: the interpreter aborts
+where a thread comes back from a library later."""
 
 
 class EplbWorker:
@@ -72,6 +77,7 @@ class EplbWorker:
         self._events: queue.SimpleQueue[CpuGpuEvent] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="equipoise-worker", daemon=True)
         self._thread.start()
+        atexit.register(self.stop, EXIT_S)
 
     def take_event(self) -> CpuGpuEvent:
         """An event for a request, not recorded yet. Collective: none."""
@@ -90,7 +96,7 @@ class EplbWorker:
         """End it, from whatever it is doing.
 
         Args:
-            timeout_s: longest wait for the end.
+            timeout_s: longest wait for the end, before the workers' connections are closed.
         Returns:
             Whether it has ended; if not, it will when a wait of its own reaches its deadline.
         Collective: none; a rebalance under way is given up by all ranks.
@@ -103,7 +109,14 @@ class EplbWorker:
             for model in self._models:
                 model.communicator.interrupt()
             self._thread.join(timeout_s - min(GRACE_S, timeout_s))
-        return not self._thread.is_alive()
+        if self._thread.is_alive():
+            # No wire can keep it any more.
+            self._group.cut_off()
+            self._thread.join(GRACE_S)
+        has_ended = not self._thread.is_alive()
+        if has_ended:
+            atexit.unregister(self.stop)
+        return has_ended
 
     def _run(self) -> None:
         try:

@@ -30,6 +30,7 @@ _ANSWERS_KEPT = 256
 
 _TAG_MESSAGE = 0
 _TAG_CONTROL = 1
+_TAG_NEVER = 11
 
 
 class RankGroup:
@@ -369,6 +370,13 @@ class RankGroup:
         thread.start()
         del held
         thread.join(1.0)
+
+    def cut_off(self) -> None:
+        """Close the connections, so that other threads' waits on them fail. Collective: none."""
+        if self._cpu_group is not None and self.size > 1:
+            never = Exchange(self._cpu_group, _TAG_NEVER)
+            never.recv(torch.zeros(1, dtype=torch.uint8), self._peers()[0])
+            never.wait(deadline_in(0.0))
 
     def _peers(self) -> list[int]:
         return [peer for peer in range(self.size) if peer != self.rank]
