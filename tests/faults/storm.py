@@ -12,22 +12,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from equipoise.bench.random_model import write_random_model
-from equipoise.config import EPLBConfig
 from equipoise.elastic.controller import Controller
 from equipoise.elastic.launcher import RankHandle, RankSeat
 from equipoise.elastic.roster import RankRecord
-from equipoise.elastic.spec import ServiceSpec
 from equipoise.errors import EquipoiseError
 from equipoise.launch.processes import LocalLauncher
-from tests.faults.answers import AnswerStream, find_answers
+from tests.faults.answers import AnswerStream
 from tests.faults.relay import Relay
 from tests.faults.schedules import Act, Schedule
+from tests.faults.small_service import PATIENCE_S, make_service
 
-SILENCE_S = 3.0
-TIMEOUT_S = 8.0
-PATIENCE_S = 120.0
-"""Nothing may take longer, on the slowest machine, than this; what does, hangs."""
 MOMENT_S, CALM_S = 1.0, 0.2
 """How long a moment of a change is waited for, at most, and while none is under way."""
 NUM_IN_FLIGHT = 8
@@ -311,22 +305,7 @@ class Storm:
 @contextlib.contextmanager
 def open_storm(directory: Path, communicator: str) -> Iterator[Storm]:
     """A service over which schedules may pass; nothing of it is left at the end."""
-    write_random_model(directory, 3e5, num_layers=2, num_experts=8)
-    answers = find_answers(directory, 24, 6, 12)
-    spec = ServiceSpec(
-        directory,
-        3,
-        config=EPLBConfig(window_size=8, step_interval=24, communicator=communicator),
-        max_batch_size=4,
-        max_len=32,
-        timeout_s=TIMEOUT_S,
-        silence_s=SILENCE_S,
-        change_s=20.0,
-        orphan_s=5.0,
-        respawn=True,
-        respawn_s=0.05,
-        respawn_tries=1000,
-    )
+    spec, answers = make_service(directory, communicator)
     launcher = FaultyLauncher(directory)
     controller = Controller(spec, launcher)
     controller.start(PATIENCE_S)

@@ -9,16 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from equipoise.bench.random_model import write_random_model
-from equipoise.config import EPLBConfig
 from equipoise.elastic.controller import Controller
-from equipoise.elastic.spec import ServiceSpec
-from tests.faults.answers import AnswerStream, find_answers
+from tests.faults.answers import AnswerStream
 from tests.faults.hosts import HostLauncher, Hosts, Link, find_obstacle, open_hosts
-
-PATIENCE_S = 120.0
-SILENCE_S = 3.0
-TIMEOUT_S = 6.0
+from tests.faults.small_service import PATIENCE_S, make_service
 
 pytestmark = [pytest.mark.more_faults, pytest.mark.timeout(300)]
 
@@ -65,24 +59,9 @@ CASES = (
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_host_that_is_cut_off_costs_nobody_an_answer(tmp_path: Path, case: CutOff) -> None:
-    write_random_model(tmp_path, 3e5, num_layers=2, num_experts=8)
-    answers = find_answers(tmp_path, 24, 6, 12)
     with open_hosts(3) as hosts:
-        spec = ServiceSpec(
-            tmp_path,
-            3,
-            config=EPLBConfig(window_size=8, step_interval=24, communicator="torch_gloo"),
-            max_batch_size=4,
-            max_len=32,
-            timeout_s=TIMEOUT_S,
-            silence_s=SILENCE_S,
-            change_s=20.0,
-            orphan_s=5.0,
-            respawn=True,
-            respawn_s=0.5,
-            respawn_tries=100,
-            interface=hosts.address,
-        )
+        options = {"timeout_s": 6.0, "respawn_s": 0.5, "interface": hosts.address}
+        spec, answers = make_service(tmp_path, "torch_gloo", **options)
         launcher = HostLauncher(hosts, tmp_path)
         controller = Controller(spec, launcher)
         controller.start(PATIENCE_S)

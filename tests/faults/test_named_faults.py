@@ -13,7 +13,8 @@ from equipoise.launch.processes import LocalLauncher
 from tests.elastic.services import list_serving, serving, streaming, wait_until
 from tests.elastic.test_controller_faults import kill
 from tests.faults.schedules import Act, Moment, Schedule
-from tests.faults.storm import SILENCE_S, TIMEOUT_S, Storm, open_storm
+from tests.faults.small_service import SILENCE_S, TIMEOUT_S
+from tests.faults.storm import Storm, open_storm
 
 pytestmark = [pytest.mark.more_faults, pytest.mark.timeout(300)]
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.schedules import Schedule, draw_schedule
-from tests.faults.storm import SILENCE_S, Storm, open_storm
+from tests.faults.small_service import SILENCE_S
+from tests.faults.storm import Storm, open_storm
 
 FEW = 2
 NUM_SCHEDULES = int(os.environ.get("EQUIPOISE_SCHEDULES", FEW))
