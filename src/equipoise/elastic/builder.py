@@ -352,8 +352,8 @@ class Builder:
         rule = None
         if checkpoint is not None:
             read = partial(read_copy, spread, checkpoint)
-            rule = CopyRule(self._plan.backup, self._number, kept_by, read, self._home.device)
-        return HostCopies(kept, rule, (had, stays))
+            rule = CopyRule(self._plan.backup, self._number, kept_by, read)
+        return HostCopies({**kept, **{key: had[key] for key in stays}}, rule)
 
     def _rehearse(self, parallel: ParallelModel) -> None:
         """Leave nothing for the first step to do for the first time."""

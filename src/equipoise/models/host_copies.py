@@ -9,10 +9,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
-from equipoise.models.pinned import PinnedTensors
 from equipoise.placement import Placement
 
 logger = logging.getLogger(__name__)
@@ -36,8 +34,6 @@ class CopyKey(NamedTuple):
     expert: int
 
 
-_CPU = torch.device("cpu")
-
 ReadCopy = Callable[[CopyKey], Sequence[Tensor]]
 """Reads an expert of the checkpoint: its tensors on the CPU, each without the first dimension."""
 
@@ -51,14 +47,12 @@ class CopyRule:
         rank: whose copies these are.
         kept_by: by rank, what each keeps; the same on every rank.
         read: gives what this rank is to keep and does not.
-        device: that experts are restored to.
     """
 
     backup: HostBackup
     rank: int
     kept_by: Sequence[Set[CopyKey]]
     read: ReadCopy
-    device: torch.device = _CPU
 
 
 class HostCopies:
@@ -70,20 +64,14 @@ class HostCopies:
     Args:
         tensors: per expert its tensors on the CPU, each without the first dimension.
         rule: by which it follows the placement; None where it never changes.
-        before: copies of the generation before, of which some are kept.
     """
 
     def __init__(
         self,
         tensors: Mapping[CopyKey, Sequence[Tensor]] = MappingProxyType({}),
         rule: CopyRule | None = None,
-        before: tuple[HostCopies, Iterable[CopyKey]] | None = None,
     ) -> None:
-        device = _CPU if rule is None else rule.device
-        self._tensors = {key: PinnedTensors(some, device) for key, some in tensors.items()}
-        if before is not None:
-            copies, keys = before
-            self._tensors |= copies._pick(keys)
+        self._tensors = {key: tuple(some) for key, some in tensors.items()}
         self._rule = rule
         self._lock = threading.Lock()
         self._reader: threading.Thread | None = None
@@ -102,18 +90,13 @@ class HostCopies:
 
     def __getitem__(self, key: CopyKey) -> tuple[Tensor, ...]:
         with self._lock:
-            return self._tensors[key].tensors
-
-    def _pick(self, keys: Iterable[CopyKey]) -> dict[CopyKey, PinnedTensors]:
-        with self._lock:
-            return {key: self._tensors[key] for key in keys}
+            return self._tensors[key]
 
     @property
     def num_bytes(self) -> int:
         """Of host memory."""
         with self._lock:
-            held = [tensor for some in self._tensors.values() for tensor in some.tensors]
-        return sum(tensor.nbytes for tensor in held)
+            return sum(tensor.nbytes for some in self._tensors.values() for tensor in some)
 
     def follow(self, placements: Sequence[Placement]) -> None:
         """Keep what the backup asks for now that experts have moved; returns at once.
@@ -169,7 +152,7 @@ class HostCopies:
             if rule is None or rule.kept_by[rule.rank] is not wanted:
                 return  # another placement has been committed
             try:
-                tensors = PinnedTensors(read(key), rule.device)
+                tensors = tuple(read(key))
             except Exception:
                 # A death finds it missing, and reads it then.
                 logger.exception("the copy of %s could not be read", key)

@@ -307,8 +307,7 @@ def keep_copies(parallel: ParallelModel, backup: HostBackup) -> ParallelModel:
     read = partial(read_copy, parallel.spread, parallel.checkpoint)
     kept = {key: read(key) for key in kept_by[group.rank]}
     parallel.checkpoint.close()
-    rule = CopyRule(backup, group.rank, kept_by, read, group.device)
-    return replace(parallel, copies=HostCopies(kept, rule))
+    return replace(parallel, copies=HostCopies(kept, CopyRule(backup, group.rank, kept_by, read)))
 
 
 def read_copy(spread: ExpertParallelModel, checkpoint: Checkpoint, key: CopyKey) -> list[Tensor]:
