@@ -40,8 +40,8 @@ class StepClock:
     def watch(self) -> Iterator[None]:
         """One step, without graphs. Collective: none; waits for the device."""
         own, dispatcher = vars(self._dispatcher), self._dispatcher
-        marked = map(self._between_marks, (dispatcher.dispatch, dispatcher.combine))
-        own.update(zip(("dispatch", "combine"), marked, strict=True))
+        own["dispatch"] = self._between_marks(dispatcher.dispatch)
+        own["combine"] = self._between_marks(dispatcher.combine)
         try:
             yield
         finally:
@@ -80,7 +80,7 @@ class StepClock:
 
     def _mark(self) -> None:
         if self._group.device.type == "cuda":
-            reached = torch.cuda.Event(enable_timing=True)
+            reached = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             reached.record()
             self._marks.append(reached)
         else:
@@ -93,4 +93,4 @@ def _measure(before: torch.cuda.Event | float, after: torch.cuda.Event | float) 
         assert isinstance(before, float)
         assert isinstance(after, float)
         return after - before
-    return before.elapsed_time(after) / 1e3
+    return float(before.elapsed_time(after)) / 1e3
