@@ -131,6 +131,7 @@ def fail_in(part: str) -> Callable[[str], None]:
     return watch
 
 
+@pytest.mark.more_faults
 @pytest.mark.timeout(150)
 @processes(3, timeout_s=140.0)
 def test_tokens_come_back_from_a_change_that_was_called_off(rank: Rank) -> None:
