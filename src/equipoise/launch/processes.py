@@ -36,7 +36,9 @@ class LocalLauncher:
         self._is_closed = False
         self._is_settled = threading.Event()
         """Whether ranks can be started, or never will."""
-        preload_ranks([] if model is None else list_modules(model))
+        modules = [] if model is None else list_modules(model)
+        # Seen on the CPU alone: what a process has run before a fork, GPUs may not bear.
+        preload_ranks([*modules, "equipoise.policy.flow.warm"] if device == "cpu" else modules)
 
     @property
     def host(self) -> str:
@@ -181,7 +183,7 @@ def list_modules(model: Path) -> list[str]:
     family = read_model_shape(model).model_type
     return [
         "equipoise.elastic.rank",
-        "equipoise.policy.flow.warm",
+        "equipoise.policy.flow",
         "transformers.models.auto.tokenization_auto",
         f"transformers.models.{family}.modeling_{family}",
     ]
