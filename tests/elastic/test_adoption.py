@@ -38,7 +38,7 @@ NUM_REQUESTS, NUM_TOKENS = 8, 40
 PROMPTS = {f"r{number}": (10 + number, 11, 12) for number in range(NUM_REQUESTS)}
 GREEDY = SamplingParams(max_new_tokens=NUM_TOKENS, ignore_end=True)
 KILLED = """
-import json, sys, threading
+import json, os, signal, sys, threading, time
 from pathlib import Path
 from equipoise.bundled import model_directory
 from equipoise.elastic.controller import Controller
@@ -59,6 +59,12 @@ if __name__ == "__main__":
     print(json.dumps(sorted(find_pids(controller))), file=told, flush=True)
     for key, prompt in PROMPTS.items():
         controller.submit(ServiceRequest(key, prompt, GREEDY), tell)
+    phase = sys.argv[3]
+    if phase:
+        controller.scale(to=3, wait=False)
+        while controller.status().phase != phase:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGKILL)
     threading.Event().wait(300)
 """
 
@@ -87,19 +93,25 @@ class Client:
 
 
 @contextmanager
-def orphaned(state: Path, client: Client, num_tokens: int) -> Iterator[list[int]]:
-    """Ranks whose controller was killed when so many tokens had come."""
+def orphaned(state: Path, client: Client, num_tokens: int, phase: str = "") -> Iterator[list[int]]:
+    """Ranks whose controller was killed when so many tokens had come, or in a change's phase."""
     script, told = state.with_name("killed.py"), state.with_name("told")
     script.write_text(KILLED)
     told.touch()
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     process = subprocess.Popen(
-        [sys.executable, str(script), str(state), str(told)],
+        [sys.executable, str(script), str(state), str(told), phase],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
     )
     try:
         # Everything is loaded anew, which takes a while on a busy machine.
-        wait_until(lambda: len(told.read_text().splitlines()) > num_tokens, 3 * WAIT_S)
+        wait_until(
+            lambda: (
+                len(told.read_text().splitlines()) > num_tokens
+                and (not phase or process.poll() is not None)
+            ),
+            3 * WAIT_S,
+        )
     finally:
         process.kill()
         process.wait(WAIT_S)
@@ -158,6 +170,37 @@ def test_a_controller_in_place_of_one_that_was_killed_goes_on(tmp_path: Path) ->
             controller.close()
     assert not state.exists()
     assert client.answers == find_greedy()
+
+
+@pytest.mark.more_faults
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("phase", ["preparing", "committing", "retiring"])
+def test_a_controller_that_dies_while_ranks_come_leaves_no_answer_behind(
+    tmp_path: Path, phase: str
+) -> None:
+    state, client = tmp_path / "state", Client()
+    with orphaned(state, client, 0, phase):
+        controller = Controller(make_spec(2), LocalLauncher("cpu", model_directory()), state)
+        try:
+            controller.start()
+            known = set(controller.unfinished())
+            for key in known:
+                controller.take_up(key, len(client.answers[key]), client.deliver)
+            assert {client.ended.get(timeout=WAIT_S) for _ in known} == known
+            # The newcomer has come or has gone: which, was decided before or was not. Ranks may
+            # still ask the store that has gone, up to a deadline for each question.
+            wait_until(lambda: controller.status().phase == "idle", 3 * WAIT_S)
+            assert len(list_serving(controller)) in (2, 3)
+            with streaming(controller):
+                assert controller.scale(to=4, timeout_s=WAIT_S).done
+            assert controller.status().totals.failed == 0
+        finally:
+            controller.close()
+    greedy = find_greedy()
+    # What no rank had been given yet died with the controller's queue.
+    assert known or phase == "preparing"
+    for key in known:
+        assert client.answers[key] == greedy[key]
 
 
 def test_a_state_is_of_one_living_controller_and_its_owner_alone(tmp_path: Path) -> None:
