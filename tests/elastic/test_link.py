@@ -54,8 +54,8 @@ def linked() -> Iterator[tuple[PlayedController, ControllerLink]]:
     try:
         yield controller, link
     finally:
-        controller.may_end.set()
         link.close()
+        controller.may_end.set()
         controller.listener.close()
 
 

@@ -168,6 +168,9 @@ class ControllerLink:
                     return False
                 continue
             with self._sending, self._lock:
+                if self._is_closed.is_set():
+                    channel.close()
+                    return False
                 self._channel = channel
             return True
         return False
