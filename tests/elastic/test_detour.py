@@ -95,6 +95,7 @@ def step_until(cast: Cast, log: list[str]) -> None:
     raise AssertionError(f"{find_log(cast)} did not become {log}")
 
 
+@pytest.mark.more_faults
 @pytest.mark.timeout(150)
 @processes(4, timeout_s=140.0)
 def test_tokens_make_way_and_come_back_together(rank: Rank) -> None:
