@@ -119,9 +119,9 @@ class Forward:
         """Return when all ranks have taken part and the device is through; raises as a step."""
         for dispatcher in self._parallel.dispatchers:
             dispatcher.check()
-        # Most have waited; who waits again gives the interpreter away, and must get it back.
+        # Not of other streams, where experts travel; who waits in vain gives the interpreter away.
         if self._device.type == "cuda" and not torch.cuda.current_stream(self._device).query():
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()
 
     def _decode(self, inputs: Tensor, longest: int) -> Tensor:
         """As `Decode` says; what is no token goes nowhere, and leaves its mark in a free row."""
