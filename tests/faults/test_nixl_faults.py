@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from equipoise.comm.nixl import NixlEplbCommunicator
+from equipoise.comm.nixl.agent import Read
 from equipoise.comm.spans import Regions, Spans
 from equipoise.errors import TransferError
 from tests.ranks import Rank, processes
@@ -43,6 +44,28 @@ def signal_after_offer(communicator: NixlEplbCommunicator, number: signal.Signal
         os.kill(os.getpid(), number)
 
     communicator._agent.notify = notify_and_stop  # type: ignore[method-assign]
+
+
+def tell_after_offer(communicator: NixlEplbCommunicator, rank: Rank) -> None:
+    """Have the others know when this rank has offered something."""
+    notify = communicator._agent.notify
+
+    def notify_and_tell(name: str, message: bytes) -> None:
+        notify(name, message)
+        rank.store.set("offered", "yes")
+
+    communicator._agent.notify = notify_and_tell  # type: ignore[method-assign]
+
+
+def stop_before_read(communicator: NixlEplbCommunicator, rank: Rank, other: int) -> None:
+    """Stop another rank once its offer has come, and before a READ of it begins."""
+    post = communicator._agent.post
+
+    def stop_and_post(read: Read) -> None:
+        os.kill(int(rank.store.get(f"pid/{other}")), signal.SIGSTOP)
+        post(read)
+
+    communicator._agent.post = stop_and_post  # type: ignore[method-assign]
 
 
 def kill(rank: Rank, other: int) -> None:
@@ -79,12 +102,14 @@ def test_a_stopped_rank_is_named_by_all_and_the_others_get_theirs(rank: Rank) ->
 @processes(2, dies=(1,))
 def test_memory_of_a_read_that_never_ended_is_not_used_again(rank: Rank) -> None:
     use_only_tcp()
-    communicator = make(rank, timeout_s=1.0)
-    size = 8 * MEGABYTE
+    communicator = make(rank, timeout_s=20.0 if rank.rank else 1.0)
+    size = 4 * MEGABYTE  # One piece of the pool, so one offer and one READ.
     if rank.rank == 1:
         communicator.add_send(torch.ones(size, dtype=torch.uint8), 0)
-        signal_after_offer(communicator, signal.SIGSTOP)
+        tell_after_offer(communicator, rank)
         communicator.execute()
+    stop_before_read(communicator, rank, 1)
+    rank.store.wait(["offered"])
     into = torch.zeros(size, dtype=torch.uint8)
     address = into.data_ptr()
     communicator.add_recv(into, 1)
