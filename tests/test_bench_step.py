@@ -15,14 +15,18 @@ from equipoise.bench.step import compare_steps
 from equipoise.bench.step_case import (
     BUNDLED,
     Compared,
-    ExpertTime,
     Setting,
     StepSpec,
-    Timed,
-    predict_experts,
 )
 from equipoise.bench.step_loads import read_shares
 from equipoise.bench.step_model import Routes, build_model
+from equipoise.bench.step_prediction import (
+    ExpertTime,
+    find_centre,
+    fit_plane,
+    predict_experts,
+    sum_slowest,
+)
 from equipoise.cli.app import app
 from equipoise.config import EPLBConfig
 from equipoise.engine.graphs import _round_up
@@ -67,7 +71,11 @@ def test_every_case_is_measured_or_says_what_it_needs() -> None:
         assert min(parts.values()) > 0
     gain = rows["prefill", "gain over the predicted one"]
     prefill = next(said for said in heard if isinstance(said, Compared) and said.case == "prefill")
-    assert gain["gained_s"] == np.median(prefill.off.step_s - prefill.on.step_s)
+    assert gain["gained_s"] == find_centre(prefill.off.step_s - prefill.on.step_s)[0]
+    assert prefill.experts is not None
+    assert prefill.experts.off_s.min() > 0
+    for step_s in told["step_s"]["prefill"]:
+        assert len(step_s) == 10
     assert gain["moves"] > 0
     assert not any("goal" in row for row in told["rows"])
     assert any(note.startswith("Goals are for GPUs") for note in outcome.notes)
@@ -77,14 +85,37 @@ def test_a_prediction_is_the_slowest_ranks_of_each_layer() -> None:
     """Two steps of one layer: ranks with 10 and 30 rows in 2 and 4 slots, and 20 and 20 in 3."""
     rows = np.array([[[10, 30]], [[20, 20]]])
     slots = np.array([[[2, 4]], [[3, 3]]])
-    timed = Timed(np.ones(2), np.zeros(2), 0, rows, slots)
     time = ExpertTime(1.0, 0.1, 10.0, 0.0)
-    assert predict_experts((time, time), timed, 2) == pytest.approx((44 + 33) / 2)
+    assert predict_experts((time, time), rows, slots, 2) == pytest.approx((44 + 33) / 2)
     # Of one device they compute one after the other.
-    assert predict_experts((time, time), timed, 1) == pytest.approx((22 + 44 + 33 + 33) / 2)
+    assert predict_experts((time, time), rows, slots, 1) == pytest.approx((22 + 44 + 33 + 33) / 2)
     # A device that is slower is waited for at an even load.
     slow = ExpertTime(1.0, 0.2, 10.0, 0.0)
-    assert predict_experts((slow, time), timed, 2) == pytest.approx((44 + 35) / 2)
+    assert predict_experts((slow, time), rows, slots, 2) == pytest.approx((44 + 35) / 2)
+    # Two layers of four ranks that take turns over two devices.
+    seconds = np.array([[[1.0, 2.0, 3.0, 4.0], [5.0, 1.0, 0.0, 2.0]]])
+    assert sum_slowest(seconds, 4) == 4 + 5
+    assert sum_slowest(seconds, 2) == (2 + 4) + 5
+
+
+def test_a_plane_is_found_again() -> None:
+    random = np.random.default_rng(0)
+    slot_count = random.integers(0, 100, (30, 6)) * random.integers(0, 2, (30, 6))
+    want = ExpertTime(3e-4, 4e-8, 2e-6, 0.0)
+    seconds = want.predict(slot_count.sum(1), (slot_count > 0).sum(1))
+    found = fit_plane(slot_count, seconds)
+    assert (found.fixed_s, found.token_s, found.slot_s) == pytest.approx((3e-4, 4e-8, 2e-6))
+    assert found.worst < 1e-6
+
+
+def test_what_values_lie_around_is_not_moved_by_a_few_of_them() -> None:
+    random = np.random.default_rng(0)
+    draws = random.normal(2.0, 1.0, (200, 60))
+    draws[:, :5] += 100.0
+    centres, errors = np.array([find_centre(draw) for draw in draws]).T
+    assert abs(centres.mean() - 2.0) < 0.2
+    # The error is what centres scatter by; outliers widen it a little.
+    assert centres.std() == pytest.approx(errors.mean(), rel=0.3)
 
 
 def test_tokens_go_to_experts_as_often_as_their_shares_say() -> None:

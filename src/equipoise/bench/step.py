@@ -18,9 +18,9 @@ from equipoise.bench.step_case import (
     StepSaid,
     StepSpec,
     Timed,
-    predict_experts,
 )
 from equipoise.bench.step_loads import read_shares
+from equipoise.bench.step_prediction import find_centre, predict_experts, sum_slowest
 from equipoise.launch.local import run_local
 from equipoise.launch.seats import assign_local_seats
 
@@ -36,9 +36,10 @@ _NOTES = (
     "A model of the bundled one's architecture with random weights; its tokens go to experts as "
     "often as those of gpt-oss-20b went in text of one kind, whose experts each stand for as many "
     "neighbours as are needed, and experts begin in order. Each step's time is the slowest rank's.",
-    "gain: seconds that a step is shorter on the balanced placement, median over pairs of steps by "
-    "turns, over what planes through each rank's measured times of experts by rows and occupied "
-    "slots predict from the measured loads, the slowest rank of each layer counting.",
+    "gain: seconds that a step is shorter on the balanced placement, the median of the means of "
+    "all two pairs of steps by turns, over what planes through each rank's measured times of "
+    "experts by rows and occupied slots predict from the measured loads, the slowest rank of each "
+    "layer counting.",
     "stall: decode steps with rebalances in the background back to back, experts' loads changing "
     "names between them, and without, in blocks by turns. Decode leaves out steps that take "
     "prompts.",
@@ -89,7 +90,12 @@ def compare_steps(
         rows=tuple(rows),
         notes=(*notes, *_NOTES),
         versions={name: _find_version(name) for name in _PACKAGES},
-        figures={"left_out": {said.case: said.reason for said in left_out}},
+        figures={
+            "left_out": {said.case: said.reason for said in left_out},
+            "step_s": {
+                said.case: [_list_times(said.off), _list_times(said.on)] for said in compared
+            },
+        },
     )
 
 
@@ -153,6 +159,11 @@ def _describe(said: Compared, label: str, timed: Timed) -> Row:
     return row
 
 
+def _list_times(timed: Timed) -> list[float]:
+    """In order, to the microsecond: off and on took turns, as each case has it."""
+    return [round(float(step_s), 6) for step_s in timed.step_s]
+
+
 def _judge(said: Compared, off: Row, on: Row, spec: StepSpec, num_devices: int) -> Row:
     row: Row = {"case": said.case, "moves": said.moves, "rebalances": said.rebalances}
     match said.case:
@@ -173,23 +184,25 @@ def _judge(said: Compared, off: Row, on: Row, spec: StepSpec, num_devices: int) 
 
 
 def _judge_gain(said: Compared, spec: StepSpec, num_devices: int, row: Row) -> Row:
+    experts = said.experts
+    assert experts is not None
     before_s, after_s = (
-        predict_experts(said.expert_times, one, num_devices) for one in (said.off, said.on)
+        predict_experts(experts.planes, one.rank_tokens, one.occupied, num_devices)
+        for one in (said.off, said.on)
     )
     predicted = before_s - after_s
-    pairs = said.off.step_s - said.on.step_s
-    gained = float(np.median(pairs))
-    spread = float(np.subtract(*np.percentile(pairs, (75, 25))))
+    gained, error = find_centre(said.off.step_s - said.on.step_s)
     # On a CPU ranks wait for cores, not for each other; in decoding the weights are what is read.
     has_value = said.case == "prefill" and spec.device == "cuda" and predicted > 0
     row |= {
         "what": "gain over the predicted one",
         "value": gained / predicted if has_value else None,
         "gained_s": gained,
-        # What a median's error is, were the pairs normal.
-        "gained_error_s": 0.93 * spread / len(pairs) ** 0.5,
+        "gained_error_s": error,
         "predicted_s": predicted,
-        "expert_times": [asdict(one) for one in said.expert_times],
+        "timed_loads_s": sum_slowest(experts.off_s, num_devices)
+        - sum_slowest(experts.on_s, num_devices),
+        "expert_times": [asdict(one) for one in experts.planes],
     }
     is_full = spec.size == SCALED and spec.prefill_tokens == _PREFILL_TOKENS
     is_full = is_full and num_devices == spec.num_ranks
@@ -208,7 +221,8 @@ def _say_gain(row: Row) -> str:
     return (
         f"{row['case']}: balanced steps are {row['gained_s'] * 1e3:.3g} "
         f"+- {row['gained_error_s'] * 1e3:.2g} ms shorter, predicted "
-        f"{row['predicted_s'] * 1e3:.3g} ms: a layer's experts take {planes}."
+        f"{row['predicted_s'] * 1e3:.3g} ms, {row['timed_loads_s'] * 1e3:.3g} ms by the times of "
+        f"the very loads of a step: a layer's experts take {planes}."
     )
 
 
@@ -220,7 +234,9 @@ def _say_parts(row: Row) -> str:
         f"{row['case']}, {row['what']}, by parts of a step, in ms: experts {by_rank} by rank, "
         f"{others['slowest_experts_s']} on each layer's slowest; dispatch {others['dispatch_s']} "
         f"and combine {others['combine_s']}, waits for others included; between layers "
-        f"{others['between_s']}."
+        f"{others['between_s']}. From step to step a layer's experts differ by "
+        f"{parts['experts_scatter_s'] * 1e6:.3g} us on a rank, what is between by "
+        f"{parts['between_scatter_s'] * 1e6:.3g} us."
     )
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
-
+from equipoise.bench.step_prediction import TimedExperts
 from equipoise.config import EPLBConfig
 from equipoise.errors import ConfigError
-from equipoise.topology import FloatArray
+from equipoise.topology import FloatArray, IntArray
 
 CaseName = Literal["prefill", "decode", "recorder", "stall", "graphs"]
 CASES: tuple[CaseName, ...] = ("prefill", "decode", "recorder", "stall", "graphs")
@@ -125,49 +123,8 @@ class Timed:
     step_s: FloatArray
     balance_s: FloatArray
     num_tokens: int
-    rank_tokens: FloatArray
-    occupied: FloatArray
-
-
-@dataclass(frozen=True)
-class ExpertTime:
-    """Seconds of a layer's experts on one rank: what was measured, and the plane through it.
-
-    Attributes:
-        fixed_s: of any call.
-        token_s: of a row.
-        slot_s: of a slot that has any.
-        worst: largest relative deviation of a measured point from the plane.
-    """
-
-    fixed_s: float
-    token_s: float
-    slot_s: float
-    worst: float
-
-    def predict(self, rank_tokens: FloatArray, occupied: FloatArray) -> FloatArray:
-        """Seconds for so many rows in so many slots, of the shape of both. Collective: none."""
-        return self.fixed_s + self.token_s * rank_tokens + self.slot_s * occupied
-
-
-def predict_experts(times: Sequence[ExpertTime], timed: Timed, num_devices: int) -> float:
-    """Seconds of all layers' experts in a step, mean over steps; the slowest device counts.
-
-    Args:
-        times: of each rank.
-        timed: what came to the ranks.
-        num_devices: that the ranks take turns over; those of one compute one after the other.
-    Collective: none.
-    """
-    seconds = np.stack(
-        [
-            one.predict(timed.rank_tokens[:, :, rank], timed.occupied[:, :, rank])
-            for rank, one in enumerate(times)
-        ],
-        axis=2,
-    )
-    by_device = [seconds[:, :, first::num_devices].sum(2) for first in range(num_devices)]
-    return float(np.max(by_device, axis=0).sum(axis=1).mean())
+    rank_tokens: IntArray
+    occupied: IntArray
 
 
 @dataclass(frozen=True)
@@ -180,6 +137,9 @@ class StepParts:
         slowest_experts_s: the same on each layer's slowest rank.
         combine_s: in bringing outputs home, waits included; mean over ranks.
         between_s: from one layer's experts to the next one's; mean over ranks.
+        experts_scatter_s: by how much one layer's experts differ on one rank from step to step,
+            standard deviation, mean over layers and ranks: what ranks wait for on an even load.
+        between_scatter_s: the same of what is between two layers' experts.
     """
 
     dispatch_s: float
@@ -187,6 +147,8 @@ class StepParts:
     slowest_experts_s: float
     combine_s: float
     between_s: float
+    experts_scatter_s: float
+    between_scatter_s: float
 
 
 @dataclass(frozen=True)
@@ -197,7 +159,7 @@ class Compared:
         case: which.
         off: without balancing; without what the case is about.
         on: with it.
-        expert_times: of the MoE part on each rank, where the case predicts something.
+        experts: what the MoE part takes, where the case predicts something.
         parts: of steps that take prompts, as it came and balanced.
         moves: experts that travelled.
         rebalances: that ended.
@@ -206,7 +168,7 @@ class Compared:
     case: CaseName
     off: Timed
     on: Timed
-    expert_times: tuple[ExpertTime, ...] = ()
+    experts: TimedExperts | None = None
     parts: tuple[StepParts, StepParts] | None = None
     moves: int = 0
     rebalances: int = 0

@@ -5,7 +5,6 @@ Axis letters: L layers, E experts, T tokens, K experts per token.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -13,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equipoise.bench.step_case import ExpertTime, ModelSize
+from equipoise.bench.step_case import ModelSize
+from equipoise.bench.step_parts import mark, measure
 from equipoise.models.parallel import ParallelModel
 from equipoise.topology import IntArray
 
@@ -117,13 +117,17 @@ class Routes:
         return forward
 
 
-def measure_experts(parallel: ParallelModel, slot_count: Tensor) -> ExpertTime:
-    """Seconds of a layer's experts by how many rows come, to how many slots.
+def measure_experts(parallel: ParallelModel, slot_count: Tensor) -> Tensor:
+    """Time a layer's experts with given loads.
+
+    Each load once a round, so that what drifts meets all alike.
 
     Args:
         parallel: the model, of one set of layers.
         slot_count: [n, S] int64, rows that came to the slots of a rank, n times; as kernels take
             rows in tiles, their time also depends on how slots share them.
+    Returns:
+        [n] float64, median seconds.
     Collective: none; other ranks should be at the same thing, or at rest.
     """
     (one,) = parallel.spread.sets
@@ -131,42 +135,26 @@ def measure_experts(parallel: ParallelModel, slot_count: Tensor) -> ExpertTime:
     computation = type(module).forward
     device = parallel.state.group.device
     dtype = next(module.parameters()).dtype
-    slot_count = slot_count.to(device)
     most = int(slot_count.sum(1).max())
     hidden = torch.randn(most, parallel.model.config.hidden_size, dtype=dtype, device=device)
     weight = hidden.new_ones(most, 1)
-    points, seconds = [], []
-    for count in slot_count:
-        slot = torch.arange(len(count), device=device).repeat_interleave(count)
-        rows = len(slot)
-        slot = slot[torch.randperm(rows, device=device)][:, None]
-
-        def compute(rows: int = rows, slot: Tensor = slot) -> object:
-            return computation(module, hidden[:rows], slot, weight[:rows])
-
-        points.append([1.0, float(rows), float((count > 0).sum())])
-        seconds.append(_time(compute, device))
-    design = torch.tensor(points, dtype=torch.float64)
-    measured = torch.tensor(seconds, dtype=torch.float64)
-    plane = torch.linalg.lstsq(design, measured[:, None]).solution[:, 0]
-    worst = ((design @ plane - measured).abs() / measured).max()
-    fixed, token, slot_s = plane.tolist()
-    return ExpertTime(fixed, token, slot_s, float(worst))
-
-
-def _time(compute: Callable[[], object], device: torch.device) -> float:
-    """Median seconds."""
-
-    def settle() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    taken = []
+    slots = [_mix(count).to(device) for count in slot_count]
+    rounds = []
     with torch.inference_mode():
-        for _ in range(_ROUNDS):
-            settle()
-            started_s = time.perf_counter()
-            compute()
-            settle()
-            taken.append(time.perf_counter() - started_s)
-    return float(torch.tensor(taken).median())
+        for _ in range(1 + _ROUNDS):
+            marks = []
+            for slot in slots:
+                before = mark(device)
+                computation(module, hidden[: len(slot)], slot, weight[: len(slot)])
+                marks.append((before, mark(device)))
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            rounds.append([measure(*pair) for pair in marks])
+    # The first round is for whatever happens once.
+    return torch.tensor(rounds[1:], dtype=torch.float64).quantile(0.5, dim=0)
+
+
+def _mix(count: Tensor) -> Tensor:
+    """[rows, 1] int64: which slot each row is for, in no order."""
+    slot = torch.arange(len(count)).repeat_interleave(count)
+    return slot[torch.randperm(len(slot))][:, None]

@@ -1,6 +1,6 @@
 """Where a step's time goes while ranks wait for each other.
 
-Axis letters: L layers.
+Axis letters: L layers, R ranks.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from equipoise.dispatch.base import TokenDispatcher
 _MARKS = 4
 """Of a layer: before and behind dispatch, before and behind combine."""
 
+Mark = torch.cuda.Event | float
+"""A moment: of the device's own time, or of the host's where that computes."""
+
 
 class StepClock:
     """Marks, in the device's own time, what layers send, compute and bring home.
@@ -33,7 +36,7 @@ class StepClock:
 
     def __init__(self, group: RankGroup, dispatcher: TokenDispatcher) -> None:
         self._group, self._dispatcher = group, dispatcher
-        self._marks: list[torch.cuda.Event | float] = []
+        self._marks: list[Mark] = []
         self._steps: list[Tensor] = []
 
     @contextmanager
@@ -49,7 +52,7 @@ class StepClock:
         if self._group.device.type == "cuda":
             torch.cuda.synchronize(self._group.device)
         # Behind the last layer nothing is marked.
-        seconds = [*map(_measure, self._marks[:-1], self._marks[1:]), 0.0]
+        seconds = [*map(measure, self._marks[:-1], self._marks[1:]), 0.0]
         self._steps.append(torch.tensor(seconds, dtype=torch.float64).view(-1, _MARKS))
         self._marks.clear()
 
@@ -58,37 +61,42 @@ class StepClock:
 
         Collective: every rank of the group, each after as many steps.
         """
-        # [steps, L, parts]
-        most = torch.stack(self._steps)
-        mean = most / self._group.size
-        own = most[:, :, 1].sum(1).mean()
-        experts_s = tuple(float(one) for one in self._group.all_gather(own))
-        self._group.all_reduce(most, "max")
-        self._group.all_reduce(mean)
-        dispatch_s, _, combine_s, between_s = mean.sum(1).mean(0).tolist()
-        slowest_s = float(most[:, :, 1].sum(1).mean())
-        return StepParts(dispatch_s, experts_s, slowest_s, combine_s, between_s)
+        # [R, steps, L, parts]
+        parts = torch.stack(self._group.all_gather(torch.stack(self._steps)))
+        dispatch_s, _, combine_s, between_s = parts.mean((0, 1)).sum(0).tolist()
+        _, experts_scatter_s, _, between_scatter_s = parts.std(1).mean((0, 1)).tolist()
+        experts = parts[..., 1]
+        return StepParts(
+            dispatch_s=dispatch_s,
+            experts_s=tuple(experts.mean(1).sum(1).tolist()),
+            slowest_experts_s=float(experts.amax(0).sum(1).mean()),
+            combine_s=combine_s,
+            between_s=between_s,
+            experts_scatter_s=experts_scatter_s,
+            between_scatter_s=between_scatter_s,
+        )
 
     def _between_marks(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def marked(*given: Any) -> Any:
-            self._mark()
+            self._marks.append(mark(self._group.device))
             result = call(*given)
-            self._mark()
+            self._marks.append(mark(self._group.device))
             return result
 
         return marked
 
-    def _mark(self) -> None:
-        if self._group.device.type == "cuda":
-            reached = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            reached.record()
-            self._marks.append(reached)
-        else:
-            self._marks.append(time.perf_counter())
+
+def mark(device: torch.device) -> Mark:
+    """The moment at which what was asked of the device is done. Collective: none."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    reached = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    reached.record()
+    return reached
 
 
-def _measure(before: torch.cuda.Event | float, after: torch.cuda.Event | float) -> float:
-    """Seconds."""
+def measure(before: Mark, after: Mark) -> float:
+    """Seconds between two moments that have passed. Collective: none."""
     if isinstance(before, float) or isinstance(after, float):
         assert isinstance(before, float)
         assert isinstance(after, float)

@@ -6,7 +6,7 @@ Axis letters: L layers, R ranks, S slots per rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +17,6 @@ from equipoise.balancer import RebalanceOutcome
 from equipoise.bench.step_case import (
     CaseName,
     Compared,
-    ExpertTime,
     LeftOut,
     Setting,
     StepParts,
@@ -28,6 +27,7 @@ from equipoise.bench.step_case import (
 from equipoise.bench.step_loads import read_shares
 from equipoise.bench.step_model import Routes, build_model, measure_experts
 from equipoise.bench.step_parts import StepClock
+from equipoise.bench.step_prediction import TimedExperts, fit_plane
 from equipoise.comm.groups import RankGroup
 from equipoise.config import EPLBConfig
 from equipoise.dispatch import create_dispatcher
@@ -45,7 +45,7 @@ _BLOCK_STEPS = 100
 _WARM_STEPS, _FILL_STEPS = 5, 10
 _PART_STEPS = 8
 _NUM_TIMED = 96
-"""Of the loads that came to a rank in a layer, how many its experts are timed with."""
+"""Of the loads that came to a rank in a layer, at most how many its experts are timed with."""
 _DECODE_PROMPT, _DECODE_TOKENS = 1, 120
 """Rows are replaced all at once; all lengths are of one graph."""
 _NEVER = 1 << 40
@@ -252,7 +252,7 @@ class _Bench:
         """Steps with experts in order and steps of a balanced model, by turns."""
         balanced, _ = self._spread(EPLBConfig(use_async=False))
         self._others.append(balanced)
-        sides = make(self.parallel), make(balanced)
+        sides = self._begin_together(make(self.parallel)), self._begin_together(make(balanced))
         decodes = case == "decode"
         tallies, between = (_Tally(decodes), _Tally(decodes)), _Tally()
         for side in sides:
@@ -264,17 +264,34 @@ class _Bench:
             is_balanced = step % 4 in (1, 2)
             self._run(*sides[is_balanced], 1, tallies[is_balanced])
         off, on = (self._merge(tally) for tally in tallies)
-        slot_count = torch.cat([self._sum_counts(tally).flatten(0, 2) for tally in tallies])
-        random = torch.Generator().manual_seed(self._spec.seed)
-        chosen = torch.randperm(len(slot_count), generator=random)[:_NUM_TIMED]
-        expert_times = self._gather(measure_experts(balanced, slot_count[chosen]))
+        experts = self._time_experts(balanced, tallies)
         parts = None if decodes else self._time_parts(sides, between)
-        return Compared(case, off, on, expert_times, parts, between.moves, between.rebalances)
+        return Compared(case, off, on, experts, parts, between.moves, between.rebalances)
 
-    def _gather(self, own: ExpertTime) -> tuple[ExpertTime, ...]:
-        """Of every rank: no two devices are as fast."""
-        values = torch.tensor(astuple(own), dtype=torch.float64)
-        return tuple(ExpertTime(*said.tolist()) for said in self._group.all_gather(values))
+    def _begin_together(self, fed: Fed) -> Fed:
+        """What ranks do between steps is no wait of a step's."""
+        engine, feed = fed
+
+        def feed_all() -> None:
+            feed()
+            self._group.barrier()
+
+        return engine, feed_all
+
+    def _time_experts(self, parallel: ParallelModel, tallies: Sequence[_Tally]) -> TimedExperts:
+        """Each rank with the loads of its own of a few steps: no two devices are as fast."""
+        num_steps = max(1, _NUM_TIMED // (2 * self._spec.size.num_layers))
+        # [off and on, steps, L, R, S]
+        slot_count = torch.stack([self._sum_counts(tally)[:num_steps] for tally in tallies])
+        own = slot_count[:, :, :, self._group.rank]
+        own_s = measure_experts(parallel, own.flatten(0, 2)).view(own.shape[:3])
+        seconds = self._group.all_gather(own_s)
+        planes = tuple(
+            fit_plane(slot_count[:, :, :, rank].flatten(0, 2).numpy(), one.flatten().numpy())
+            for rank, one in enumerate(seconds)
+        )
+        off_s, on_s = torch.stack(seconds, dim=-1).numpy()
+        return TimedExperts(planes, off_s, on_s)
 
     def _time_parts(self, sides: tuple[Fed, Fed], into: _Tally) -> tuple[StepParts, StepParts]:
         """Some more steps, whose parts are marked: marks take time of their own."""

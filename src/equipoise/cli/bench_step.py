@@ -20,9 +20,15 @@ if TYPE_CHECKING:
     from equipoise.config import EPLBConfig
 
 _OWN = {"window_size": "", "step_interval": "", "communicator": ": see --communicator"}
-_SIZES = ("prefill_tokens", "decode_size", "num_stall_steps")
+_SIZES = ("prefill_tokens", "decode_size", "num_steps", "num_stall_steps")
 _ON_GPUS = MappingProxyType(
-    {"prefill_tokens": 4096, "prompt_len": 512, "decode_size": 64, "num_stall_steps": 2000}
+    {
+        "prefill_tokens": 4096,
+        "prompt_len": 512,
+        "decode_size": 64,
+        "num_steps": 150,
+        "num_stall_steps": 2000,
+    }
 )
 _COLUMNS = (
     ("case", "case"),
@@ -56,7 +62,9 @@ def bench_step(
     sequences: Annotated[
         int | None, typer.Option(help="That decode, per rank; 16, on GPUs 64.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Of each kind in a case.")] = 40,
+    steps: Annotated[
+        int | None, typer.Option(help="Of each kind in a case; 40, on GPUs 150.")
+    ] = None,
     stall_steps: Annotated[
         int | None, typer.Option(help="The same, beside rebalances; 200, on GPUs 2,000.")
     ] = None,
@@ -83,19 +91,18 @@ def bench_step(
         kind=kind,
         num_ranks=ranks,
         cases=tuple(case or CASES),  # type: ignore[arg-type]
-        num_steps=steps,
         dispatcher=dispatcher,
         communicator=communicator,
         balancing=_read_options(eplb_config),
         seed=seed,
         timeout_s=timeout,
-        **_fit(device, layers, (prefill_tokens, sequences, stall_steps)),
+        **_fit(device, layers, (prefill_tokens, sequences, steps, stall_steps)),
     )
     show_outcome(compare_steps(spec, _say_done), _COLUMNS, json_path)
 
 
 def _fit(device: Device, layers: int | None, given: tuple[int | None, ...]) -> dict[str, Any]:
-    """What depends on the device, unless it was given: prefill tokens, sequences, stall steps."""
+    """What depends on the device, unless it was given, in the order of _SIZES."""
     from equipoise.bench.step_case import BUNDLED, SCALED
 
     on_gpus = device is Device.CUDA or (device is Device.AUTO and count_gpus() >= 2)
