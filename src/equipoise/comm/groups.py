@@ -20,6 +20,7 @@ from equipoise.comm.base import ExpertWeights, GroupCoordinator
 from equipoise.comm.byte_views import view_bytes
 from equipoise.comm.exchange import Exchange, deadline_in, explain, name_ranks
 from equipoise.comm.process_groups import create_gloo, create_nccl
+from equipoise.comm.store_client import clone_store
 from equipoise.comm.store_thread import StoreThread
 from equipoise.errors import ConfigError, MembershipError
 
@@ -284,7 +285,7 @@ class RankGroup:
         Collective: every rank of the group.
         Raises: MembershipError if a rank does not come in time.
         """
-        store = PrefixStore(f"{name}/", self.store.clone())  # type: ignore[attr-defined]
+        store = PrefixStore(f"{name}/", clone_store(self.store))
         _meet(store, self.rank, self.size, self.timeout)
         cpu_group = create_gloo(store, self.rank, self.size, self.device, self.timeout)
         return RankGroup(

@@ -228,7 +228,7 @@ class Builder:
             return None
         size = len(plan.members)
         self._group = create_rank_group(
-            _clone(home.store),
+            self._store.make_client(),
             number,
             size,
             home.device,
@@ -293,7 +293,7 @@ class Builder:
         plan, home, store = self._plan, self._home, self._store
         place = plan.participants.index(home.name)
         group = create_rank_group(
-            PrefixStore("bridge/", _clone(home.store)),
+            PrefixStore("bridge/", store.make_client()),
             place,
             len(plan.participants),
             home.device,
@@ -476,8 +476,3 @@ class _Restorer:
                 "checkpoint to read it from"
             )
         return self._checkpoint.read_expert(self._spread.sets[index].layers[layer], expert)
-
-
-def _clone(store: Store) -> Store:
-    cloned: Store = store.clone()  # type: ignore[attr-defined]
-    return cloned

@@ -11,6 +11,7 @@ from functools import cached_property
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from equipoise.comm.store_client import clone_store
 from equipoise.elastic.verdict import ABORT, SWITCH
 from equipoise.errors import MembershipError
 
@@ -30,8 +31,9 @@ class StoreLost(MembershipError):  # noqa: N818 - says what happened
 class ChangeStore:
     """One change's keys, by a client of its own. Owner: one thread, which makes all calls.
 
-    The client is made by the first of them. A call may block for longer than it should where the
-    store's process is gone or stopped: whoever waits for this thread has a deadline of its own.
+    The client is made by the first of them. Where the store's process is gone, a call fails at
+    once; where it is stopped or cut off, it may block for longer than it should: whoever waits for
+    this thread has a deadline of its own.
 
     Args:
         store: the controller's.
@@ -53,8 +55,15 @@ class ChangeStore:
 
     @cached_property
     def _store(self) -> Store:
-        cloned: Store = self._origin.clone()  # type: ignore[attr-defined]
-        return _prefix(cloned, self._generation)
+        return _prefix(clone_store(self._origin), self._generation)
+
+    def make_client(self) -> Store:
+        """Another client of the controller's store, without the change's prefix.
+
+        Raises: StoreLost.
+        """
+        with self._asking():
+            return clone_store(self._origin)
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
