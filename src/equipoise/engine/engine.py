@@ -76,10 +76,11 @@ class Engine:
         balance: bool = True,
         graphs: bool = True,
     ) -> None:
-        self.limits, rows, end = limits, limits.max_batch_size, limits.end_tokens
+        self.limits = limits
         self._parallel, self._tokenizer, self._balance = parallel, tokenizer, balance
-        self._forward = Forward(parallel, rows, limits.max_len, graphs=graphs)
-        self._schedule = Schedule(rows, limits.prefill_chunk, self._forward.cache.move)
+        num_rows, end = limits.max_batch_size, limits.end_tokens
+        self._forward = Forward(parallel, num_rows, limits.max_len, graphs=graphs)
+        self._schedule = Schedule(num_rows, limits.prefill_chunk, self._forward.cache.move)
         self._end_tokens = find_end_tokens(parallel.model) if end is None else end
         # Kept beyond an error: each token is told, and once.
         self._deltas: list[Delta] = []
@@ -179,9 +180,12 @@ class Engine:
     def _balance_step(self) -> tuple[float, tuple[RebalanceOutcome, ...]]:
         """Close the forward pass that is under way; and the seconds that it took."""
         started_s = time.perf_counter()
-        outcomes = self._parallel.step() if self._balance else ()
-        for one in () if self._balance else self._parallel.spread.sets:
-            one.recorder.clear()
+        outcomes: tuple[RebalanceOutcome, ...] = ()
+        if self._balance:
+            outcomes = self._parallel.step()
+        else:
+            for one in self._parallel.spread.sets:
+                one.recorder.clear()
         return time.perf_counter() - started_s, outcomes
 
     def _tell(self, figures: StepFigures, outcomes: tuple[RebalanceOutcome, ...]) -> StepResult:

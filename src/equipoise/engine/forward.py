@@ -68,7 +68,7 @@ class Forward:
             for start, end in pairwise((*range(0, length, 3), length)):
                 place, chunk = tokens[start:end], Chunk(0, start, end - start)
                 layout = Layout(torch.zeros_like(place), place, 0, 0, (chunk,))
-                parts.append(self._call(place, place, layout, None, 0))
+                parts.append(self._call(place, layout, None, 0))
             if model.get_output_embeddings() is None:
                 raise ModelError("it has no head that gives tokens")
         off, norm = float((torch.cat(parts) - whole).norm()), float(whole.norm())
@@ -89,37 +89,42 @@ class Forward:
 
     @torch.inference_mode()
     def run(self, work: Work) -> tuple[Tensor, list[Sequence]]:
-        """Run a step; a dummy token that is sent nowhere if there is no work.
+        """Run a step; if there is no work, a dummy token that goes nowhere, in a row that is free.
 
         Returns: [sequences that get a token, V] float32, and these; of use once `check` returns.
         Collective: every rank of the generation, equally often.
         """
-        columns: list[tuple[int, int, int]] = []
+        tokens: list[int] = []
+        rows: list[int] = []
+        positions: list[int] = []
         getters, lasts = [], []
         for sequence, (row, start, length) in work.parts:
-            tokens = sequence.list_pending(length)
-            columns += [(token, row, start + i) for i, token in enumerate(tokens)]
+            tokens += sequence.list_pending(length)
+            rows += [row] * length
+            positions += range(start, start + length)
             if length == sequence.num_pending:
                 getters.append(sequence)
-                lasts.append(len(columns) - 1)
-        chunks = tuple(chunk for _, chunk in work.parts)
-        decoding, chunks = chunks[: work.num_decoding], chunks[work.num_decoding :]
-        longest = max((chunk.start + 1 for chunk in decoding), default=0)
-        placed = np.array(columns or [(0, 0, 0)]).T
-        first, self._position = self._position, self._position + placed.shape[1]
-        if self._captures and decoding and not chunks:
-            inputs = np.stack([placed[0], placed[2], placed[0] * 0 + 1, placed[0] * 0 + first])
+                lasts.append(len(tokens) - 1)
+        longest = max(positions[: work.num_decoding], default=-1) + 1
+        chunks = tuple(chunk for _, chunk in work.parts[work.num_decoding :])
+        valid = None
+        if not tokens:
+            tokens, rows, positions, chunks = [0], [0], [0], (Chunk(0, 0, 1),)
+            valid = torch.zeros(1, dtype=torch.bool, device=self._device)
+        first, self._position = self._position, self._position + len(tokens)
+        if self._captures and not chunks:
+            inputs = np.stack(np.broadcast_arrays(tokens, positions, 1, first))
             return self._graphs.run(inputs, longest, self._device), getters
-        there = torch.from_numpy(placed.copy()).to(self._device, non_blocking=True)
-        layout = Layout(there[1], there[2], len(decoding), longest, chunks)
-        hidden = self._call(there[0], there[2], layout if columns else None, None, first)
-        return self._score(hidden[lasts]), getters
+        placed = torch.from_numpy(np.array([tokens, rows, positions]))
+        placed = placed.to(self._device, non_blocking=True)
+        layout = Layout(placed[1], placed[2], work.num_decoding, longest, chunks)
+        return self._score(self._call(placed[0], layout, valid, first)[lasts]), getters
 
     def check(self) -> None:
         """Return when all ranks have taken part and the device is through; raises as a step."""
         for dispatcher in self._parallel.dispatchers:
             dispatcher.check()
-        # Not of other streams, where experts travel; who waits in vain gives the interpreter away.
+        # On its own stream: experts travel on others. A wait for nothing still lets the GIL go.
         if self._device.type == "cuda" and not torch.cuda.current_stream(self._device).query():
             torch.cuda.current_stream(self._device).synchronize()
 
@@ -128,25 +133,15 @@ class Forward:
         token, position, is_there, first = inputs
         rows = torch.arange(inputs.shape[1], device=self._device)
         layout = Layout(rows, position, inputs.shape[1], longest)
-        return self._score(self._call(token, position, layout, is_there.bool(), first[0]))
+        return self._score(self._call(token, layout, is_there.bool(), first[0]))
 
     def _call(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        layout: Layout | None,
-        valid: Tensor | None,
-        first: int | Tensor,
+        self, tokens: Tensor, layout: Layout, valid: Tensor | None, first: int | Tensor
     ) -> Tensor:
-        """[N, hidden] of tokens and positions [N]; without a layout they are nobody's."""
-        model = self._parallel.model
-        if layout is None:
-            valid = torch.zeros_like(tokens, dtype=torch.bool)
-        with (
-            self._parallel.route(valid, first),
-            self._attention.serve(self.cache, layout) as named,
-        ):
-            output = model.base_model(input_ids=tokens[None], position_ids=positions[None], **named)
+        """[N, hidden] of tokens [N]; those that are not valid are nobody's."""
+        named = {"input_ids": tokens[None], "position_ids": layout.positions[None]}
+        with self._parallel.route(valid, first), self._attention.serve(self.cache, layout) as more:
+            output = self._parallel.model.base_model(**named, **more)
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
 
