@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from equipoise import EPLBConfig
+from equipoise.bundled import model_directory
 from equipoise.comm import create_eplb_communicator
 from equipoise.comm.groups import RankGroup, create_rank_group
 from equipoise.dispatch import create_dispatcher
@@ -25,6 +26,7 @@ from equipoise.elastic.generation import NextGeneration
 from equipoise.elastic.membership import Deadlines, Serving
 from equipoise.elastic.placing import Redundancy
 from equipoise.elastic.planning import describe, plan_change, rehearse
+from equipoise.elastic.rehearsal import try_choices
 from equipoise.elastic.verdict import Word, settle
 from equipoise.models.parallel import ParallelModel, parallelize
 from equipoise.topology import Topology
@@ -377,6 +379,36 @@ def measure_link(rank: Rank, device: torch.device) -> float:
     wire.close()
     group.close()
     return LINK_BYTES / min(seconds)
+
+
+def count_choice_kernels(device: torch.device) -> int:
+    from equipoise.load.choice_kernel import _choose_and_count
+
+    kernels, *_ = _choose_and_count.device_caches[device.index]
+    return len(kernels)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(120)
+@processes(1, timeout_s=110)
+def test_a_first_step_has_no_choice_kernel_to_compile(rank: Rank) -> None:
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    group = create_rank_group(
+        rank.store, 0, 1, device, timeout=timedelta(seconds=60), device_group="gloo"
+    )
+    parallel = parallelize(model_directory(), group, EPLBConfig(communicator="torch_gloo"))
+    try_choices(parallel.spread, device)
+    compiled = count_choice_kernels(device)
+    tokens = torch.arange(7, device=device)[None]
+    with torch.inference_mode():
+        for valid in (None, torch.ones(7, dtype=torch.bool, device=device)):
+            with parallel.route(valid) as model:
+                model(input_ids=tokens, use_cache=False)
+    # Layers whose counts begin at an odd place are served by the same ones.
+    assert compiled == count_choice_kernels(device) == 2
+    parallel.close()
+    group.close()
 
 
 @pytest.mark.multi_gpu

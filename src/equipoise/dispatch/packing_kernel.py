@@ -17,8 +17,11 @@ from equipoise.topology import Topology
 _TOKENS = 1024
 _ELEMENTS = 2048
 
+# Where the second half of what was made in one piece begins, depends on how many there are: kernels
+# would be compiled again for it, beside steps.
 
-@triton.jit(do_not_specialize=["num_tokens"])
+
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["begin"])
 def _route(  # type: ignore[no-untyped-def]
     slots,
     counts,
@@ -55,7 +58,7 @@ def _route(  # type: ignore[no-untyped-def]
     tl.store(counts + 2 * rank + 1, num_outputs.to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["begin"])
 def _pack(  # type: ignore[no-untyped-def]
     hidden,
     slots,
@@ -112,7 +115,7 @@ def _pack(  # type: ignore[no-untyped-def]
             tl.store(rows + row * row_stride + element, values, mask=is_one)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slot_of"])
 def _unpack(  # type: ignore[no-untyped-def]
     words,
     counts,

@@ -17,6 +17,7 @@ from equipoise.elastic.builder import Builder, Home, TryOut
 from equipoise.elastic.change_store import CalledOff, ChangeStore, StoreLost, say_abort
 from equipoise.elastic.membership import MembershipPlan
 from equipoise.elastic.reach import STORE, Unreachable
+from equipoise.elastic.rehearsal import try_thread
 from equipoise.elastic.retirement import Retirement
 from equipoise.elastic.verdict import SWITCH, Word
 from equipoise.errors import EquipoiseError, MembershipError
@@ -129,6 +130,8 @@ class NextGeneration:
         self._deadline = self._started + plan.deadlines.prepare_s + plan.deadlines.agree_s
         self._figures = ChangeFigures()
         threading.Thread(target=self._run, name="equipoise-next", daemon=True).start()
+        if serving is None:
+            try_thread(home.device, home.dtype)
 
     @property
     def state(self) -> State:

@@ -7,6 +7,7 @@ seconds in which all ranks would wait for one another.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,8 @@ from equipoise.topology import Topology
 
 _LENGTHS = (64, 1)
 """Tokens of the texts that a newcomer's model is called with: as in a prompt, and in decoding."""
+_SIDE = 16
+"""Of a matrix that takes no time."""
 
 
 class _OwnSlots(TokenDispatcher):
@@ -44,6 +47,23 @@ class _OwnSlots(TokenDispatcher):
         """As the contract says. Collective: none."""
         return self._alone.combine(output_ND, weight_TK, dispatched)
 
+    def check(self) -> None:
+        """As the contract says. Collective: none."""
+        self._alone.check()
+
+
+def try_thread(device: torch.device, dtype: torch.dtype | None) -> None:
+    """Have libraries make what they keep for each thread: cuBLAS a handle, and its workspace.
+
+    Args:
+        device: of this rank.
+        dtype: of the weights; None for torch's own.
+    Collective: none; the thread that will serve, before it does, on the stream that it will use.
+    """
+    if device.type == "cuda":
+        ones = torch.ones(_SIDE, _SIDE, dtype=dtype, device=device)
+        torch.mm(ones, ones)
+
 
 @torch.inference_mode()
 def try_alone(spread: ExpertParallelModel, device: torch.device) -> None:
@@ -68,6 +88,8 @@ def try_alone(spread: ExpertParallelModel, device: torch.device) -> None:
         with spread.route(None, 0) as model:
             model(input_ids=tokens, use_cache=False)
     for one in spread.sets:
+        # A step asks it, too.
+        one.binding.dispatcher.check()
         one.recorder.enabled = True
     spread.bind()
 
@@ -87,10 +109,14 @@ def try_choices(spread: ExpertParallelModel, device: torch.device) -> None:
         recorder, maps = one.recorder, one.maps
         experts = torch.zeros(1, _find_top_k(spread), dtype=torch.int64, device=device)
         valid = torch.ones(1, dtype=torch.bool, device=device)
+        positions: list[int | Tensor] = [0]
+        if one.dispatcher.captures:
+            # As graphs have it, which know no number of the host's.
+            positions.append(torch.zeros((), dtype=torch.int64, device=device))
         recorder.enabled = False
-        for some in (None, valid):
+        for some, position in product((None, valid), positions):
             turns, dtype = (maps.turns[0], maps.num_turns[0]), one.dispatcher.slot_dtype
-            recorder.choose_and_record(0, experts, *turns, 0, some, dtype)
+            recorder.choose_and_record(0, experts, *turns, position, some, dtype)
         recorder.enabled = True
 
 

@@ -14,7 +14,11 @@ _BLOCK = 1024
 _NUM_WARPS = 8
 
 
-@triton.jit(do_not_specialize=["num_pairs", "first"])
+# A layer's row may begin anywhere: it would be compiled again for where it does, beside steps.
+@triton.jit(
+    do_not_specialize=["num_pairs", "first"],
+    do_not_specialize_on_alignment=["turns", "num_turns", "first_at", "counts"],
+)
 def _choose_and_count(  # type: ignore[no-untyped-def]
     experts,
     turns,
