@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from equipoise.comm.span_copies import split_programs
 from equipoise.comm.spans import Spans
 
 _ALIGNMENT = 16
@@ -20,40 +21,40 @@ _BLOCK = 1024
 # Programs that share a span: enough to fill a GPU when a few experts move.
 _NUM_LANES = 32
 # At a time, where a wire reads and writes the same memory: copies that take all of its bandwidth
-# slow the wire down by more than they gain. Each copies about 7 GB/s. Not more spans by fewer
-# programs: then NCCL's wires, which pack, waited for that.
+# slow the wire down by more than they gain. Each copies 7 to 10 GB/s.
 _GENTLE_PROGRAMS = 64
-# More spans than programs are copied by so many launches behind each other, at most.
-_MOST_LAUNCHES = 8
+# That each of them copies of a span, about: with fewer most of the time would go by between spans,
+# with more whoever got the longest span would be waited for.
+_BLOCKS_A_LANE = 32
 
 
-@triton.jit(do_not_specialize=["num_spans", "first_span"])
-def _copy_words(table, num_spans, first_span, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
-    span = first_span + tl.program_id(0)
-    source = tl.load(table + span).to(tl.pointer_type(tl.int64))
-    destination = tl.load(table + num_spans + span).to(tl.pointer_type(tl.int64))
-    # Sixteen bytes at a time, as the host has made sure of.
-    source = tl.multiple_of(source, 16)
-    destination = tl.multiple_of(destination, 16)
-    num_words = tl.multiple_of(tl.load(table + 2 * num_spans + span), 2)
-    first = tl.program_id(1).to(tl.int64) * BLOCK
-    for start in range(first, num_words, tl.num_programs(1) * BLOCK):
-        words = start + tl.arange(0, BLOCK)
-        inside = words < num_words
-        tl.store(destination + words, tl.load(source + words, mask=inside), mask=inside)
+@triton.jit(do_not_specialize=["num_spans", "first_span", "last_span"])
+def _copy_words(table, num_spans, first_span, last_span, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    for span in range(first_span + tl.program_id(0), last_span, tl.num_programs(0)):
+        source = tl.load(table + span).to(tl.pointer_type(tl.int64))
+        destination = tl.load(table + num_spans + span).to(tl.pointer_type(tl.int64))
+        # Sixteen bytes at a time, as the host has made sure of.
+        source = tl.multiple_of(source, 16)
+        destination = tl.multiple_of(destination, 16)
+        num_words = tl.multiple_of(tl.load(table + 2 * num_spans + span), 2)
+        first = tl.program_id(1).to(tl.int64) * BLOCK
+        for start in range(first, num_words, tl.num_programs(1) * BLOCK):
+            words = start + tl.arange(0, BLOCK)
+            inside = words < num_words
+            tl.store(destination + words, tl.load(source + words, mask=inside), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_spans", "first_span"])
-def _copy_bytes(table, num_spans, first_span, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
-    span = first_span + tl.program_id(0)
-    source = tl.load(table + span).to(tl.pointer_type(tl.uint8))
-    destination = tl.load(table + num_spans + span).to(tl.pointer_type(tl.uint8))
-    num_bytes = tl.load(table + 2 * num_spans + span)
-    first = tl.program_id(1).to(tl.int64) * BLOCK
-    for start in range(first, num_bytes, tl.num_programs(1) * BLOCK):
-        words = start + tl.arange(0, BLOCK)
-        inside = words < num_bytes
-        tl.store(destination + words, tl.load(source + words, mask=inside), mask=inside)
+@triton.jit(do_not_specialize=["num_spans", "first_span", "last_span"])
+def _copy_bytes(table, num_spans, first_span, last_span, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    for span in range(first_span + tl.program_id(0), last_span, tl.num_programs(0)):
+        source = tl.load(table + span).to(tl.pointer_type(tl.uint8))
+        destination = tl.load(table + num_spans + span).to(tl.pointer_type(tl.uint8))
+        num_bytes = tl.load(table + 2 * num_spans + span)
+        first = tl.program_id(1).to(tl.int64) * BLOCK
+        for start in range(first, num_bytes, tl.num_programs(1) * BLOCK):
+            words = start + tl.arange(0, BLOCK)
+            inside = words < num_bytes
+            tl.store(destination + words, tl.load(source + words, mask=inside), mask=inside)
 
 
 class KernelTable:
@@ -74,11 +75,12 @@ class KernelTable:
         rest = sources.num_bytes - in_words
         words = (sources.address, destinations.address, in_words // _WORD_BYTES)
         ends = (sources.address + in_words, destinations.address + in_words, rest)
-        tables, all_starts = [], []
+        tables, all_starts, all_sums = [], [], []
         for columns in (words, ends):
             kept = columns[2] > 0
             tables.append(np.stack([column[kept] for column in columns]))
             all_starts.append(np.concatenate(([0], np.cumsum(kept)))[list(edges)].tolist())
+            all_sums.append(np.concatenate(([0], np.cumsum(columns[2])))[list(edges)].tolist())
         # Both aligned alike: for another alignment Triton would compile, beside a forward pass.
         wide = tables[0].size + tables[0].size % 2
         table = np.zeros(wide + tables[1].size, dtype=np.int64)
@@ -86,9 +88,9 @@ class KernelTable:
         self._table: Tensor = torch.from_numpy(table).pin_memory().to(device, non_blocking=True)
         parts = self._table[: tables[0].size], self._table[wide:]
         self._launches = [
-            (kernel, columns, len(columns) // 3, starts)
-            for kernel, columns, starts in zip(
-                (_copy_words, _copy_bytes), parts, all_starts, strict=True
+            (kernel, columns, len(columns) // 3, starts, sums)
+            for kernel, columns, starts, sums in zip(
+                (_copy_words, _copy_bytes), parts, all_starts, all_sums, strict=True
             )
         ]
         # Whoever launches may do so on another stream, and sooner than this one has brought it.
@@ -104,17 +106,14 @@ class KernelTable:
         # To enter a device costs as much as a launch.
         is_current = torch.cuda.current_device() == device.index
         with contextlib.nullcontext() if is_current else torch.cuda.device(device):
-            for kernel, columns, num_spans, starts in self._launches:
+            for kernel, columns, num_spans, starts, sums in self._launches:
                 if part + 1 < len(starts) and (count := starts[part + 1] - starts[part]):
-                    lanes, at_once = _NUM_LANES, count
+                    grid = count, _NUM_LANES
                     if gently:
+                        num_blocks = (sums[part + 1] - sums[part]) // _BLOCK
                         most = int(gently * _GENTLE_PROGRAMS)
-                        num_launches = min(-(-count // most), _MOST_LAUNCHES)
-                        at_once = -(-count // num_launches)
-                        lanes = max(1, most // at_once)
-                    for first in range(starts[part], starts[part + 1], at_once):
-                        grid = min(at_once, starts[part + 1] - first), lanes
-                        kernel[grid](columns, num_spans, first, BLOCK=_BLOCK)
+                        grid = split_programs(most, count, num_blocks // _BLOCKS_A_LANE)
+                    kernel[grid](columns, num_spans, starts[part], starts[part + 1], BLOCK=_BLOCK)
 
     def bind(self, part: int) -> Callable[[], None]:
         """A part's launches with all that they need, for a thread that has no time to spare.
@@ -124,13 +123,13 @@ class KernelTable:
             then the stream that this was made on is through, and this outlives the copies.
         """
         device, launches = self._table.device, []
-        for kernel, columns, num_spans, starts in self._launches:
+        for kernel, columns, num_spans, starts, _ in self._launches:
             if part + 1 < len(starts) and (count := starts[part + 1] - starts[part]):
                 grid = (count, _NUM_LANES, 1)
+                numbers = num_spans, starts[part], starts[part + 1]
                 # Compiled before; a launch that looks for it takes several times as long.
-                compiled = kernel.warmup(columns, num_spans, starts[part], BLOCK=_BLOCK, grid=grid)
-                words = (columns.data_ptr(), num_spans, starts[part], _BLOCK)
-                launches.append(partial(compiled[grid], *words))
+                compiled = kernel.warmup(columns, *numbers, BLOCK=_BLOCK, grid=grid)
+                launches.append(partial(compiled[grid], columns.data_ptr(), *numbers, _BLOCK))
 
         def launch() -> None:
             stream = torch.cuda.current_stream(device).cuda_stream

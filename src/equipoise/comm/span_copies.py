@@ -47,7 +47,8 @@ class SpanCopies:
             return
         if part is None:
             part = np.zeros(len(sources.address), dtype=np.int64)
-        order = np.argsort(part, kind="stable")
+        # The longest first: whoever shares them out in turns gives everyone about as much.
+        order = np.lexsort((-sources.num_bytes, part))
         self._edges = np.searchsorted(part[order], np.arange(part.max(initial=0) + 2)).tolist()
         sources, destinations = (
             Spans(spans.address[order], spans.num_bytes[order]) for spans in (sources, destinations)
@@ -90,6 +91,22 @@ class SpanCopies:
         """Let go of this only behind what the current stream was given. Collective: none."""
         if self._table is not None:
             self._table.outlive_stream()
+
+
+def split_programs(most: int, num_spans: int, num_shares: int) -> tuple[int, int]:
+    """How programs of a GPU share spans out: groups that take them in turns, each with lanes.
+
+    Args:
+        most: programs; at least 1.
+        num_spans: at least 1.
+        num_shares: of all spans together, in what a program should get of one at least.
+    Returns:
+        How many groups, and lanes of each that copy a span side by side; no more than `most`.
+    Collective: none.
+    """
+    wanted = max(1, num_shares // num_spans)
+    num_groups = min(num_spans, max(1, most // wanted))
+    return num_groups, max(1, most // num_groups)
 
 
 def shift(spans: Spans, start: int) -> Spans:
