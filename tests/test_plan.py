@@ -237,6 +237,29 @@ def test_a_plan_of_many_chunks_leaves_none_but_the_last_short() -> None:
     assert [len(layers) for layers in shares.chunks] == [3, 3, 3, 3, 3, 2, 2, 1]
 
 
+def test_what_lands_in_empty_slots_needs_no_room_and_comes_in_large_chunks() -> None:
+    old = Placement(np.array([[0, 1, -1, 2, 3, -1]] * 20), 4, Topology(2, 3))
+    new = Placement(np.array([[0, 1, 3, 2, 3, 0]] * 20), 4, Topology(2, 3))
+    plan = make_plan(old, new)
+    each = np.full(20, 1 << 30)
+    shares = share_plan(plan, 0, each, 2 << 30, in_place=True, ends_small=True)
+    assert [len(layers) for layers in shares.chunks] == [2, 6, 6, 6]
+    assert not shares.num_bytes.any()
+    # A layer with an expert that is staged counts with that one.
+    swapped = np.array([[0, 1, 3, 2, 3, 0]] * 14 + [[2, 1, 3, 0, 3, -1]] * 6)
+    shares = share_plan(
+        make_plan(old, Placement(swapped, 4, Topology(2, 3))),
+        0,
+        each,
+        2 << 30,
+        in_place=True,
+        ends_small=True,
+    )
+    assert sum(map(len, shares.chunks)) == 20
+    assert len(shares.chunks[-1]) == 1
+    assert shares.num_bytes.max() == 2 << 30
+
+
 def test_a_budget_that_is_too_small_says_the_least_that_works() -> None:
     topology = Topology(2, 2)
     old = Placement(np.array([[0, 1, 2, 3], [0, 1, 2, 3]]), 4, topology)

@@ -61,11 +61,14 @@ class TransferPlan:
         """[L] int64, rows that travel between ranks, by layer."""
         return np.bincount(self.layer[~self.is_local], minlength=self.old.num_layers)
 
-    def staged_bytes(self, expert_bytes: IntArray) -> IntArray:
+    def staged_bytes(
+        self, expert_bytes: IntArray, staged: npt.NDArray[np.bool_] | None = None
+    ) -> IntArray:
         """Bytes that each rank stages in each layer, local copies included.
 
         Args:
             expert_bytes: [L] int64, bytes of one expert of each layer.
+            staged: [M] bool, which rows are staged; None for all.
         Returns:
             [L, R] int64.
         Collective: none.
@@ -75,39 +78,54 @@ class TransferPlan:
         each = np.asarray(expert_bytes, dtype=np.int64)
         if each.shape != (layers,):
             raise PlacementError(f"expert_bytes must be [{layers}], got {list(each.shape)}")
-        rows = np.bincount(self.layer * ranks + self.dst_rank, minlength=layers * ranks)
-        staged: IntArray = rows.reshape(layers, ranks) * each[:, None]
-        return staged
+        place = self.layer * ranks + self.dst_rank
+        rows = np.bincount(place if staged is None else place[staged], minlength=layers * ranks)
+        total: IntArray = rows.reshape(layers, ranks) * each[:, None]
+        return total
 
-    def chunks(self, expert_bytes: IntArray, budget_bytes: int | None) -> list[IntArray]:
+    def chunks(
+        self,
+        expert_bytes: IntArray,
+        budget_bytes: int | None,
+        *,
+        staged: npt.NDArray[np.bool_] | None = None,
+        most_bytes: int = 0,
+    ) -> list[IntArray]:
         """Group the layers that have work so that what a rank stages for a group fits a budget.
 
         Args:
             expert_bytes: [L] int64, bytes of one expert of each layer.
             budget_bytes: most that any rank may stage at once; None for what the largest layer
                 stages on any rank.
+            staged: [M] bool, which rows are staged; None for all.
+            most_bytes: where some are not, most that any rank gets at once; at least the budget,
+                and the budget for the first group, so that bytes travel soon.
         Returns:
             Layers of each chunk, ascending; a layer without work is in none.
         Collective: none; the same on every rank for the same input.
         Raises: ConfigError if a layer alone exceeds the budget, saying the least that works;
             PlacementError if expert_bytes is not [L].
         """
-        staged = self.staged_bytes(expert_bytes)
-        least = int(staged.max())
-        budget = least if budget_bytes is None else budget_bytes
+        gotten = self.staged_bytes(expert_bytes)
+        kept = gotten if staged is None else self.staged_bytes(expert_bytes, staged)
+        largest, least = int(gotten.max()), int(kept.max())
+        budget = largest if budget_bytes is None else budget_bytes
         if budget < least:
-            worst = int(staged.max(axis=1).argmax())
+            worst = int(kept.max(axis=1).argmax())
             raise ConfigError(
                 f"staging_bytes is {budget}, but layer {worst} stages {least} bytes on one rank: "
                 f"ask for at least {least}"
             )
+        first, later = max(budget, largest), max(budget, largest, most_bytes)
         busy = np.unique(self.layer)
-        ends = np.cumsum(staged[busy], axis=0)
-        chunks = []
+        ends = np.cumsum(np.stack((kept[busy], gotten[busy])), axis=1)
+        chunks: list[IntArray] = []
         start = 0
         while start < len(busy):
-            before = ends[start - 1] if start else 0
-            fits = ((ends[start:] - before) <= budget).all(axis=1)
+            before = ends[:, start - 1 : start] if start else 0
+            now = ends[:, start:] - before
+            bounds = np.array([budget, later if start else first])
+            fits = (now <= bounds[:, None, None]).all(axis=(0, 2))
             # Sums only grow, so the layers that fit come first.
             stop = start + int(np.count_nonzero(fits))
             chunks.append(busy[start:stop])

@@ -13,6 +13,10 @@ from torch import Tensor
 from equipoise.plan.transfer_plan import TransferPlan
 from equipoise.topology import IntArray
 
+_MOST_LANDING_BYTES = 6 << 30
+"""Of a chunk whose experts land where they stay, and are not staged. Each is agreed on by itself,
+and a READ of many is a little faster; a peer that hangs is waited for by its bytes."""
+
 
 @dataclass(frozen=True)
 class StagedBlock:
@@ -131,7 +135,7 @@ def share_plan(
         plan: what moves.
         rank: whose shares.
         expert_bytes: [L] int64, bytes of one expert of each layer.
-        staging_bytes: most that a chunk may bring to any rank; None for the least that works.
+        staging_bytes: most that a chunk may stage on any rank; None for the least that works.
         in_place: whether received experts land in slots that stand empty, and are not staged.
         ends_small: whether the last chunk is a single layer, since nothing travels beside what
             fills its slots, and those before it are about alike, so that each leaves time to
@@ -141,9 +145,11 @@ def share_plan(
     Collective: none; the same chunks on every rank.
     Raises: ConfigError if a layer does not fit `staging_bytes`.
     """
-    chunks = plan.chunks(expert_bytes, staging_bytes)
+    landing = _find_landing(plan) if in_place else None
+    staged = None if landing is None else landing < 0
+    chunks = plan.chunks(expert_bytes, staging_bytes, staged=staged, most_bytes=_MOST_LANDING_BYTES)
     if ends_small:
-        chunks = _end_small(chunks, plan.staged_bytes(expert_bytes))
+        chunks = _end_small(chunks, plan.staged_bytes(expert_bytes, staged))
     # Layers in which slots only become empty have maps to switch, and nothing to stage.
     changed = (plan.old.slot_to_expert != plan.new.slot_to_expert).any(axis=1)
     idle = np.setdiff1d(np.flatnonzero(changed), plan.layer)
@@ -153,8 +159,8 @@ def share_plan(
 
 
 def _end_small(chunks: list[IntArray], staged: IntArray) -> list[IntArray]:
-    """The same layers, the last on its own; staged: [L, R] bytes."""
-    if not chunks or len(chunks) == len(chunks[-1]) == 1:
+    """The same layers, the last on its own if it is staged at all; staged: [L, R] bytes."""
+    if not chunks or len(chunks) == len(chunks[-1]) == 1 or not staged[chunks[-1][-1]].any():
         return chunks
     *chunks, end = [*chunks[:-1], chunks[-1][:-1], chunks[-1][-1:]]
     if not len(chunks[-1]):
@@ -226,7 +232,11 @@ class PlanShares(Sequence[ChunkShare]):
         # Own experts last; the sort is stable, so layers and experts keep the plan's order.
         ours = ours[np.lexsort((source[ours], source[ours] == rank, chunk[ours]))]
         self._received = received = ours[source[ours] != rank]
-        self._into = _find_empty(plan, received) if in_place else np.full(len(received), -1)
+        self._into = np.full(len(received), -1)
+        if in_place:
+            landing = _find_landing(plan)[received]
+            slots_per_rank = plan.new.topology.slots_per_rank
+            self._into = np.where(landing >= 0, landing % slots_per_rank, -1)
         self._staged = staged = ours
         if in_place:
             self._staged = staged = ours[~np.isin(ours, received[self._into >= 0])]
@@ -276,14 +286,13 @@ def _cut(chunk: IntArray, num_chunks: int) -> IntArray:
     return edges
 
 
-def _find_empty(plan: TransferPlan, rows: IntArray) -> IntArray:
-    """[n] int64, the local slot of each row that fills one empty slot and no other; else -1."""
+def _find_landing(plan: TransferPlan) -> IntArray:
+    """[M] int64, the global slot of each row that comes to one empty slot and no other; else -1."""
     num_writes = np.bincount(plan.write_row, minlength=len(plan.layer))
     slot = np.full(len(plan.layer), -1)
     slot[plan.write_row] = plan.write_slot
-    is_empty = plan.old.slot_to_expert[plan.layer[rows], slot[rows]] < 0
-    lands = is_empty & (num_writes[rows] == 1)
-    return np.where(lands, slot[rows] % plan.new.topology.slots_per_rank, -1)
+    is_empty = plan.old.slot_to_expert[plan.layer, slot] < 0
+    return np.where(is_empty & (num_writes == 1) & ~plan.is_local, slot, -1)
 
 
 def _find_busiest(
