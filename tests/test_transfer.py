@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from equipoise.errors import ConfigError, PlacementError, TransferError
 from equipoise.placement import Placement, place_in_order
 from equipoise.plan.transfer_plan import make_plan
 from equipoise.topology import IntArray, Topology
-from equipoise.transfer import TransferStats, rearrange_expert_weights_inplace
+from equipoise.transfer import TransferStats, executor, rearrange_expert_weights_inplace
+from equipoise.transfer.budget import StagingBudget
 from equipoise.transfer.checksum import sum_experts
 from equipoise.transfer.pipeline import Pipeline
 from tests.expert_weights import Shapes, random_placement, random_shapes
@@ -316,4 +318,38 @@ def test_what_was_staged_is_let_go_of_at_once(rank: Rank) -> None:
     # What only the collector would free is memory that nobody else gets meanwhile.
     assert not any(isinstance(each, Pipeline) for each in gc.get_objects())
     gc.enable()
+    communicator.close()
+
+
+class HoldingPipeline(Pipeline):
+    """Starts chunks before their buffers are free, as it does on a GPU."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)  # type: ignore[arg-type]
+        wire = self._mover.communicator
+        self._holds, self._num_ahead = wire.can_hold, wire.num_ahead
+
+
+@processes(2)
+def test_chunks_that_wait_for_room_arrive_whole(rank: Rank) -> None:
+    group = rank.make_group()
+    topology = Topology(2, 6)
+    rng = np.random.default_rng(7)
+    shapes = Shapes(SHAPES.layers[:1] * 6)
+    standing = random_placement(rng, 6, 9, topology)
+    weights = shapes.weights(standing, rank.rank)
+    communicator = create_eplb_communicator(group, "nixl", weights)
+    for num_buffers in (1, 2, 3) * 2:
+        target = random_placement(rng, 6, 9, topology)
+        budget = StagingBudget(None, num_buffers)
+        with (
+            mock.patch.object(executor, "Pipeline", HoldingPipeline),
+            mock.patch.object(executor, "choose_budget", return_value=budget),
+        ):
+            stats = rearrange_expert_weights_inplace(
+                standing, target, weights, communicator, group, verify="all"
+            )
+        shapes.assert_hold(weights, target, rank.rank, num_buffers)
+        assert stats.num_chunks > 3
+        standing = target
     communicator.close()

@@ -20,6 +20,8 @@ from equipoise.transfer.staging import ChunkShare
 
 _MOST_PACE = 4.0
 _PACE_UNLESS_HELD = 1.5
+# With two buffers the wire waits for what fills slots from one as soon as the other is full.
+_PACE_OF_TWO = 4.0
 # For the peers' word on the first chunk: nothing travels meanwhile that work could go beside.
 _FIRST_WORD_S = 2e-3
 # Whose copies are made ready together: little more than those of one would take.
@@ -202,11 +204,16 @@ class Pipeline:
                 return
             self._mover.communicator.advance()
             started.append(self._start(number) if number else first)
+            # Later, where another chunk may have come by now, for which ranks wait; sooner, where
+            # the next cannot travel before that one's slots are filled, which takes less time.
+            is_alone = self._holds and len(self._buffers) == 1
+            if is_alone:
+                self._prepare(number, started[-1])
             if len(started) > self._num_ahead > 0:
                 finish()
                 yield started.popleft()
-            # Not before: another chunk may have come, and ranks wait for each other's.
-            self._prepare(number, started[-1])
+            if not is_alone:
+                self._prepare(number, started[-1])
             if not self._num_ahead:
                 finish()
                 yield started.popleft()
@@ -227,7 +234,9 @@ class Pipeline:
             if self._is_stopped:
                 return False
             event = self._freed[number % len(self._buffers)]
-        if event is not None:
+        if event is not None and not event.query():  # type: ignore[no-untyped-call]
+            # A time in which nothing else can be done: what the next chunk's bytes need, is.
+            self._mover.communicator.advance()
             event.synchronize()
         return True
 
@@ -297,6 +306,8 @@ class Pipeline:
             return 0.0
         # A wire that cannot hold waits for the buffer before it begins.
         least = 1.0 if self._holds else _PACE_UNLESS_HELD
+        if len(self._buffers) == 2:
+            least = _PACE_OF_TWO
         return min(max(least, num_bytes / max(1, share.remote_bytes)), _MOST_PACE)
 
     def _stop(self) -> None:

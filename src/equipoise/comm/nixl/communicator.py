@@ -244,7 +244,7 @@ class NixlEplbCommunicator(QueuedCommunicator[_Flight]):
         try:
             while not flight.exchange.is_over:
                 self._refuse_if_interrupted()
-                if self._advance(flights):
+                if self._advance(flights, flight):
                     pause = _SHORTEST_PAUSE_S
                     continue
                 time.sleep(pause)
@@ -258,13 +258,21 @@ class NixlEplbCommunicator(QueuedCommunicator[_Flight]):
         if flight.landing is not None:
             self._agent.deregister(flight.landing)
 
-    def _advance(self, flights: Sequence[_Flight]) -> bool:
-        """Bring every exchange that is under way as far as it goes; whether that was anywhere."""
+    def _advance(self, flights: Sequence[_Flight], awaited: _Flight | None = None) -> bool:
+        """Bring every exchange that is under way as far as it goes; whether that was anywhere.
+
+        Once the awaited one is over, those that cannot land yet are left for later.
+        """
         assert self._wire is not None
+        moved = False
         with self._on_stream():
             self._wire.mailbox.collect()
-            moved = [each.exchange.advance() for each in flights if not each.exchange.is_over]
-        return any(moved)
+            for each in flights:
+                exchange = each.exchange
+                is_due = awaited is None or not awaited.exchange.is_over or not exchange.is_held
+                if is_due and not exchange.is_over:
+                    moved = exchange.advance() or moved
+        return moved
 
     def _set_apart(self, flights: Sequence[_Flight]) -> None:
         """After a failure: let go of what no READ writes to any more, and keep the rest."""

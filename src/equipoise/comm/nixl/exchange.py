@@ -178,6 +178,11 @@ class NixlExchange:
         return may and all(pair.is_over for pair in pairs)
 
     @property
+    def is_held(self) -> bool:
+        """Whether what is to be filled was in use when it was last asked."""
+        return self._may_land is not None
+
+    @property
     def travels(self) -> bool:
         """Whether every READ is under way, or over; or a pair has failed."""
         return all(pair.has_failed or (pair.heard_last and not pair.held) for pair in self.pairs)
