@@ -225,6 +225,9 @@ def take_part(cast: Cast, next_one: NextGeneration) -> str:
             cast.parallel.state.resume()
         return f"aborted: {next_one.reason}"
     cast.parallel = next_one.switch()
+    if next_one.retirement is not None:
+        # Beside the first step already, which is worse than what a service does.
+        next_one.retirement.begin()
     cast.detour.note(next_one)
     cast.retired.append(next_one)
     return "switched"

@@ -238,6 +238,8 @@ class Player:
         if self.parallel is not None:
             self.serve()
         pause_s = time.perf_counter() - started
+        if next_one.retirement is not None:
+            next_one.retirement.begin()
         self.detour.note(next_one)
         figures = next_one.figures
         rate = figures.received_bytes / max(figures.pull_s, 1e-9)

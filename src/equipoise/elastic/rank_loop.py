@@ -232,7 +232,10 @@ class RankLoop:
         elif has_worked and self._has_worked and self._stepped_at is not None:
             self._step_s.append(now - self._stepped_at)
         self._stepped_at, self._has_worked = now, has_worked
-        if self._retirement is not None and self._retirement.is_done:
+        if self._retirement is None:
+            return
+        self._retirement.begin()
+        if self._retirement.is_done:
             self._retirement = None
             self._link.say({"say": "retired", "pause_s": max(0.0, self._pause_s)})
 

@@ -15,12 +15,16 @@ from equipoise.models.parallel import ParallelModel
 
 logger = logging.getLogger(__name__)
 
+FIRST_STEP_S = 1.0
+"""Longest that closing waits for the first step behind the switch, which it would hold up."""
+
 
 class Retirement:
     """Closes a generation's groups, communicators and dispatchers once nobody uses them.
 
     Where ranks have switched, it waits until all have, so that nobody loses a last message; where
-    ranks have died, it waits for nobody. What does not close in time is left to this thread.
+    ranks have died, it waits for nobody. Nothing is closed beside the first step behind a switch:
+    that is part of the pause. What does not close in time is left to this thread.
 
     Args:
         parallel: of the generation that ends.
@@ -42,7 +46,7 @@ class Retirement:
         self._bridge = bridge
         self._plan, self._store, self._name = plan, store, name
         self._deadline = time.monotonic() + plan.deadlines.retire_s
-        self._is_done = threading.Event()
+        self._may_begin, self._is_done = threading.Event(), threading.Event()
         threading.Thread(target=self._run, name="equipoise-retire", daemon=True).start()
 
     @property
@@ -50,8 +54,13 @@ class Retirement:
         """Whether nothing of the generation is left on this rank."""
         return self._is_done.is_set()
 
+    def begin(self) -> None:
+        """The first step behind the switch is over. Any thread; twice is fine. Collective: none."""
+        self._may_begin.set()
+
     def wait(self, timeout_s: float) -> bool:
-        """Wait until it is done; False if it takes longer. Collective: none."""
+        """Have it begin, and wait until it is done; False if it takes longer. Collective: none."""
+        self.begin()
         return self._is_done.wait(timeout_s)
 
     def _run(self) -> None:
@@ -59,6 +68,7 @@ class Retirement:
         assert parallel is not None, "it runs once"
         if not self._plan.is_recovery:
             self._meet()
+            self._may_begin.wait(FIRST_STEP_S)
         group = parallel.state.group
         try:
             # A worker that waits for the dead does so up to a deadline of its own.
