@@ -211,18 +211,23 @@ class _Bench:
             self._settle(engine, feed, between)
             into = on if block % 2 else off
             if block % 2:
-                self._routes.rename_experts()
+                self._rename_experts()
                 state.resume()
             for _ in range(block_steps):
                 num_before = into.rebalances
                 self._run(engine, feed, 1, into)
                 if into.rebalances > num_before:
-                    self._routes.rename_experts()
+                    self._rename_experts()
             state.pause()
         moves, rebalances = on.moves + between.moves, on.rebalances + between.rebalances
         return Compared(
             "stall", self._merge(off), self._merge(on), moves=moves, rebalances=rebalances
         )
+
+    def _rename_experts(self) -> None:
+        """One rank is done with it sooner than another, which is no wait of a step's either."""
+        self._routes.rename_experts()
+        self._group.barrier()
 
     def compare_graphs(self) -> Compared | LeftOut:
         """Decode steps launched one kernel at a time, and as graphs, by turns."""
