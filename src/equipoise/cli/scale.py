@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from equipoise.cli.service import SocketPath, Url, WaitS, find_socket
-from equipoise.errors import ConfigError
+from equipoise.errors import ConfigError, MembershipError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+LONGEST_S = 86_400.0
+"""A day."""
 
 
 def scale(
@@ -36,6 +39,9 @@ def scale(
     """
     if (to is None) == (not remove):
         raise ConfigError("say either --to, how many ranks there shall be, or --remove, which go")
+    # As whole seconds, which a server counts in.
+    if not 1 <= timeout <= LONGEST_S:
+        raise ConfigError(f"--timeout must be from 1 to {LONGEST_S:g} s, got {timeout:g}")
     report = _ask(socket, url, to, remove or [], dry_run, refuse, timeout)
     typer.echo(json_format.dumps(report, indent=2) if json else _describe(report))
 
@@ -58,16 +64,19 @@ def _ask(
         return client.scale(to, remove, dry_run=dry_run, timeout_s=int(timeout_s))
     from equipoise.elastic.control import ask
 
-    report: dict[str, Any] = ask(
-        find_socket(socket),
-        "scale",
-        takes_s=timeout_s,
-        to=to,
-        remove=remove,
-        dry_run=dry_run,
-        busy="refuse" if refuse else "queue",
-        timeout_s=timeout_s,
-    )
+    try:
+        report: dict[str, Any] = ask(
+            find_socket(socket),
+            "scale",
+            takes_s=timeout_s,
+            to=to,
+            remove=remove,
+            dry_run=dry_run,
+            busy="refuse" if refuse else "queue",
+            timeout_s=timeout_s,
+        )
+    except TimeoutError as error:
+        raise MembershipError(str(error)) from error
     return report
 
 
