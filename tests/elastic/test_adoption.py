@@ -228,6 +228,10 @@ def test_a_state_is_of_one_living_controller_and_its_owner_alone(tmp_path: Path)
         StateFile(path)
     with pytest.raises(ConfigError, match="no state can be kept there"):
         StateFile(tmp_path / "nowhere" / "state")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match="folder: is a directory; name a file"):
+        StateFile(tmp_path / "folder")
+    assert not (tmp_path / "folder.lock").exists()
 
 
 def test_a_rank_tells_of_what_it_has_and_of_what_has_ended_lately() -> None:

@@ -171,6 +171,7 @@ BAD = {
     ("--launcher=torchrun",): "--launcher torchrun: this process is none of torchrun's: torchrun ",
     ("--interface=eth99",): "eth99: is no interface of this host: there are ",
     ("--launcher=ray", "--state=x"): "--state is for ranks of this machine: with ray they end too",
+    ("--slots-per-rank=0",): "slots_per_rank must be at least 1, got 0",
     ("--redundant-experts=3",): "32 experts and 3 redundant ones make 35 slots",
 }
 

@@ -98,6 +98,8 @@ class ServiceSpec:
         for name in ("num_ranks", "max_batch_size", "max_len", "queue_limit", "respawn_tries"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.slots_per_rank is not None and self.slots_per_rank < 1:
+            raise ConfigError(f"slots_per_rank must be at least 1, got {self.slots_per_rank}")
         if self.dispatch == "nixl_ep":
             self._check_nixl_ep()
         for name in _DURATIONS:

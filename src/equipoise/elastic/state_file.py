@@ -44,13 +44,15 @@ class StateFile:
 
     Args:
         path: of the file; its folder is there.
-    Raises: ConfigError if another controller has it, or the file is not this user's alone, or is
-        not a controller's.
+    Raises: ConfigError if another controller has it, or what is there is not this user's alone, or
+        is not a controller's.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock_path = path.with_name(f"{path.name}.lock")
+        if path.is_dir():
+            raise ConfigError(f"{path}: is a directory; name a file")
         try:
             self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         except OSError as error:
