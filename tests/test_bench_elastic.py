@@ -33,7 +33,14 @@ runs_long = pytest.mark.skipif(
         (("elastic", "--dispatch=nixl_ep", "--size-gb=1"), "nixl_ep needs device cuda, not cpu"),
         (("elastic", "--sizes=two"), "must be numbers with commas between, like 2,4,2"),
         (("recovery", "--ranks=1"), "at least 2 ranks, of which one may die, got 1"),
+        (("elastic", "--requests=0"), "--requests must be at least 1, got 0"),
+        (("elastic", "--in-flight=0"), "--in-flight must be at least 1, got 0"),
+        (("elastic", "--model=nowhere"), "nowhere: no such directory; a model is a Hugging Face"),
+        (("elastic", "--size-gb=nan"), "--size-gb must be a number above 0, got nan"),
         (("recovery", "--kills=0"), "at least 1 rank must be killed, got 0"),
+        (("recovery", "--new-tokens=0"), "--new-tokens must be at least 1, got 0"),
+        (("recovery", "--every=-1"), "--every must be a number from 0 on, got -1.0"),
+        (("recovery", "--timeout=inf"), "--timeout must be a number above 0, got inf"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(words: tuple[str, ...], message: str) -> None:

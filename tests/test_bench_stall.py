@@ -38,6 +38,9 @@ def test_a_small_case_tells_step_times_and_that_nothing_was_exchanged(tmp_path):
         ("--slots=1", "--slots must be at least 2, got 1"),
         ("--steps=10", "--steps must be at least 50, got 10"),
         ("--step-ms=0", "--step-ms must be a number above 0, got 0.0"),
+        ("--max-bytes-per-s=0", "--max-bytes-per-s must be at least 1, got 0"),
+        ("--max-bytes-per-step=-1", "--max-bytes-per-step must be at least 1, got -1"),
+        ("--max-layers-per-step=0", "--max-layers-per-step must be at least 1, got 0"),
         (
             "--communicator=pigeon",
             "unknown communicator 'pigeon': there are auto, nixl, pynccl, torch_gloo, torch_nccl",

@@ -160,6 +160,7 @@ BAD = {
     "a warm-up of all": (["--warm-up=8"], True, "8 steps leave none to judge after a warm-up of 8"),
     "no warm-up": (["--warm-up=0"], True, "warm_up_steps must be at least 1, got 0"),
     "no time": (["--step-ms=0"], True, "step_s must be above 0 seconds, got 0.0"),
+    "no ranks": (["--ranks=0"], True, "--ranks must be at least 1, got 0"),
     "no sequences": (["--in-flight=0"], True, "num_in_flight must be at least 1, got 0"),
     "no measurements": (
         ["--measurements=nowhere.csv"],

@@ -43,3 +43,9 @@ def _make_two() -> OneRankService:
 def test_none_of_something_is_refused(flag: str) -> None:
     done = run_command("bench", "serve", f"{flag}=0")
     assert (done.code, done.err) == (2, f"equipoise: {flag} must be at least 1, got 0\n")
+
+
+@pytest.mark.parametrize(("case", "flag"), [("overhead", "--kills"), ("kill", "--ranks")])
+def test_an_option_that_would_do_nothing_is_refused(case: str, flag: str) -> None:
+    done = run_command("bench", "serve", f"--case={case}", f"{flag}=3")
+    assert (done.code, done.err) == (2, f"equipoise: {flag} is not for --case {case}\n")

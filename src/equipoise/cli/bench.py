@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from equipoise.errors import ConfigError
+
 if TYPE_CHECKING:
     from equipoise.bench.outcome import BenchOutcome
 
@@ -28,6 +30,17 @@ def check_json_path(path: Path | None) -> None:
 
     if path is not None and str(path) != "-":
         check_writable(path, "--json")
+
+
+def read_sizes(text: str) -> tuple[int, ...]:
+    """Numbers of ranks, from `--sizes`.
+
+    Raises: ConfigError if they are none.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"--sizes {text}: must be numbers with commas between, like 2,4,2")
+    return tuple(map(int, parts))
 
 
 def show_outcome(

@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from equipoise.cli import stream_options as options
-from equipoise.cli.bench import JsonPath, check_json_path, show_outcome
-from equipoise.errors import ConfigError
+from equipoise.cli.bench import JsonPath, check_json_path, read_sizes, show_outcome
 
 _COLUMNS = (
     ("what", "what"),
@@ -44,7 +43,7 @@ def bench_elastic(
     from equipoise.bench.elastic import ElasticBench, measure_elastic
 
     bench = ElasticBench(
-        sizes=_read_sizes(sizes),
+        sizes=read_sizes(sizes),
         num_requests=requests,
         num_in_flight=in_flight,
         num_new_tokens=new_tokens,
@@ -55,15 +54,9 @@ def bench_elastic(
         seed=seed,
         size_gb=size_gb,
     )
+    options.check(requests, in_flight, new_tokens, timeout, size_gb, model)
     show_outcome(measure_elastic(bench, _say), _COLUMNS, json_path)
 
 
 def _say(text: str) -> None:
     typer.echo(text, err=True)
-
-
-def _read_sizes(text: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise ConfigError(f"--sizes {text}: must be numbers with commas between, like 2,4,2")
-    return tuple(map(int, parts))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 import typer
 
 from equipoise.cli import stream_options as options
 from equipoise.cli.bench import JsonPath, check_json_path, show_outcome
+from equipoise.errors import ConfigError
 
 _COLUMNS = (
     ("what", "what"),
@@ -59,6 +61,9 @@ def bench_recovery(
         respawn=respawn,
         size_gb=size_gb,
     )
+    if not 0 <= every < math.inf:
+        raise ConfigError(f"--every must be a number from 0 on, got {every}")
+    options.check(requests, in_flight, new_tokens, timeout, size_gb, model)
     show_outcome(measure_recovery(bench, _say), _COLUMNS, json_path)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from equipoise.cli.bench import JsonPath, check_json_path, show_outcome
+from equipoise.cli.bench import JsonPath, check_json_path, read_sizes, show_outcome
 from equipoise.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ _OVERHEAD, _TRAFFIC = "Overhead", "Scale and kill"
 
 
 def bench_serve(
+    context: typer.Context,
     case: Annotated[
         Case, typer.Option(help="HTTP's overhead; or ranks that come and go, or are killed.")
     ] = "overhead",
@@ -75,6 +76,7 @@ def bench_serve(
     from equipoise.cli.serve_start import check_packages
 
     check_packages()
+    _refuse_what_others_take(context, case)
     if case == "overhead":
         outcome = _measure_overhead(ranks, streams, 128 if tokens is None else tokens, rounds)
         show_outcome(outcome, _OVERHEAD_COLUMNS, json_path)
@@ -86,7 +88,7 @@ def bench_serve(
     on_ray = ("--launcher=ray", f"--ray-address={ray_address}") if launcher == "ray" else ()
     spec = TrafficSpec(
         case=case,
-        sizes=_read_sizes(sizes or _SIZES[case]),
+        sizes=read_sizes(sizes or _SIZES[case]),
         num_kills=kills,
         every_s=every,
         num_requests=requests,
@@ -96,6 +98,16 @@ def bench_serve(
     )
     outcome = measure_traffic(spec, lambda text: typer.echo(text, err=True))
     show_outcome(outcome, _TRAFFIC_COLUMNS, json_path)
+
+
+def _refuse_what_others_take(context: typer.Context, case: Case) -> None:
+    """Options of another case would do nothing."""
+    others = _TRAFFIC if case == "overhead" else _OVERHEAD
+    for option in context.command.params:
+        panel = getattr(option, "rich_help_panel", None)
+        source = context.get_parameter_source(option.name or "")
+        if panel == others and source is not None and source.name == "COMMANDLINE":
+            raise ConfigError(f"{option.opts[0]} is not for --case {case}")
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:
@@ -128,10 +140,3 @@ def _measure_overhead(ranks: int, streams: int, tokens: int, rounds: int) -> Ben
     return measure_overhead(
         make_service, OverheadSpec(streams, tokens, rounds), {"ranks": ranks, "model": "bundled"}
     )
-
-
-def _read_sizes(text: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise ConfigError(f"--sizes {text}: must be numbers with commas between, like 2,4,2")
-    return tuple(map(int, parts))

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from equipoise.bench.option_checks import check_least
 from equipoise.cli.bench import JsonPath, check_json_path, show_outcome
 
 _COLUMNS = (("what", "what"), ("value", "value"), ("goal", "goal"), ("met", "met"))
@@ -77,6 +78,12 @@ def bench_stall(
 ) -> None:
     """Compare step times with rebalances in the background and without, in one run."""
     check_json_path(json_path)
+    bounds = {
+        "--max-bytes-per-s": max_bytes_per_s,
+        "--max-bytes-per-step": max_bytes_per_step,
+        "--max-layers-per-step": max_layers_per_step,
+    }
+    check_least(*((flag, value, 1) for flag, value in bounds.items() if value is not None))
     import torch
 
     from equipoise.bench.stall import measure_stalls

@@ -60,6 +60,8 @@ def replay(
     from equipoise.sim.cost import CostModel
     from equipoise.sim.replay import Setting
 
+    if ranks < 1:
+        raise ConfigError(f"--ranks must be at least 1, got {ranks}")
     for path, flag in ((json_path, "--json"), (report, "--report")):
         if path is not None:
             check_writable(path, flag)
@@ -181,8 +183,6 @@ def _combine(
     spares = parse_list(
         redundant, "--redundant-experts", lambda word: None if word == "auto" else int(word)
     )
-    if num_ranks < 1:
-        raise ConfigError(f"--ranks must be at least 1, got {num_ranks}")
     topologies = [
         Topology(
             num_ranks,

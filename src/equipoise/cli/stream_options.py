@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from equipoise.bench.option_checks import check_least, check_positive
+
 Requests = Annotated[int, typer.Option(help="At least so many.")]
 InFlight = Annotated[int, typer.Option(help="Requests at any time.")]
 NewTokens = Annotated[int, typer.Option(help="Of each request.")]
@@ -17,3 +19,28 @@ SizeGb = Annotated[
     float | None,
     typer.Option(help="Serve random weights, so many GB of experts; written to TMPDIR."),
 ]
+
+
+def check(
+    requests: int,
+    in_flight: int,
+    new_tokens: int,
+    timeout: float,
+    size_gb: float | None,
+    model: Path | None,
+) -> None:
+    """Refuse what no stream can be of, before a rank starts.
+
+    Raises: ConfigError, naming the option or the checkpoint.
+    """
+    check_least(
+        ("--requests", requests, 1), ("--in-flight", in_flight, 1), ("--new-tokens", new_tokens, 1)
+    )
+    check_positive(("--timeout", timeout))
+    if size_gb is not None:
+        check_positive(("--size-gb", size_gb))
+    if model is not None:
+        from equipoise.models.families import check_weights, read_model_shape
+
+        read_model_shape(model)
+        check_weights(model)
