@@ -55,3 +55,8 @@ def add_switches(flags: dict[str, tuple[str, Any]], *, sync: bool, no_balance: b
         add_flag(flags, "step_interval", "--no-balance", NEVER_STEPS)
     if sync:
         add_flag(flags, "use_async", "--sync", False)
+
+
+def parse_redundant(text: str | None) -> int | str | None:
+    """A number as one; other words as they are."""
+    return int(text) if text is not None and text.lstrip("-").isdecimal() else text

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from equipoise.cli import run_options as option
-from equipoise.cli.config import list_options
+from equipoise.cli.config import list_options, parse_redundant
 from equipoise.cli.faults import read_faults, run_through_faults
 from equipoise.cli.run_asked import (
     LONGEST_TIMEOUT_S,
@@ -25,7 +25,6 @@ from equipoise.cli.run_asked import (
     AskedTexts,
     AskedWords,
     JobLimits,
-    parse_redundant,
     settle,
 )
 from equipoise.errors import ConfigError

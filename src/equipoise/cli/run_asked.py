@@ -245,11 +245,6 @@ def _name_flag(key: str) -> str:
     return "--" + key.removeprefix("num_").replace("_", "-")
 
 
-def parse_redundant(text: str | None) -> int | str | None:
-    """A number as one; other words as they are."""
-    return int(text) if text is not None and text.lstrip("-").isdecimal() else text
-
-
 def _choose(flag: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ConfigError(f"{flag} {value}: must be one of {', '.join(choices)}")

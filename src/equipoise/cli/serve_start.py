@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
-from equipoise.cli.config import add_switches, list_options
+from equipoise.cli.config import add_switches, list_options, parse_redundant
 from equipoise.cli.serve_options import (
     DEFAULT_MAX_LEN,
     Balancing,
@@ -148,7 +148,7 @@ def _resolve_config(balancing: Balancing, extra: list[str], known: list[str]) ->
         (
             "num_redundant_experts",
             "--redundant-experts",
-            _parse_redundant(balancing.redundant_experts),
+            parse_redundant(balancing.redundant_experts),
         ),
         ("policy", "--policy", balancing.policy),
         ("step_interval", "--step-interval", balancing.step_interval),
@@ -234,10 +234,6 @@ def _make_spec(model: Path | None, max_len: int | None, values: Mapping[str, Any
         shape.num_experts, spec.num_ranks, None if requested == "auto" else requested
     )
     return spec
-
-
-def _parse_redundant(text: str | None) -> int | str | None:
-    return int(text) if text is not None and text.lstrip("-").isdecimal() else text
 
 
 def _find_device(asked: str, launcher: LauncherName) -> str:
