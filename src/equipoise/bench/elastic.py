@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -27,8 +28,8 @@ from equipoise.models.families import read_model_shape
 PAUSE_STEPS, PAUSE_MS = 3.0, 100.0
 UP_S = 3.0
 LINK_SHARE = 0.8
-SAME_LOSS = 1e-5
-"""Nats: other ranks sum the same outputs, and round some differently."""
+SAME_LOSS = MappingProxyType({"float32": 1e-5, "bfloat16": 2**-8})
+"""Nats, by dtype: other ranks sum the same outputs, and round some differently."""
 TEXTS, TEXT_BYTES = 4, 192
 """Of each kind."""
 
@@ -151,7 +152,7 @@ def _measure(bench: ElasticBench, model: Path, say: Callable[[str], None]) -> Be
         link = measure_link(LinkSpec(timeout_s=bench.timeout_s))
     say("comparing every token with the plain model's")
     result = stream.check(model, bench.device, bench.dtype)
-    rows = [_describe_requests(result), *_compare_losses(losses, changes)]
+    rows = [_describe_requests(result), *_compare_losses(losses, changes, SAME_LOSS[bench.dtype])]
     for change in changes:
         rows += _describe_change(change, link, is_cpu=bench.device == "cpu")
     return _sum_up(bench, rows, result, status)
@@ -240,7 +241,7 @@ def _describe_requests(result: StreamResult) -> Row:
     return with_goal(row, "value", 0, at_most=True)
 
 
-def _compare_losses(before: dict[str, float], changes: list[_Change]) -> list[Row]:
+def _compare_losses(before: dict[str, float], changes: list[_Change], same: float) -> list[Row]:
     rows = []
     for kind, loss in before.items():
         most = max(abs(change.losses[kind] - loss) for change in changes)
@@ -250,7 +251,7 @@ def _compare_losses(before: dict[str, float], changes: list[_Change]) -> list[Ro
             "unit": "nats",
             "loss": loss,
         }
-        rows.append(with_goal(row, "value", SAME_LOSS, at_most=True))
+        rows.append(with_goal(row, "value", same, at_most=True))
     return rows
 
 
