@@ -11,18 +11,22 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from equipoise.bench.step import compare_steps
+from equipoise.bench.step import _make_rows, compare_steps
 from equipoise.bench.step_case import (
     BUNDLED,
+    SCALED,
     Compared,
     Setting,
     StepSpec,
+    Timed,
 )
 from equipoise.bench.step_loads import read_shares
 from equipoise.bench.step_model import Routes, build_model
 from equipoise.bench.step_prediction import (
     ExpertTime,
+    TimedExperts,
     find_centre,
+    find_p99_ratio_error,
     fit_plane,
     predict_experts,
     sum_slowest,
@@ -118,6 +122,57 @@ def test_what_values_lie_around_is_not_moved_by_a_few_of_them() -> None:
     assert centres.std() == pytest.approx(errors.mean(), rel=0.3)
 
 
+def test_a_p99_on_gpus_is_told_with_its_goal_and_its_error() -> None:
+    """Of times that were made up: the goal is for 2,000 steps, of which there must be as many."""
+    random = np.random.default_rng(0)
+    nothing = np.zeros((2000, 1, 2), dtype=np.int64)
+    off, on = (
+        Timed(random.normal(0.01, 1e-4, 2000) * more, np.zeros(2000), 2000, nothing, nothing)
+        for more in (1.0, 1.02)
+    )
+    said = Compared("stall", off, on, moves=40, rebalances=20)
+    *_, row = _make_rows(said, replace(SMALL, device="cuda", num_stall_steps=2000), 2)
+    assert row["value"] == pytest.approx(1.02, abs=0.01)
+    assert row["met"]
+    assert 0 < row["value_error"] < 0.01
+    *_, row = _make_rows(said, SMALL, 2)
+    assert "goal" not in row
+
+
+def test_a_gain_on_gpus_is_judged_by_the_planes_of_the_ranks() -> None:
+    """Two ranks, 24 layers of 50 us: 3,000 rows more than the mean come to one, and to none."""
+    rows = np.full((40, 24, 2), 30_000) + np.array([3000, -3000])
+    slots = np.full((40, 24, 2), 65)
+    plane = ExpertTime(5e-5, 5e-8, 0.0, 0.0)
+    predicted = 24 * 3000 * 5e-8
+    random = np.random.default_rng(0)
+    step_s = 0.1 + 1e-4 * random.normal(0, 1, (2, 40)) + np.array([[0.95 * predicted], [0.0]])
+    off = Timed(step_s[0], np.zeros(40), 40, rows, slots)
+    on = Timed(step_s[1], np.zeros(40), 40, np.full_like(rows, 30_000), slots)
+    loads = plane.predict(rows, slots)[:2], plane.predict(on.rank_tokens, slots)[:2]
+    said = Compared("prefill", off, on, TimedExperts((plane, plane), *loads))
+    spec = replace(SMALL, size=SCALED, device="cuda", prefill_tokens=4096)
+    *_, row = _make_rows(said, spec, 2)
+    assert row["predicted_s"] == pytest.approx(predicted)
+    assert row["timed_loads_s"] == pytest.approx(predicted)
+    assert row["value"] == pytest.approx(0.95, abs=0.03)
+    assert row["met"] == (row["value"] >= 0.9)
+    # Ranks that share a device are no case of the goal.
+    assert "goal" not in _make_rows(said, spec, 1)[-1]
+
+
+def test_the_error_of_a_p99_is_what_runs_scatter_by() -> None:
+    random = np.random.default_rng(0)
+    # In one block of ten everything is slow.
+    slow = 1 + 0.2 * (random.random((80, 2, 20, 1)) < 0.1)
+    runs = slow * random.normal(1.0, 0.01, (80, 2, 20, 100))
+    off_s, on_s = runs.reshape(80, 2, 2000).swapaxes(0, 1)
+    ratios = np.percentile(on_s, 99, axis=1) / np.percentile(off_s, 99, axis=1)
+    errors = [find_p99_ratio_error(*pair, 100) for pair in zip(off_s, on_s, strict=True)]
+    assert 0.5 < np.mean(errors) / np.std(ratios) < 2
+    assert find_p99_ratio_error(on_s[0], on_s[0], 2000) == 0
+
+
 def test_tokens_go_to_experts_as_often_as_their_shares_say() -> None:
     model = build_model(BUNDLED, torch.float32, CPU, 0)
     parallel = parallelize(model, make_lone_group(), EPLBConfig(use_async=False))
@@ -142,6 +197,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     for changes, message in (
         ({"num_ranks": 1}, "--ranks must be at least 2, got 1"),
         ({"num_steps": 9}, "--steps must be at least 10, got 9"),
+        ({"num_stall_steps": 0}, "--stall-steps must be at least 1, got 0"),
         ({"prefill_tokens": 15}, "--prefill-tokens must be at least 16, got 15"),
         ({"cases": ("prefill", "nap")}, "--case: there are prefill, .*, not 'nap'"),
     ):

@@ -14,6 +14,7 @@ CaseName = Literal["prefill", "decode", "recorder", "stall", "graphs"]
 CASES: tuple[CaseName, ...] = ("prefill", "decode", "recorder", "stall", "graphs")
 GPU_CASES: tuple[CaseName, ...] = ("recorder", "graphs")
 """Cases that say nothing on a CPU."""
+_MOST_BLOCK_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class StepSpec:
             ("--prefill-tokens", self.prefill_tokens, self.prompt_len),
             ("--sequences", self.decode_size, 1),
             ("--steps", self.num_steps, 10),
+            ("--stall-steps", self.num_stall_steps, 1),
             ("--seed", self.seed, 0),
         ):
             if value < least:
@@ -101,6 +103,11 @@ class StepSpec:
         unknown = set(self.cases) - set(CASES)
         if unknown:
             raise ConfigError(f"--case: there are {', '.join(CASES)}, not {sorted(unknown)[0]!r}")
+
+    @property
+    def block_steps(self) -> int:
+        """Steps with rebalances back to back, or without, before it is the other's turn."""
+        return min(_MOST_BLOCK_STEPS, self.num_stall_steps)
 
     @property
     def num_prompts(self) -> int:

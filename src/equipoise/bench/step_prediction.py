@@ -1,4 +1,4 @@
-"""What balance should be worth, from the time that experts take.
+"""What balance should be worth, from the time that experts take; and how sure measured figures are.
 
 Axis letters: L layers, R ranks, S slots per rank.
 """
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from equipoise.topology import FloatArray, IntArray
+
+_NUM_DRAWS = 300
 
 
 @dataclass(frozen=True)
@@ -107,3 +109,21 @@ def find_centre(values: FloatArray) -> tuple[float, float]:
     means = np.add.outer(values, values)[np.triu_indices(len(values))] / 2
     spread = float(np.subtract(*np.percentile(values, (75, 25))))
     return float(np.median(means)), 0.76 * spread / len(values) ** 0.5
+
+
+def find_p99_ratio_error(off_s: FloatArray, on_s: FloatArray, block_steps: int) -> float:
+    """Standard error of on's 99th percentile over off's: slow steps come in swarms.
+
+    Args:
+        off_s: [steps] float64, whole blocks of steps.
+        on_s: [steps] float64, as many.
+        block_steps: of a block.
+    Collective: none.
+    Source: Kuensch, The jackknife and the bootstrap for general stationary observations (1989):
+        blocks are drawn again and again.
+    """
+    random = np.random.default_rng(0)
+    off, on = off_s.reshape(-1, block_steps), on_s.reshape(-1, block_steps)
+    drawn = random.integers(0, len(off), (_NUM_DRAWS, 2, len(off)))
+    ratios = [np.percentile(on[b], 99) / np.percentile(off[a], 99) for a, b in drawn]
+    return float(np.std(ratios))

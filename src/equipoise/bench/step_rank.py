@@ -41,7 +41,6 @@ from equipoise.topology import Topology
 if TYPE_CHECKING:
     from equipoise.dispatch.nixl_ep.all_to_all import NixlEPAll2AllManager
 
-_BLOCK_STEPS = 100
 _WARM_STEPS, _FILL_STEPS = 5, 10
 _PART_STEPS = 8
 _NUM_TIMED = 96
@@ -201,8 +200,7 @@ class _Bench:
     def compare_stall(self) -> Compared:
         """Decode steps with rebalances back to back and without, in blocks by turns."""
         spec = self._spec
-        block_steps = min(_BLOCK_STEPS, spec.num_stall_steps)
-        num_blocks = 2 * -(-spec.num_stall_steps // block_steps)
+        num_blocks = 2 * -(-spec.num_stall_steps // spec.block_steps)
         engine, feed = self._make_decoding(self.parallel)
         off, on, between = _Tally(decodes=True), _Tally(decodes=True), _Tally()
         state = self.parallel.state
@@ -213,7 +211,7 @@ class _Bench:
             if block % 2:
                 self._rename_experts()
                 state.resume()
-            for _ in range(block_steps):
+            for _ in range(spec.block_steps):
                 num_before = into.rebalances
                 self._run(engine, feed, 1, into)
                 if into.rebalances > num_before:
