@@ -20,7 +20,7 @@ from equipoise.models.free_memory import find_free_bytes
 from equipoise.models.grouped import computes_grouped
 from equipoise.models.parallel import ParallelModel
 
-_CHECKED, _TOLERANCE = 10, 0.1
+_NUM_TRIED, _TOLERANCE = 10, 0.1
 """Tokens of a text that is tried when a model is taken; and what rounding may make of it."""
 
 
@@ -37,7 +37,7 @@ class Forward:
         try:
             self._attention = Attention(parallel.model)
             self.cache = self._make_cache(num_rows, max_len)
-            self._check(min(max_len, _CHECKED))
+            self._try_text(min(max_len, _NUM_TRIED))
         except ConfigError:
             raise
         except Exception as error:  # whatever a family's code makes of it
@@ -60,7 +60,7 @@ class Forward:
         return KVCache(shapes, memory)
 
     @torch.inference_mode()
-    def _check(self, length: int) -> None:
+    def _try_text(self, length: int) -> None:
         """Whether, experts left out, a text says the same in parts as whole: no other states."""
         tokens, parts = torch.arange(length, device=self._device), []
         with self._parallel.spread.without_experts() as model:
