@@ -61,6 +61,11 @@ class TransferPlan:
         """[L] int64, rows that travel between ranks, by layer."""
         return np.bincount(self.layer[~self.is_local], minlength=self.old.num_layers)
 
+    @property
+    def rows_per_layer(self) -> IntArray:
+        """[L] int64, rows of each layer."""
+        return np.bincount(self.layer, minlength=self.old.num_layers)
+
     def staged_bytes(
         self, expert_bytes: IntArray, staged: npt.NDArray[np.bool_] | None = None
     ) -> IntArray:
@@ -117,7 +122,7 @@ class TransferPlan:
                 f"ask for at least {least}"
             )
         first, later = max(budget, largest), max(budget, largest, most_bytes)
-        busy = np.unique(self.layer)
+        busy = np.flatnonzero(self.rows_per_layer)
         ends = np.cumsum(np.stack((kept[busy], gotten[busy])), axis=1)
         chunks: list[IntArray] = []
         start = 0

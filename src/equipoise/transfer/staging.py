@@ -152,10 +152,10 @@ def share_plan(
         chunks = _end_small(chunks, plan.staged_bytes(expert_bytes, staged))
     # Layers in which slots only become empty have maps to switch, and nothing to stage.
     changed = (plan.old.slot_to_expert != plan.new.slot_to_expert).any(axis=1)
-    idle = np.setdiff1d(np.flatnonzero(changed), plan.layer)
+    idle = np.flatnonzero(changed & (plan.rows_per_layer == 0))
     if idle.size:
         chunks = [np.union1d(chunks[0], idle), *chunks[1:]] if chunks else [idle]
-    return share_chunks(plan, rank, chunks, expert_bytes, in_place=in_place)
+    return PlanShares(plan, rank, chunks, expert_bytes, landing)
 
 
 def _end_small(chunks: list[IntArray], staged: IntArray) -> list[IntArray]:
@@ -176,12 +176,7 @@ def _end_small(chunks: list[IntArray], staged: IntArray) -> list[IntArray]:
 
 
 def share_chunks(
-    plan: TransferPlan,
-    rank: int,
-    chunks: Sequence[IntArray],
-    expert_bytes: IntArray,
-    *,
-    in_place: bool = False,
+    plan: TransferPlan, rank: int, chunks: Sequence[IntArray], expert_bytes: IntArray
 ) -> PlanShares:
     """Work out one rank's share of each chunk.
 
@@ -190,10 +185,9 @@ def share_chunks(
         rank: whose share.
         chunks: the layers [l] int64 of each, ascending.
         expert_bytes: [L] int64, bytes of one expert of each layer.
-        in_place: as for `share_plan`.
     Collective: none.
     """
-    return PlanShares(plan, rank, chunks, expert_bytes, in_place=in_place)
+    return PlanShares(plan, rank, chunks, expert_bytes)
 
 
 class PlanShares(Sequence[ChunkShare]):
@@ -203,6 +197,7 @@ class PlanShares(Sequence[ChunkShare]):
 
     Args:
         plan: as for `share_chunks`, and so are the others.
+        landing: [M] int64, the empty global slot that each row lands in, or -1; None for all -1.
 
     Attributes:
         chunks: the layers [l] int64 of each.
@@ -216,8 +211,7 @@ class PlanShares(Sequence[ChunkShare]):
         rank: int,
         chunks: Sequence[IntArray],
         expert_bytes: IntArray,
-        *,
-        in_place: bool,
+        landing: IntArray | None = None,
     ) -> None:
         self.chunks, self._rank, self._layer = chunks, rank, plan.layer
         num_chunks = len(chunks)
@@ -233,19 +227,17 @@ class PlanShares(Sequence[ChunkShare]):
         ours = ours[np.lexsort((source[ours], source[ours] == rank, chunk[ours]))]
         self._received = received = ours[source[ours] != rank]
         self._into = np.full(len(received), -1)
-        if in_place:
-            landing = _find_landing(plan)[received]
-            slots_per_rank = plan.new.topology.slots_per_rank
-            self._into = np.where(landing >= 0, landing % slots_per_rank, -1)
         self._staged = staged = ours
-        if in_place:
-            self._staged = staged = ours[~np.isin(ours, received[self._into >= 0])]
+        if landing is not None:
+            into, slots_per_rank = landing[received], plan.new.topology.slots_per_rank
+            self._into = np.where(into >= 0, into % slots_per_rank, -1)
+            self._staged = staged = ours[landing[ours] < 0]
         self._source, self._sizes = source[staged], expert_bytes[plan.layer[staged]]
         writes, self._write_staged = _find_writes(plan, staged)
         self._cuts = [_cut(chunk[rows], num_chunks) for rows in (sent, received, staged)]
         self._write_cut = np.searchsorted(self._write_staged, self._cuts[2])
         self._slots = plan.write_slot[writes] % plan.new.topology.slots_per_rank
-        self.busiest_bytes = _find_busiest(plan, chunk, num_chunks, expert_bytes)
+        self.busiest_bytes = _find_busiest(plan, chunks, expert_bytes)
         self.num_bytes = np.diff(np.concatenate(([0], np.cumsum(self._sizes)))[self._cuts[2]])
 
     def __len__(self) -> int:
@@ -296,17 +288,16 @@ def _find_landing(plan: TransferPlan) -> IntArray:
 
 
 def _find_busiest(
-    plan: TransferPlan, chunk: IntArray, num_chunks: int, expert_bytes: IntArray
+    plan: TransferPlan, chunks: Sequence[IntArray], expert_bytes: IntArray
 ) -> IntArray:
     """[chunks] int64, most bytes that any rank sends and receives."""
-    size = plan.old.topology.num_ranks
-    travelling = np.flatnonzero((chunk < num_chunks) & ~plan.is_local)
-    ends = np.concatenate((plan.src_rank[travelling], plan.dst_rank[travelling]))
-    sizes = np.tile(expert_bytes[plan.layer[travelling]], 2)
-    index = np.tile(chunk[travelling], 2) * size + ends
-    total = np.bincount(index, sizes, minlength=num_chunks * size)
-    busiest: IntArray = total.reshape(num_chunks, size).max(axis=1).astype(np.int64)
-    return busiest
+    layers, size = plan.old.num_layers, plan.old.topology.num_ranks
+    source = plan.src_rank
+    travels = source != plan.dst_rank
+    first = plan.layer[travels] * size
+    ends = np.concatenate((first + source[travels], first + plan.dst_rank[travels]))
+    each = np.bincount(ends, minlength=layers * size).reshape(layers, size) * expert_bytes[:, None]
+    return np.array([each[part].sum(axis=0).max() for part in chunks], dtype=np.int64)
 
 
 def _find_writes(plan: TransferPlan, staged: IntArray) -> tuple[IntArray, IntArray]:
