@@ -35,6 +35,7 @@ class _Chunk:
     """A chunk on its way; the transfer's thread has it until it is received, then the caller's.
 
     Attributes:
+        number: from 0.
         share: this rank's.
         is_free: whether its buffer is.
         own: what stages this rank's own experts; None before it is made ready, and once it was run.
@@ -42,6 +43,7 @@ class _Chunk:
         staged: recorded behind `own`; None on the CPU.
     """
 
+    number: int
     share: ChunkShare
     is_free: bool = False
     own: SpanCopies | None = None
@@ -195,7 +197,6 @@ class Pipeline:
 
     def _go(self, first: _Chunk) -> Iterator[_Chunk]:
         """Each chunk, once it was received."""
-        finish = self._mover.communicator.finish
         started: deque[_Chunk] = deque()
         for number in range(len(self._shares)):
             # A chunk that is held waits for the one before it: that has the wire first.
@@ -204,22 +205,26 @@ class Pipeline:
                 return
             self._mover.communicator.advance()
             started.append(self._start(number) if number else first)
-            # Later, where another chunk may have come by now, for which ranks wait; sooner, where
-            # the next cannot travel before that one's slots are filled, which takes less time.
-            is_alone = self._holds and len(self._buffers) == 1
-            if is_alone:
-                self._prepare(number, started[-1])
             if len(started) > self._num_ahead > 0:
-                finish()
-                yield started.popleft()
-            if not is_alone:
-                self._prepare(number, started[-1])
+                yield self._finish(started.popleft())
+            # Not before: another chunk may have come, and ranks wait for each other's.
+            self._prepare_own(started[-1])
             if not self._num_ahead:
-                finish()
-                yield started.popleft()
+                yield self._finish(started.popleft())
         for left in started:
-            finish()
-            yield left
+            yield self._finish(left)
+
+    def _finish(self, chunk: _Chunk) -> _Chunk:
+        """Make ready what fills its slots, once the next is on its way, and receive it."""
+        chunk.part = chunk.number % _CHUNKS_AT_ONCE
+        if chunk.part == 0:
+            some = range(chunk.number, min(chunk.number + _CHUNKS_AT_ONCE, len(self._shares)))
+            self._copies = self._mover.prepare_many(
+                [self._cut(each) for each in some], [self.find_buffer(each) for each in some]
+            )
+        chunk.copies = self._copies
+        self._mover.communicator.finish()
+        return chunk
 
     def _await_buffer(self, number: int) -> bool:
         """Whether there is a buffer for a chunk, rather than an end."""
@@ -258,21 +263,14 @@ class Pipeline:
 
     def _start(self, number: int) -> _Chunk:
         mover, share, buffer = self._mover, self._cut(number), self.find_buffer(number)
-        chunk = _Chunk(share, is_free=not self._holds)
+        chunk = _Chunk(number, share, is_free=not self._holds)
         mover.start(share, buffer, partial(self._land, number, chunk) if self._holds else None)
         return chunk
 
-    def _prepare(self, number: int, chunk: _Chunk) -> None:
-        mover, buffer = self._mover, self.find_buffer(number)
-        chunk.own = mover.prepare_own(chunk.share, buffer)
+    def _prepare_own(self, chunk: _Chunk) -> None:
+        mover = self._mover
+        chunk.own = mover.prepare_own(chunk.share, self.find_buffer(chunk.number))
         self._stage_own(chunk)
-        chunk.part = number % _CHUNKS_AT_ONCE
-        if chunk.part == 0:
-            some = range(number, min(number + _CHUNKS_AT_ONCE, len(self._shares)))
-            self._copies = mover.prepare_many(
-                [self._cut(each) for each in some], [self.find_buffer(each) for each in some]
-            )
-        chunk.copies = self._copies
         # By now what the peers have to say may have come.
         mover.communicator.advance()
 
