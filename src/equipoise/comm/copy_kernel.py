@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,6 +56,15 @@ def _copy_bytes(table, num_spans, first_span, last_span, BLOCK: tl.constexpr):  
             words = start + tl.arange(0, BLOCK)
             inside = words < num_bytes
             tl.store(destination + words, tl.load(source + words, mask=inside), mask=inside)
+
+
+@cache
+def _compile(kernel: Any, device: torch.device) -> Any:
+    """For a GPU, once: a launch that looks for it takes several times as long."""
+    with torch.cuda.device(device):
+        # As aligned as every table is.
+        like = torch.empty(2, dtype=torch.int64, device=device)
+        return kernel.warmup(like, 1, 0, 1, BLOCK=_BLOCK, grid=(1, 1, 1))
 
 
 class KernelTable:
@@ -113,7 +123,10 @@ class KernelTable:
                         num_blocks = (sums[part + 1] - sums[part]) // _BLOCK
                         most = int(gently * _GENTLE_PROGRAMS)
                         grid = split_programs(most, count, num_blocks // _BLOCKS_A_LANE)
-                    kernel[grid](columns, num_spans, starts[part], starts[part + 1], BLOCK=_BLOCK)
+                    numbers = num_spans, starts[part], starts[part + 1]
+                    _compile(kernel, device)[(*grid, 1)](
+                        columns.data_ptr(), *numbers, _BLOCK, stream=stream.cuda_stream
+                    )
 
     def bind(self, part: int) -> Callable[[], None]:
         """A part's launches with all that they need, for a thread that has no time to spare.
@@ -125,11 +138,9 @@ class KernelTable:
         device, launches = self._table.device, []
         for kernel, columns, num_spans, starts, _ in self._launches:
             if part + 1 < len(starts) and (count := starts[part + 1] - starts[part]):
-                grid = (count, _NUM_LANES, 1)
                 numbers = num_spans, starts[part], starts[part + 1]
-                # Compiled before; a launch that looks for it takes several times as long.
-                compiled = kernel.warmup(columns, *numbers, BLOCK=_BLOCK, grid=grid)
-                launches.append(partial(compiled[grid], columns.data_ptr(), *numbers, _BLOCK))
+                enqueue = _compile(kernel, device)[(count, _NUM_LANES, 1)]
+                launches.append(partial(enqueue, columns.data_ptr(), *numbers, _BLOCK))
 
         def launch() -> None:
             stream = torch.cuda.current_stream(device).cuda_stream

@@ -79,7 +79,11 @@ def settle(device: torch.device) -> None:
 
     Collective: none.
     """
-    if device.type == "cuda":
+    if device.type != "cuda":
+        return
+    stream = torch.cuda.current_stream(device)
+    # To be woken takes longer than to ask.
+    if not stream.query():
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(device))
+        event.record(stream)
         event.synchronize()

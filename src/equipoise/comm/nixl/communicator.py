@@ -332,9 +332,13 @@ class NixlEplbCommunicator(QueuedCommunicator[_Flight]):
 
     def _settle(self) -> None:
         """Wait on the host for the work that stands on the current stream."""
-        if self._is_cuda:
+        if not self._is_cuda:
+            return
+        stream = self._current_stream()
+        # To be woken takes longer than to ask.
+        if not stream.query():
             event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-            event.record()
+            event.record(stream)
             event.synchronize()
 
     def _release(self) -> None:
