@@ -295,6 +295,24 @@ def test_nixl_that_came_first_is_warned_of(rank: Rank) -> None:
     assert "UCX_RCACHE_MAX_UNRELEASED" in records[0]
 
 
+def test_what_ranks_are_forked_from_loads_ucx_and_starts_no_thread() -> None:
+    code = """
+import os
+from pathlib import Path
+from equipoise.comm.nixl.agent import warm_up
+
+before = len(os.listdir("/proc/self/task"))
+warm_up()
+assert len(os.listdir("/proc/self/task")) == before
+assert "libplugin_UCX" in Path("/proc/self/maps").read_text()
+assert os.environ["UCX_RCACHE_MAX_UNRELEASED"] == "1024"
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, timeout=50, check=False
+    )
+    assert (done.returncode, done.stderr.decode()) == (0, "")
+
+
 def test_a_process_that_used_nixl_ends_cleanly_says_nothing_and_idles_cheaply() -> None:
     code = """
 import time, torch

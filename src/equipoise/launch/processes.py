@@ -17,6 +17,9 @@ from equipoise.elastic.launcher import UNKNOWN_EXIT, RankHandle, RankSeat
 from equipoise.errors import ConfigError, MembershipError
 from equipoise.launch.local import STOP_S, preload_ranks
 
+WARM_UPS = ("equipoise.policy.flow.warm", "equipoise.comm.nixl.warm")
+"""What takes long in a process once, and not in those that are forked from it."""
+
 
 class LocalLauncher:
     """Starts ranks from a forkserver that has loaded torch, as `run_local` does.
@@ -38,7 +41,7 @@ class LocalLauncher:
         """Whether ranks can be started, or never will."""
         modules = [] if model is None else list_modules(model)
         # Seen on the CPU alone: what a process has run before a fork, GPUs may not bear.
-        preload_ranks([*modules, "equipoise.policy.flow.warm"] if device == "cpu" else modules)
+        preload_ranks([*modules, *WARM_UPS] if device == "cpu" else modules)
 
     @property
     def host(self) -> str:
