@@ -39,10 +39,20 @@ def find_answers(model: Path, count: int, length: int, num_new: int) -> Answers:
 
 
 class AnswerStream:
-    """So many requests at any time, each token of which is compared when it comes."""
+    """Requests all the while, each token of which is compared when it comes.
 
-    def __init__(self, service: Service, answers: Answers, num_in_flight: int) -> None:
+    Args:
+        service: that answers.
+        answers: by prompt.
+        num_in_flight: requests at any time.
+        pause_s: if not 0, so many at a time: the next come so long after all have been answered.
+    """
+
+    def __init__(
+        self, service: Service, answers: Answers, num_in_flight: int, pause_s: float = 0.0
+    ) -> None:
         self._service, self._answers = service, answers
+        self._num_in_flight, self._pause_s = num_in_flight, pause_s
         self._chance = random.Random(0)
         self._prompts = list(answers)
         self._changed = threading.Condition()
@@ -50,8 +60,7 @@ class AnswerStream:
         self._is_ending = False
         self.num_sent = self.num_right = 0
         self.faults: list[str] = []
-        for _ in range(num_in_flight):
-            self._send()
+        self._send_all()
 
     def wait_for(self, num_more: int, timeout_s: float) -> bool:
         """Wait until so many more were answered; whether they were in time."""
@@ -61,17 +70,28 @@ class AnswerStream:
             return self._changed.wait_for(done, timeout_s) and not self.faults
 
     def settle(self, timeout_s: float) -> bool:
-        """Wait until all that are under way now are answered; whether they were in time."""
+        """Wait until all that are under way now, and as many as there may be, are answered.
+
+        Returns: whether they were in time.
+        """
         with self._changed:
-            asked = set(self._known)
-            done = lambda: not asked & set(self._known) or bool(self.faults)  # noqa: E731
-            return self._changed.wait_for(done, timeout_s) and not self.faults
+            asked, until = set(self._known), self.num_right + self._num_in_flight
+
+            def is_done() -> bool:
+                is_through = self.num_right >= until and not asked & set(self._known)
+                return is_through or bool(self.faults)
+
+            return self._changed.wait_for(is_done, timeout_s) and not self.faults
 
     def end(self, timeout_s: float) -> bool:
         """Send no more; whether all that were sent are answered in time."""
         with self._changed:
             self._is_ending = True
             return self._changed.wait_for(lambda: not self._known, timeout_s)
+
+    def _send_all(self) -> None:
+        for _ in range(self._num_in_flight):
+            self._send()
 
     def _send(self) -> None:
         with self._changed:
@@ -105,9 +125,14 @@ class AnswerStream:
                 self.num_right += 1
                 if end != len(wanted):
                     self.faults.append(f"{key} ends with {end} of {len(wanted)} tokens")
+            is_last = not self._known
             self._changed.notify_all()
-        if has_ended:
+        if has_ended and not self._pause_s:
             self._send()
+        elif has_ended and is_last:
+            timer = threading.Timer(self._pause_s, self._send_all)
+            timer.daemon = True
+            timer.start()
 
     def _complain(self, key: str, reason: str) -> None:
         with self._changed:

@@ -93,7 +93,7 @@ def draw_schedule(seed: int, silence_s: float) -> Schedule:
         acts.append(
             Act(
                 deed,
-                round(chance.choice((0.0, chance.uniform(0, 0.3), chance.uniform(0, 1.5))), 3),
+                round(chance.choice((0.0, chance.uniform(0, 0.3), chance.uniform(0, 1.0))), 3),
                 chance.choice(("now", "now", "preparing", "committing", "retiring")),
                 chance.randint(2, 5) if deed == "scale" else chance.randint(1, 4),
                 round(chance.uniform(0.05, longest), 3),
