@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from equipoise.bench.random_model import write_random_model
 from equipoise.bench.request_stream import TIE, _count_wrong
-from equipoise.cli.faults import AskedFault, read_faults
+from equipoise.cli.faults import SILENCE_S, AskedFault, read_faults
 from equipoise.elastic.spec import ServiceSpec
 from equipoise.errors import ConfigError
 from tests.command_line import run_command
@@ -136,11 +136,14 @@ def test_answers_are_right_through_a_death(tmp_path: Path) -> None:
 
 @runs_long
 @pytest.mark.timeout(300)
-def test_the_text_goes_on_where_a_rank_is_killed(tmp_path: Path) -> None:
-    path = tmp_path / "killed.json"
-    done = run_command("run", "--prompts=16", "--ranks=2", "--kill=1@5", f"--json={path}")
+def test_the_text_goes_on_where_a_rank_is_killed_and_another_hangs(tmp_path: Path) -> None:
+    path = tmp_path / "faults.json"
+    faults = ("--kill=1@5", "--hang=2@8")
+    done = run_command("run", "--prompts=16", "--ranks=3", *faults, f"--json={path}")
     assert done.code == 0
     assert "rank-1 was killed by SIGKILL, with " in done.out
+    assert f"rank-2 gave no sign of life for {SILENCE_S:g} s, and was given up, with " in done.out
     figures = json.loads(path.read_text())
-    assert (figures["deaths"], figures["recoveries"]) == (1, 1)
+    # The second may come before the first has been gone through.
+    assert (figures["deaths"], figures["recoveries"] in (1, 2)) == (2, True)
     assert figures["identical"] == figures["tokens"] > 0
