@@ -197,17 +197,17 @@ def change(
         cast.names = tuple(names)
         return "away"
     became = take_part(cast, NextGeneration(plan, cast.home, cast.parallel, watch))
-    if became == "switched":
+    if became in ("switched", "unsure"):
         cast.names = tuple(names)
     return became
 
 
 def take_part(cast: Cast, next_one: NextGeneration) -> str:
     """Serve until it is decided, then switch, or do not."""
-    verdict = Word.OPEN
+    verdict, state = Word.OPEN, next_one.state
     if cast.parallel is None:
         state = next_one.wait(PATIENCE_S)
-        verdict = Word.SWITCH if state == "decided" else Word.ABORT
+        verdict = Word.SWITCH if state in ("decided", "unsure") else Word.ABORT
     try:
         while verdict is Word.OPEN:
             verdict = cast.meet(next_one)
@@ -230,7 +230,7 @@ def take_part(cast: Cast, next_one: NextGeneration) -> str:
         next_one.retirement.begin()
     cast.detour.note(next_one)
     cast.retired.append(next_one)
-    return "switched"
+    return "unsure" if state == "unsure" else "switched"
 
 
 def end(cast: Cast) -> None:

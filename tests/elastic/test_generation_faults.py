@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -12,10 +13,12 @@ import pytest
 from torch.distributed import TCPStore
 
 from equipoise import EPLBConfig
+from equipoise.comm.store_client import clone_store
 from equipoise.elastic import bridge
 from equipoise.elastic.generation import PARTS
 from equipoise.elastic.membership import Deadlines
 from equipoise.elastic.placing import Redundancy
+from equipoise.errors import MembershipError
 from tests.elastic.scenario import PATIENCE_S, begin, change, end, join_cast, list_threads
 from tests.ranks import Rank, processes
 
@@ -116,40 +119,83 @@ def test_a_newcomer_that_hangs_is_given_up_and_notices_when_it_wakes(rank: Rank)
     end(cast)
 
 
-@pytest.mark.more_faults
-@pytest.mark.parametrize("part", ["ready"])
-@processes(4, dies=[3], timeout_s=50.0)
-def test_a_store_that_goes_leaves_the_old_generation_serving(rank: Rank, part: str) -> None:
-    cast = join_cast(rank, CONFIG, Redundancy(), timeout_s=20.0)
-    if rank.rank == 3:
-        # The controller's part: it has the store.
-        server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        rank.store.set("port", str(server.port))
-        rank.store.wait([f"{name}/{part}" for name in range(3)], timedelta(seconds=PATIENCE_S))
-        os.kill(os.getpid(), signal.SIGKILL)
+def keep_store(rank: Rank, name: str) -> None:
+    """The controller's part: it has the store, until all others are as far as that."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    rank.store.set("port", str(server.port))
+    rank.store.wait([f"{number}/{name}" for number in range(3)], timedelta(seconds=PATIENCE_S))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def join_store(rank: Rank) -> TCPStore:
     rank.store.wait(["port"], timedelta(seconds=PATIENCE_S))
     port = int(rank.store.get("port"))
-    store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=4))
+    return TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=4))
+
+
+def wait_gone(store: TCPStore) -> None:
+    """Until its process is; the store of the test is another."""
+    with contextlib.suppress(RuntimeError):
+        while True:
+            clone_store(store).check(["any"])
+
+
+@pytest.mark.more_faults
+@processes(4, dies=[3], timeout_s=50.0)
+def test_a_store_that_goes_leaves_the_old_generation_serving(rank: Rank) -> None:
+    cast = join_cast(rank, CONFIG, Redundancy(), timeout_s=20.0)
+    if rank.rank == 3:
+        keep_store(rank, "ready")
+    store = join_store(rank)
     begin(cast, (0, 1))
     object.__setattr__(cast.home, "store", store)
-    gone = threading.Event()
 
     def watch(begins: str) -> None:
-        if begins == part:
-            rank.store.set(f"{rank.rank}/{part}", "here")
-            # Until its process is gone; the store of the test is another.
-            while not gone.wait(0.05):
-                try:
-                    store.clone().check(["any"])
-                except RuntimeError:
-                    gone.set()
+        if begins == "ready":
+            rank.store.set(f"{rank.rank}/ready", "here")
+            wait_gone(store)
 
-    became = change(cast, 2, (0, 1, 2), watch=watch, deadlines=Deadlines(8.0, 4.0, 4.0))
-    assert became.startswith("aborted: ")
-    if cast.parallel is not None:
+    started = time.monotonic()
+    became = change(cast, 2, (0, 1, 2), watch=watch, deadlines=Deadlines(40.0, 40.0, 4.0))
+    assert cast.parallel is not None
+    if rank.rank == 2:
+        # It has promised to switch, and finds out by the others, who hang up.
+        assert became == "unsure"
+        with pytest.raises(MembershipError):
+            cast.meet(None)
+        cast.parallel.close()
+        cast.parallel.state.group.close()
+    else:
+        assert became.startswith("aborted: ")
         cast.check_placements()
         cast.meet(None)
         cast.forward()
+        end(cast)
+    assert time.monotonic() - started < 40.0
+
+
+@pytest.mark.more_faults
+@processes(4, dies=[3], timeout_s=50.0)
+def test_a_newcomer_that_cannot_ask_what_was_decided_goes_with_the_others(rank: Rank) -> None:
+    cast = join_cast(rank, CONFIG, Redundancy(), timeout_s=20.0)
+    if rank.rank == 3:
+        keep_store(rank, "past")
+    store = join_store(rank)
+    begin(cast, (0, 1))
+    object.__setattr__(cast.home, "store", store)
+
+    def watch(begins: str) -> None:
+        if begins == "decide" and rank.rank == 2:
+            rank.store.set("2/past", "yes")
+            wait_gone(store)
+
+    became = change(cast, 2, (0, 1, 2), watch=watch, deadlines=Deadlines(40.0, 40.0, 4.0))
+    assert became == ("unsure" if rank.rank == 2 else "switched")
+    if rank.rank != 2:
+        rank.store.set(f"{rank.rank}/past", "yes")
+    cast.check_placements()
+    cast.meet(None)
+    cast.forward()
     end(cast)
 
 

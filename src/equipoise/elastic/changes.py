@@ -191,7 +191,7 @@ class Changes:
                 change.why = record.detail
                 self.reason = str(change)
             self._register(record.detail)
-        elif change is None or change.kind == "adopt":
+        elif change is None or record.name not in (*change.joining, *change.leaving):
             return
         elif change.stage == "retiring":
             self._advance(change)

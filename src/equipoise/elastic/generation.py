@@ -25,9 +25,10 @@ from equipoise.models.parallel import ParallelModel
 
 logger = logging.getLogger(__name__)
 
-State = Literal["preparing", "ready", "decided", "aborted"]
+State = Literal["preparing", "ready", "unsure", "decided", "aborted"]
 """`ready` once this rank could switch, `decided` once the next generation takes over, `aborted`
-once it is sure that it does not."""
+once it is sure that it does not; `unsure` where a newcomer could switch, and the store that knows
+whether all do has gone."""
 
 Watch = Callable[[str], None]
 """Called on the building thread at the begin of each of its parts, by name; what it raises fails
@@ -115,6 +116,7 @@ class NextGeneration:
         self._reason = ""
         # This rank has said that it could switch, so another may have decided that all do.
         self._is_promised = False
+        self._is_newcomer = serving is None and not plan.is_recovery
         self._is_given_up = False
         self._is_closed = threading.Event()
         # One that leaves has nothing to connect, and may stand aside whenever the others want to.
@@ -180,13 +182,17 @@ class NextGeneration:
         """Wait until it is decided or aborted, or the time is over.
 
         Where it is not known by the deadline of the plan, this rank gives it up; one that could
-        have been decided for without it must not serve in any generation then.
+        have been decided for without it must not serve in any generation then. A newcomer that is
+        `unsure` may switch nevertheless: if the others have, its first exchange with them tells;
+        if not, that fails at once, as they close their side, and it has served nobody.
 
         Collective: none.
         """
         until = time.monotonic() + timeout_s
         with self._changed:
             while self._state in ("preparing", "ready"):
+                if self._word is Word.LOST and self._is_newcomer:
+                    return "unsure"
                 now = time.monotonic()
                 if now > self._deadline:
                     self._give_up("what was decided could not be learned in time")
@@ -355,6 +361,7 @@ class NextGeneration:
                 is_promised = self._is_promised
                 if is_promised and self._word is Word.OPEN:
                     self._word, self._reason = Word.LOST, reason
+                    self._changed.notify_all()
             if not is_promised:
                 self._take(say_abort(reason))
 

@@ -85,6 +85,8 @@ class RankLoop:
         self._parts = PartTimes()
         self._lost_by: float | None = None
         self._is_busy = self._has_worked = self._is_paused = self._is_asked = self._stops = False
+        # Whether the generation that this rank is in may not have begun; what it says if it has.
+        self._is_unsure, self._beginning = False, dict[str, Any]()
         self._exit_code: int | None = None
         self._num_rebalances = self._num_rebalances_done = 0
         self._faults = {fault.step: fault.how for fault in spec.faults if fault.rank == name}
@@ -117,21 +119,35 @@ class RankLoop:
         """
         try:
             while self._exit_code is None:
-                if self._duty is None or self._lost_by is not None:
-                    self._stand_by()
-                    continue
                 try:
-                    self._turn(self._duty, self._find_engine())
+                    if self._duty is None or self._lost_by is not None:
+                        self._stand_by()
+                    else:
+                        self._turn(self._duty, self._find_engine())
                 except (TransferError, MembershipError) as error:
-                    self._lose(self._duty, error)
+                    self._fail(error)
         finally:
             self._leave()
         return self._exit_code
+
+    def _fail(self, error: TransferError | MembershipError) -> None:
+        """What ranks do together has not gone well."""
+        if self._is_unsure:
+            # The others did not switch, and hung up: this rank has served nobody.
+            logger.warning("%s: it was called off, as it seems: %s", self._name, error)
+            self._exit_code = 0
+        elif self._duty is None or self._lost_by is not None:
+            raise error
+        else:
+            self._lose(self._duty, error)
 
     def _turn(self, duty: Duty, engine: Engine) -> None:
         """One round of all ranks."""
         self._obey(wait_s=0.0 if self._is_busy else self._spec.idle_tick_s)
         meeting = self._meet(duty, engine)
+        if self._is_unsure:
+            self._is_unsure = False
+            self._link.say(self._beginning)
         if meeting.stops:
             self._exit_code = 0
             return
@@ -163,7 +179,8 @@ class RankLoop:
             self._exit_code = 0
         elif self._next is not None:
             state = self._next.wait(LISTEN_S)
-            if state == "decided":
+            self._is_unsure = state == "unsure"
+            if state in ("decided", "unsure"):
                 self._switch()
             elif state == "aborted":
                 self._forget_next(self._next.reason)
@@ -299,7 +316,9 @@ class RankLoop:
         # Ranks count alike from here on, newcomers too.
         self._num_rebalances = self._num_rebalances_done = 0
         told = {"say": said, "pull_bytes_per_s": bytes_per_s, "parts_s": self._parts.end()}
-        self._link.say(told | duty.to_json())
+        self._beginning = told | duty.to_json()
+        if not self._is_unsure:
+            self._link.say(self._beginning)
 
     def _make_engine(self, parallel: ParallelModel) -> None:
         """Also of a generation that does not serve yet, on the thread that builds it."""
@@ -448,11 +467,11 @@ class RankLoop:
         told: Message = {
             "say": "adopted",
             "is_lost": self._lost_by is not None,
-            "is_joining": self._next is not None,
+            "is_joining": self._next is not None or self._is_unsure,
             "steps": self._num_steps,
             "requests": self._held.to_json(),
         }
-        if self._duty is not None:
+        if self._duty is not None and not self._is_unsure:
             told |= {"serving": self._duty.describe().to_json(), **self._duty.to_json()}
         self._link.say(told)
 
