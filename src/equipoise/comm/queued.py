@@ -279,7 +279,7 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
             order = ranks * len(self._rows) + layers
             if (order[1:] < order[:-1]).any():
                 raise ValueError("moves must be in order of ranks, and of layers within a rank")
-        num_slots = np.array([layer[0].shape[0] for layer in self._rows])
+        num_slots = self._open_table.num_slots
         last = num_slots[moves.send_layer] - 1
         outside = moves.send_slot[(moves.send_slot < 0) | (moves.send_slot > last)]
         if outside.size:

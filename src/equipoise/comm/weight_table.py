@@ -23,11 +23,13 @@ class WeightTable:
 
     Attributes:
         rows: as given.
+        num_slots: [L] int64.
     """
 
     def __init__(self, rows: list[list[Tensor]]) -> None:
         self.rows = rows
         most = max(map(len, rows), default=0)
+        self.num_slots = np.array([layer[0].shape[0] for layer in rows], dtype=np.int64)
         self._num_tensors = np.array([len(layer) for layer in rows], dtype=np.int64)
         self._address = np.zeros((len(rows), most), dtype=np.int64)
         self._row_bytes = np.zeros((len(rows), most), dtype=np.int64)
