@@ -27,6 +27,8 @@ PATIENCE_S = 4.0
 """After so long in silence a word is due."""
 LONGEST_TIMEOUT_S = 86_400
 LARGEST_SEED = 2**63 - 1
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""Devices without one of which there are no GPUs."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,7 @@ def settle(asked: Asked, place: TorchrunRank | None) -> JobSpec:
     if place is None or place.rank == 0:
         _check_files(asked.output)
     if place is None:
-        from equipoise.launch.local import preload_ranks
-
-        preload_ranks()
+        _preload(model, device)
     _check_communicator(config.communicator)
     found = _find_device(device)
     check_dispatch(dispatch, found, dtype)
@@ -218,6 +218,18 @@ def _find_device(asked: str) -> Literal["cpu", "cuda"]:
     if asked == "cuda":
         raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu")
     return "cpu"
+
+
+def _preload(model: Path, device: str) -> None:
+    """Have what serving takes loaded once, for all ranks."""
+    from equipoise.launch.local import preload_ranks
+    from equipoise.launch.processes import WARM_UPS, list_modules
+
+    modules = list_modules(model)
+    # As a service's ranks. Torch, which knows of GPUs, takes as long to load as the ranks do.
+    if device == "cpu" or not any(Path(driver).exists() for driver in _GPU_DRIVERS):
+        modules += WARM_UPS
+    preload_ranks(modules)
 
 
 def _check_communicator(name: str) -> None:
