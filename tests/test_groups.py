@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from datetime import timedelta
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from equipoise.comm.groups import create_rank_group
+from equipoise.comm.process_groups import abort_later
 from equipoise.errors import MembershipError
 from tests.ranks import Rank, processes
 
@@ -163,3 +165,22 @@ def test_impossible_groups_are_refused() -> None:
         create_rank_group(store, 2, 2, cpu, timeout=timeout, device_group="gloo")
     with pytest.raises(ValueError, match="NCCL group needs a CUDA device, not cpu"):
         create_rank_group(store, 0, 1, cpu, timeout=timeout, device_group="nccl")
+
+
+class PlayedGroup:
+    """Stands for a group over NCCL, which a CPU has not; tests/gpu has the real one."""
+
+    def __init__(self) -> None:
+        self.is_aborted = threading.Event()
+
+    def abort(self) -> None:
+        self.is_aborted.set()
+
+
+def test_a_group_that_nobody_closes_soon_is_aborted_and_one_that_is_closed_is_not() -> None:
+    stuck, closed, is_closed = PlayedGroup(), PlayedGroup(), threading.Event()
+    is_closed.set()
+    abort_later(closed, is_closed)  # type: ignore[arg-type]
+    abort_later(stuck, threading.Event())  # type: ignore[arg-type]
+    assert stuck.is_aborted.wait(20)
+    assert not closed.is_aborted.is_set()

@@ -175,6 +175,32 @@ def test_over_nccl_a_rank_that_stays_away_raises_within_the_deadline(
     signal.raise_signal(signal.SIGKILL)
 
 
+@pytest.mark.multi_gpu
+@processes(2, dies=(1,))
+def test_over_nccl_a_wait_for_the_device_ends_where_a_rank_is_known_to_be_dead(rank: Rank) -> None:
+    group = rank.make_group(device="cuda", device_group="nccl", timeout_s=40.0)
+    dispatcher = create_dispatcher("torch", group, Topology(2, 2))
+    hidden, slots = torch.ones(4, 64, device="cuda"), torch.arange(4, device="cuda")[:, None]
+    weights = torch.ones(4, 1, device="cuda")
+    dispatched = dispatcher.dispatch(hidden, slots)
+    dispatcher.combine(dispatched.hidden_ND, weights, dispatched)
+    dispatcher.check()
+    dispatched = dispatcher.dispatch(hidden, slots)
+    if rank.rank == 1:
+        dispatcher.check()
+        signal.raise_signal(signal.SIGKILL)
+    dispatcher.combine(dispatched.hidden_ND, weights, dispatched)
+    started = time.monotonic()
+    group.end()
+    # Without a look, as whatever torch itself waits for.
+    torch.cuda.current_stream().synchronize()
+    assert time.monotonic() - started < 15
+    # What came of it is nobody's, though the device is through.
+    with pytest.raises(TransferError, match="a rank is known to be dead"):
+        dispatcher.check()
+    group.close()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_ranks", [1, 3, 8])

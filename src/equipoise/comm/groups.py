@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from equipoise.comm.base import ExpertWeights, GroupCoordinator
 from equipoise.comm.byte_views import view_bytes
 from equipoise.comm.exchange import Exchange, deadline_in, explain, name_ranks
-from equipoise.comm.process_groups import create_gloo, create_nccl
+from equipoise.comm.process_groups import abort_later, create_gloo, create_nccl, drop
 from equipoise.comm.store_client import clone_store
 from equipoise.comm.store_thread import StoreThread
 from equipoise.errors import ConfigError, MembershipError
@@ -77,7 +77,7 @@ class RankGroup:
         self._cpu_group: dist.ProcessGroup | None = cpu_group
         self._device_group: dist.ProcessGroup | None = device_group
         self._owns_device_group = owns_device_group
-        self._is_over = threading.Event()
+        self._is_over, self._is_closed = threading.Event(), threading.Event()
         self._num_decisions = 0
         self._store_thread = StoreThread()
         # Asked by this rank, the oldest first; one thread at a time asks.
@@ -352,9 +352,14 @@ class RankGroup:
     def end(self) -> None:
         """A rank is known to be dead: what waits for it over NCCL would only by the deadline know.
 
+        Who waits for the device without a look is freed soon: the generation's NCCL group gives up.
+
         Collective: none; any thread.
         """
         self._is_over.set()
+        group = self._device_group
+        if group is not None and group is not self._cpu_group and self._owns_device_group:
+            abort_later(group, self._is_closed)
 
     def close(self) -> None:
         """Let the groups go, those of the engine unharmed; twice is fine.
@@ -364,9 +369,10 @@ class RankGroup:
         held = [group for group in (self._cpu_group, self._device_group) if group is not None]
         owns_nccl = self._owns_device_group and self._device_group is not self._cpu_group
         self._cpu_group = self._device_group = None
+        self._is_closed.set()
         # A group with operations that never ended blocks in its destructor.
         thread = threading.Thread(
-            target=_drop, args=(held, owns_nccl), name="equipoise-drop-group", daemon=True
+            target=drop, args=(held, owns_nccl), name="equipoise-drop-group", daemon=True
         )
         thread.start()
         del held
@@ -490,9 +496,3 @@ def _check_gloo(group: dist.ProcessGroup) -> None:
             f"cpu_group needs the backend gloo for CPU tensors, and has {name}: make one by "
             'torch.distributed.new_group(ranks, backend="gloo")'
         )
-
-
-def _drop(groups: list[dist.ProcessGroup], owns_nccl: bool) -> None:
-    if owns_nccl:
-        groups[-1].abort()
-    groups.clear()

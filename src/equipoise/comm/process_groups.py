@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 from datetime import timedelta
 
 import torch
@@ -11,11 +13,15 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from equipoise.comm.gloo_device import open_gloo_device
 
+logger = logging.getLogger(__name__)
+
 NUM_LANES = 4
 """Connections to each peer, with a thread each, where weights on GPUs leave the cores to them: one
 carries 2 GB/s at best."""
 
 _LEAST_NCCL_TIMEOUT = timedelta(seconds=60)
+_NOTICE_S = 1.0
+"""How long a forward pass has to notice a death by itself."""
 
 
 def create_gloo(
@@ -55,3 +61,29 @@ def create_nccl(
     group._register_backend(device, dist.ProcessGroup.BackendType.NCCL, backend)
     group._set_default_backend(dist.ProcessGroup.BackendType.NCCL)
     return group
+
+
+def drop(groups: list[dist.ProcessGroup], owns_nccl: bool) -> None:
+    """Let groups go, the last of them over NCCL or not; may block. Collective: none."""
+    if owns_nccl:
+        groups[-1].abort()
+    groups.clear()
+
+
+def abort_later(group: dist.ProcessGroup, is_closed: threading.Event) -> None:
+    """Have a group over NCCL give up what it waits for, unless it is closed soon; returns at once.
+
+    Whatever the device did since is of no use then.
+
+    Args:
+        group: over NCCL.
+        is_closed: set by who closes it.
+    Collective: none.
+    """
+
+    def abort() -> None:
+        if not is_closed.wait(_NOTICE_S):
+            logger.info("a device still waits for the dead: its NCCL group is aborted")
+            group.abort()
+
+    threading.Thread(target=abort, name="equipoise-abort-group", daemon=True).start()

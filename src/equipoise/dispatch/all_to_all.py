@@ -161,6 +161,9 @@ class AllToAllDispatcher(TokenDispatcher):
                 raise self._explain("the device still waits")
             if waited_s > _SPIN_S:
                 time.sleep(_POLL_S)
+        if self._group.is_over:
+            # It may be through only because what it waited for was given up.
+            raise self._explain("a rank is known to be dead")
 
     def _exchange(self, into: Tensor, rows: Tensor, received: list[int], sent: list[int]) -> None:
         if len(sent) == 1:

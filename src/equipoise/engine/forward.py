@@ -94,9 +94,7 @@ class Forward:
         Returns: [sequences that get a token, V] float32, and these; of use once `check` returns.
         Collective: every rank of the generation, equally often.
         """
-        tokens: list[int] = []
-        rows: list[int] = []
-        positions: list[int] = []
+        tokens, rows, positions = list[int](), list[int](), list[int]()
         getters, lasts = [], []
         for sequence, (row, start, length) in work.parts:
             tokens += sequence.list_pending(length)
@@ -117,8 +115,10 @@ class Forward:
             return self._graphs.run(inputs, longest, self._device), getters
         placed = torch.from_numpy(np.array([tokens, rows, positions]))
         placed = placed.to(self._device, non_blocking=True)
+        # A list would be placed behind the pass, by a wait for the device that has no deadline.
+        last = torch.tensor(lasts, dtype=torch.int64).to(self._device, non_blocking=True)
         layout = Layout(placed[1], placed[2], work.num_decoding, longest, chunks)
-        return self._score(self._call(placed[0], layout, valid, first)[lasts]), getters
+        return self._score(self._call(placed[0], layout, valid, first)[last]), getters
 
     def check(self) -> None:
         """Return when all ranks have taken part and the device is through; raises as a step."""
