@@ -169,7 +169,7 @@ class Storm:
             hung.append(record)
         elif act.deed == "slow":
             rank.signal(signal.SIGSTOP)
-            later(lambda: None if rank.is_far else rank.signal(signal.SIGCONT))
+            later(lambda: None if record in hung else rank.signal(signal.SIGCONT))
         elif act.deed == "cut":
             rank.relay.channel.cut()
         elif act.deed == "store":
