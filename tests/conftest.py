@@ -7,6 +7,14 @@ import os
 import pytest
 import torch
 
+from tests.ranks import start_forkserver
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forkserver() -> None:
+    """Which of a worker's tests comes first must not say what its ranks are forked from."""
+    start_forkserver()
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     num_devices = torch.cuda.device_count()

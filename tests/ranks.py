@@ -14,6 +14,7 @@ import importlib
 import inspect
 import multiprocessing
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -113,10 +114,23 @@ def processes(
 
 def start_forkserver() -> None:
     """Start the process that ranks of this worker's tests are forked from; twice is fine."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["torch", "torch.distributed", "pytest", "tests.ranks", *_SLOW_IMPORTS]
-    )
+    import torch
+
+    from equipoise.launch.processes import WARM_UPS
+
+    modules = ["torch", "torch.distributed", "pytest", "tests.ranks", *_SLOW_IMPORTS]
+    # As the ranks of a service, which come from this process too if it is there first.
+    modules += WARM_UPS if torch.cuda.device_count() == 0 else ()
+    multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
     forkserver.ensure_running()
+
+
+def hide_nixl() -> None:
+    """Make this rank one in which NIXL is not installed, also if it was forked with NIXL loaded."""
+    names = ["nixl", "nixl_cu13", "nixl_cu12", "rixl"]
+    loaded = [name for name in sys.modules if name.partition(".")[0] in names]
+    for name in names + loaded:
+        sys.modules[name] = None  # type: ignore[assignment]
 
 
 def run_ranks(

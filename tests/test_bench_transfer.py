@@ -20,8 +20,7 @@ from equipoise.bench.transfer_rank import LeftOut, Measured, Said, measure_trans
 from equipoise.cli.bench_transfer import bench_transfer
 from equipoise.errors import CommunicatorUnavailable, ConfigError, EquipoiseError, TransferError
 from equipoise.launch.failure import JobFailed
-from tests.contracts.test_communicator_choice import hide_nixl
-from tests.ranks import Rank, processes
+from tests.ranks import Rank, hide_nixl, processes
 
 COLUMNS = {
     "backend",

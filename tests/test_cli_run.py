@@ -334,7 +334,8 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Path]:
 @pytest.mark.slow
 def test_a_small_run_shows_and_writes_all(small_run: tuple[Done, Path]) -> None:
     done, folder = small_run
-    assert (done.code, done.err) == (0, "")
+    # On a slow machine it says that a policy is compiled.
+    assert (done.code, re.sub("^compiling the policy flow, .+\n", "", done.err)) == (0, "")
     assert list_files(folder) == ["equipoise-report.html", "run.json"]
     result = read_result(folder / "run.json")
     assert {name: result[name] for name in ("model", "device", "dtype", "ranks", "prompts")} == {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import subprocess
 import sys
@@ -272,27 +271,51 @@ def test_what_is_said_to_a_retired_generation_is_dropped(rank: Rank) -> None:
     assert swap(standing, rank, [10], seed=5)
 
 
-@processes(1)
-def test_settings_are_made_before_nixl_is_loaded_and_the_users_win(rank: Rank) -> None:
-    os.environ["UCX_USE_MT_MUTEX"] = "n"
-    assert has_nixl()
-    assert os.environ["UCX_RCACHE_MAX_UNRELEASED"] == "1024"
-    assert os.environ["UCX_USE_MT_MUTEX"] == "n"
+def run_fresh(code: str, **environment: str) -> None:
+    """Run code in a process that has no settings of NIXL, nor is forked from one that has."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("UCX_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=kept | environment,
+        capture_output=True,
+        timeout=50,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.decode(), done.stderr.decode()) == (0, "", "")
 
 
-@processes(1)
-def test_nixl_that_came_first_is_warned_of(rank: Rank) -> None:
-    import nixl_cu13._bindings  # noqa: F401
+def test_settings_are_made_before_nixl_is_loaded_and_the_users_win() -> None:
+    code = """
+import os
+from equipoise.comm import has_nixl
 
-    records: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("equipoise.comm.nixl.agent").addHandler(handler)
-    assert has_nixl()
-    assert has_nixl()
-    assert len(records) == 1
-    assert "nixl_cu13 was imported before" in records[0]
-    assert "UCX_RCACHE_MAX_UNRELEASED" in records[0]
+assert "UCX_RCACHE_MAX_UNRELEASED" not in os.environ
+assert has_nixl()
+assert os.environ["UCX_RCACHE_MAX_UNRELEASED"] == "1024"
+assert os.environ["UCX_USE_MT_MUTEX"] == "n"
+"""
+    run_fresh(code, UCX_USE_MT_MUTEX="n")
+
+
+def test_nixl_that_came_first_is_warned_of() -> None:
+    code = """
+import logging
+import nixl_cu13._bindings
+from equipoise.comm import has_nixl
+
+records = []
+handler = logging.Handler(logging.WARNING)
+handler.emit = lambda record: records.append(record.getMessage())
+logger = logging.getLogger("equipoise.comm.nixl.agent")
+logger.addHandler(handler)
+logger.propagate = False
+assert has_nixl()
+assert has_nixl()
+assert len(records) == 1
+assert "nixl_cu13 was imported before" in records[0]
+assert "UCX_RCACHE_MAX_UNRELEASED" in records[0]
+"""
+    run_fresh(code)
 
 
 def test_what_ranks_are_forked_from_loads_ucx_and_starts_no_thread() -> None:
@@ -307,10 +330,7 @@ assert len(os.listdir("/proc/self/task")) == before
 assert "libplugin_UCX" in Path("/proc/self/maps").read_text()
 assert os.environ["UCX_RCACHE_MAX_UNRELEASED"] == "1024"
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, timeout=50, check=False
-    )
-    assert (done.returncode, done.stderr.decode()) == (0, "")
+    run_fresh(code)
 
 
 def test_a_process_that_used_nixl_ends_cleanly_says_nothing_and_idles_cheaply() -> None:
@@ -324,22 +344,27 @@ while time.monotonic() < deadline:
     time.sleep(0.1)
 assert time.process_time() - began < 0.25, "an idle agent takes a core"
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    run_fresh(code)
 
 
-@processes(1)
-def test_rixl_serves_where_nixl_is_not_there(rank: Rank) -> None:
-    for name in ("nixl", "nixl_cu13", "nixl_cu12"):
-        sys.modules[name] = None  # type: ignore[assignment]
-    assert not has_nixl()
-    package = rank.path / "rixl"
+def test_rixl_serves_where_nixl_is_not_there(tmp_path: Path) -> None:
+    package = tmp_path / "rixl"
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "_bindings.py").touch()
-    sys.path.insert(0, str(rank.path))
-    assert has_nixl()
-    assert "rixl._bindings" in sys.modules
+    code = """
+import os
+import sys
+from equipoise.comm import has_nixl
+
+for name in ("nixl", "nixl_cu13", "nixl_cu12"):
+    sys.modules[name] = None
+assert not has_nixl()
+sys.path.insert(0, os.environ["RIXL_IS_AT"])
+assert has_nixl()
+assert "rixl._bindings" in sys.modules
+"""
+    run_fresh(code, RIXL_IS_AT=str(tmp_path))
 
 
 @processes(2)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from equipoise.comm import create_eplb_communicator, list_communicators
 from equipoise.errors import CommunicatorUnavailable, ConfigError
 from tests.contracts.communicators import BACKENDS
-from tests.ranks import Rank, processes
+from tests.ranks import Rank, hide_nixl, processes
 
 
 def test_every_registered_wire_is_held_to_the_contract() -> None:
@@ -54,12 +54,6 @@ def test_ranks_that_ask_for_different_wires_are_told_so(rank: Rank) -> None:
     message = "rank 0 asks for communicator auto, rank 1 for torch_gloo: all ranks need the same"
     with pytest.raises(ConfigError, match=message):
         create_eplb_communicator(group, "auto" if rank.rank == 0 else "torch_gloo", ())
-
-
-def hide_nixl() -> None:
-    """Make this process one in which NIXL is not installed."""
-    for name in ("nixl", "nixl_cu13", "nixl_cu12", "rixl"):
-        sys.modules[name] = None  # type: ignore[assignment]
 
 
 @processes(3)

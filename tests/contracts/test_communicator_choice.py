@@ -20,7 +20,7 @@ from equipoise.comm.choice import Greeting, choose
 from equipoise.comm.groups import create_rank_group
 from equipoise.comm.memory import MemoryEplbCommunicator
 from equipoise.errors import CommunicatorUnavailable, ConfigError, EquipoiseError
-from tests.ranks import Rank, processes
+from tests.ranks import Rank, hide_nixl, processes
 
 NO_NIXL = (
     "the communicator nixl needs NIXL, which ranks 0, 1 cannot import: "
@@ -117,11 +117,6 @@ def listen() -> list[str]:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     return lines
-
-
-def hide_nixl() -> None:
-    for name in ("nixl", "nixl_cu13", "nixl_cu12", "rixl"):
-        sys.modules[name] = None  # type: ignore[assignment]
 
 
 def check_cell(
