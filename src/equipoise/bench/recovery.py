@@ -133,7 +133,7 @@ def _measure(bench: RecoveryBench, model: Path, say: Callable[[str], None]) -> B
         kills = _kill_all(bench, controller, stream, say)
         left = bench.num_requests - stream.num_ended
         stream.wait_for(max(0, left), WAIT_S)
-        step_s = statistics.median(one.step_s for one in controller.status().ranks if one.step_s)
+        step_s = _await_step_s(controller)
         stream.end(WAIT_S)
         totals = controller.status().totals
     say("comparing every token with the plain model's")
@@ -198,6 +198,17 @@ def _wait_for_size(controller: Controller, num_ranks: int, started: float) -> fl
             return time.monotonic() - started
         _pass(LOOK_S)
     raise TimeoutError(f"{num_ranks} ranks did not serve again within {WAIT_S:g} s")
+
+
+def _await_step_s(controller: Controller) -> float:
+    """Median seconds of a step; ranks that have just changed generations tell it a little later."""
+    started = time.monotonic()
+    while time.monotonic() - started < WAIT_S:
+        told = [one.step_s for one in controller.status().ranks if one.step_s]
+        if told:
+            return statistics.median(told)
+        _pass(LOOK_S)
+    raise TimeoutError(f"no rank has told how long its steps take within {WAIT_S:g} s")
 
 
 def _pass(seconds: float) -> None:
