@@ -157,10 +157,10 @@ def test_ranks_of_a_server_that_was_killed_are_the_next_ones(
 BAD = {
     ("--port=99999",): "--port must be from 0 to 65535, got 99999",
     ("--host=0.0.0.0",): "--host 0.0.0.0 lets other machines in: set EQ_API_KEY and EQ_ADMIN_KEY",
-    ("--ranks=0",): "num_ranks must be at least 1, got 0",
+    ("--ranks=0",): "--ranks must be at least 1, got 0",
     ("--max-len=5000",): "--max-len 5000: the model takes 2048 tokens",
-    ("--queue=0",): "queue_limit must be at least 1, got 0",
-    ("--drain-timeout=0",): "drain_timeout_s must be above 0, got 0.0",
+    ("--queue=0",): "--queue must be at least 1, got 0",
+    ("--drain-timeout=0",): "--drain-timeout must be above 0, got 0.0",
     ("nowhere",): "nowhere: no such directory; a model is a Hugging Face checkpoint directory",
     ("--policy=fortune",): "no policy 'fortune': there are deepseek, flow",
     ("--no-balance", "--step-interval=4"): "--no-balance makes no plans, and --step-interval says",
@@ -171,7 +171,10 @@ BAD = {
     ("--launcher=torchrun",): "--launcher torchrun: this process is none of torchrun's: torchrun ",
     ("--interface=eth99",): "eth99: is no interface of this host: there are ",
     ("--launcher=ray", "--state=x"): "--state is for ranks of this machine: with ray they end too",
-    ("--slots-per-rank=0",): "slots_per_rank must be at least 1, got 0",
+    ("--slots-per-rank=0",): "--slots-per-rank must be at least 1, got 0",
+    ("--silence=0.1",): "--silence of 0.1 s gives ranks up between two signs of life, 0.2 s apart",
+    ("--ray-cpus=2",): "--ray-cpus is for --launcher ray",
+    ("--redundant-experts=100000",): "32 experts on 2 ranks have use for 32 redundant experts at",
     ("--redundant-experts=3",): "32 experts and 3 redundant ones make 35 slots",
 }
 

@@ -45,6 +45,19 @@ BUNDLED_NAME = "equipoise-small"
 DEFAULT_RANKS = 2
 ORPHAN_S, DROPPED_S = 60.0, 10.0
 """How long ranks wait for another server, and for their own to answer again."""
+_FLAGS = {
+    "num_ranks": "--ranks",
+    "max_batch_size": "--batch-size",
+    "max_len": "--max-len",
+    "queue_limit": "--queue",
+    "slots_per_rank": "--slots-per-rank",
+    "timeout_s": "--timeout",
+    "silence_s": "--silence",
+    "orphan_s": "--orphan",
+    "body_bytes": "--max-body",
+    "request_timeout_s": "--request-timeout",
+    "drain_timeout_s": "--drain-timeout",
+}
 _PACKAGES = ("fastapi", "uvicorn", "httptools", "prometheus_client", "transformers")
 
 
@@ -71,6 +84,8 @@ def start(
     model, extra = _find_model([*words, *context.args])
     place = read_torchrun(os.environ)
     launcher = _choose_launcher(ranks.launcher, place)
+    if launcher != "ray":
+        _refuse_ray(context)
     if ranks.state is not None and launcher != "local":
         raise ConfigError(f"--state is for ranks of this machine: with {launcher} they end too")
 
@@ -124,6 +139,15 @@ def _choose_launcher(asked: LauncherName | None, place: TorchrunRank | None) -> 
     return asked or ("local" if place is None else "torchrun")
 
 
+def _refuse_ray(context: typer.Context) -> None:
+    """Options of a launcher that does not run would do nothing."""
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        flag = option.opts[0]
+        if flag.startswith("--ray-") and source is not None and source.name == "COMMANDLINE":
+            raise ConfigError(f"{flag} is for --launcher ray")
+
+
 def _choose_orphan_s(ranks: Ranks) -> float:
     """Whom no other server can find has only to bear that a connection drops."""
     if ranks.orphan is not None:
@@ -163,15 +187,17 @@ def _make_settings(http: Http, limits: Limits, *, is_bundled: bool) -> ServerSet
     from equipoise.elastic.interface import list_interfaces
     from equipoise.server.settings import ServerLimits, ServerSettings, read_keys
 
+    with _named_by_flags():
+        kept = ServerLimits(
+            body_bytes=limits.max_body,
+            request_timeout_s=limits.request_timeout,
+            drain_timeout_s=limits.drain_timeout,
+        )
     return ServerSettings(
         host=list_interfaces().get(http.host, http.host),
         port=http.port,
         keys=read_keys(os.environ),
-        limits=ServerLimits(
-            body_bytes=limits.max_body,
-            request_timeout_s=limits.request_timeout,
-            drain_timeout_s=limits.drain_timeout,
-        ),
+        limits=kept,
         model_name=http.name or (BUNDLED_NAME if is_bundled else None),
         log_prompts=http.log_prompts,
         log_health=http.log_health,
@@ -228,12 +254,23 @@ def _make_spec(model: Path | None, max_len: int | None, values: Mapping[str, Any
         max_len = min(DEFAULT_MAX_LEN, longest or DEFAULT_MAX_LEN)
     elif longest is not None and max_len > longest:
         raise ConfigError(f"--max-len {max_len}: the model takes {longest} tokens")
-    spec = ServiceSpec(model=directory, max_len=max_len, **values)
+    with _named_by_flags():
+        spec = ServiceSpec(model=directory, max_len=max_len, **values)
     requested = spec.config.num_redundant_experts
     choose_num_redundant(
         shape.num_experts, spec.num_ranks, None if requested == "auto" else requested
     )
     return spec
+
+
+@contextmanager
+def _named_by_flags() -> Iterator[None]:
+    """Refusals speak of fields, and who reads them here has written options."""
+    try:
+        yield
+    except ConfigError as error:
+        name, space, rest = str(error).partition(" ")
+        raise ConfigError(_FLAGS.get(name, name) + space + rest) from error
 
 
 def _find_device(asked: str, launcher: LauncherName) -> str:
