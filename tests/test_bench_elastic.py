@@ -39,6 +39,11 @@ runs_long = pytest.mark.skipif(
         (("elastic", "--size-gb=nan"), "--size-gb must be a number above 0, got nan"),
         (("recovery", "--kills=0"), "at least 1 rank must be killed, got 0"),
         (("recovery", "--new-tokens=0"), "--new-tokens must be at least 1, got 0"),
+        pytest.param(
+            ("recovery", "--device=cuda"),
+            "--device cuda: torch sees no CUDA device here; use --device cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
         (("recovery", "--every=-1"), "--every must be a number from 0 on, got -1.0"),
         (("recovery", "--timeout=inf"), "--timeout must be a number above 0, got inf"),
     ],

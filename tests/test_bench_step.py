@@ -205,6 +205,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
             replace(SMALL, **changes)
     for words, message in (
         (["--case", "nap"], "--case: there are prefill"),
+        (["--dispatcher", "foo"], "--dispatcher: there are torch, nixl_ep, not 'foo'"),
         (["--kind", "nonsense"], "--kind: the trace has gpqa_main"),
         (["--eplb-config", '{"window_size": 3}'], "window_size is the bench's own"),
     ):

@@ -14,6 +14,7 @@ CaseName = Literal["prefill", "decode", "recorder", "stall", "graphs"]
 CASES: tuple[CaseName, ...] = ("prefill", "decode", "recorder", "stall", "graphs")
 GPU_CASES: tuple[CaseName, ...] = ("recorder", "graphs")
 """Cases that say nothing on a CPU."""
+_DISPATCHERS = ("torch", "nixl_ep")
 _MOST_BLOCK_STEPS = 100
 
 
@@ -103,6 +104,9 @@ class StepSpec:
         unknown = set(self.cases) - set(CASES)
         if unknown:
             raise ConfigError(f"--case: there are {', '.join(CASES)}, not {sorted(unknown)[0]!r}")
+        if self.dispatcher not in _DISPATCHERS:
+            known = ", ".join(_DISPATCHERS)
+            raise ConfigError(f"--dispatcher: there are {known}, not {self.dispatcher!r}")
 
     @property
     def block_steps(self) -> int:

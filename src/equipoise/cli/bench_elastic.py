@@ -54,7 +54,7 @@ def bench_elastic(
         seed=seed,
         size_gb=size_gb,
     )
-    options.check(requests, in_flight, new_tokens, timeout, size_gb, model)
+    options.check(requests, in_flight, new_tokens, timeout, size_gb, model, device)
     show_outcome(measure_elastic(bench, _say), _COLUMNS, json_path)
 
 

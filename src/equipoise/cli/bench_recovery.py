@@ -63,7 +63,7 @@ def bench_recovery(
     )
     if not 0 <= every < math.inf:
         raise ConfigError(f"--every must be a number from 0 on, got {every}")
-    options.check(requests, in_flight, new_tokens, timeout, size_gb, model)
+    options.check(requests, in_flight, new_tokens, timeout, size_gb, model, device)
     show_outcome(measure_recovery(bench, _say), _COLUMNS, json_path)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from equipoise.bench.option_checks import check_least, check_positive
+from equipoise.errors import ConfigError
 
 Requests = Annotated[int, typer.Option(help="At least so many.")]
 InFlight = Annotated[int, typer.Option(help="Requests at any time.")]
@@ -28,6 +29,7 @@ def check(
     timeout: float,
     size_gb: float | None,
     model: Path | None,
+    device: str,
 ) -> None:
     """Refuse what no stream can be of, before a rank starts.
 
@@ -44,3 +46,8 @@ def check(
 
         read_model_shape(model)
         check_weights(model)
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu")
