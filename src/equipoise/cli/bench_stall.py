@@ -29,51 +29,66 @@ class Launch(StrEnum):
     EAGER = "eager"
 
 
+_DeviceOption = Annotated[
+    Device, typer.Option(help="Where steps compute; auto: on GPUs if there are two.")
+]
+_Ranks = Annotated[int, typer.Option(help="Processes, at least 2.")]
+_Layers = Annotated[int, typer.Option(help="Layers.")]
+_Slots = Annotated[
+    int | None,
+    typer.Option(help="Slots of each rank, one of them redundant; 9 on the CPU, 65 on GPUs."),
+]
+_ExpertBytes = Annotated[
+    int | None,
+    typer.Option(help="Bytes of one expert of one layer; 65,536 on the CPU, 9.4 M on GPUs."),
+]
+_StepMs = Annotated[
+    float | None,
+    typer.Option(help="What a step computes at least, in ms; 15 on the CPU, 12 on GPUs."),
+]
+_LaunchOption = Annotated[
+    Launch, typer.Option(help="GPUs get a step as one captured graph, or kernel by kernel.")
+]
+_Steps = Annotated[
+    int | None, typer.Option(help="Steps of each kind; 1,000 on the CPU, 2,000 on GPUs.")
+]
+_Communicator = Annotated[
+    str | None, typer.Option(help="Wire for weights; auto on the CPU, nixl on GPUs.")
+]
+_Policy = Annotated[
+    str | None,
+    typer.Option(
+        help="What plans; deepseek on the CPU, which plans from nothing and moves half of all "
+        "experts each time; flow on GPUs."
+    ),
+]
+_MaxBytesPerS = Annotated[
+    int | None, typer.Option(help="Most bytes a second that a rank sends and receives.")
+]
+_MaxBytesPerStep = Annotated[
+    int | None, typer.Option(help="Most bytes that a step brings into a rank's slots.")
+]
+_MaxLayersPerStep = Annotated[int | None, typer.Option(help="Most layers that a step commits.")]
+_Seed = Annotated[int, typer.Option(help="Of the load.")]
+_Timeout = Annotated[float, typer.Option(help="Longest wait for another rank, in s.")]
+
+
 def bench_stall(
-    device: Annotated[
-        Device, typer.Option(help="Where steps compute; auto: on GPUs if there are two.")
-    ] = Device.AUTO,
-    ranks: Annotated[int, typer.Option(help="Processes, at least 2.")] = 2,
-    layers: Annotated[int, typer.Option(help="Layers.")] = 58,
-    slots: Annotated[
-        int | None,
-        typer.Option(help="Slots of each rank, one of them redundant; 9 on the CPU, 65 on GPUs."),
-    ] = None,
-    expert_bytes: Annotated[
-        int | None,
-        typer.Option(help="Bytes of one expert of one layer; 65,536 on the CPU, 9.4 M on GPUs."),
-    ] = None,
-    step_ms: Annotated[
-        float | None,
-        typer.Option(help="What a step computes at least, in ms; 15 on the CPU, 12 on GPUs."),
-    ] = None,
-    launch: Annotated[
-        Launch, typer.Option(help="GPUs get a step as one captured graph, or kernel by kernel.")
-    ] = Launch.GRAPH,
-    steps: Annotated[
-        int | None, typer.Option(help="Steps of each kind; 1,000 on the CPU, 2,000 on GPUs.")
-    ] = None,
-    communicator: Annotated[
-        str | None, typer.Option(help="Wire for weights; auto on the CPU, nixl on GPUs.")
-    ] = None,
-    policy: Annotated[
-        str | None,
-        typer.Option(
-            help="What plans; deepseek on the CPU, which plans from nothing and moves half of all "
-            "experts each time; flow on GPUs."
-        ),
-    ] = None,
-    max_bytes_per_s: Annotated[
-        int | None, typer.Option(help="Most bytes a second that a rank sends and receives.")
-    ] = None,
-    max_bytes_per_step: Annotated[
-        int | None, typer.Option(help="Most bytes that a step brings into a rank's slots.")
-    ] = None,
-    max_layers_per_step: Annotated[
-        int | None, typer.Option(help="Most layers that a step commits.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the load.")] = 0,
-    timeout: Annotated[float, typer.Option(help="Longest wait for another rank, in s.")] = 60.0,
+    device: _DeviceOption = Device.AUTO,
+    ranks: _Ranks = 2,
+    layers: _Layers = 58,
+    slots: _Slots = None,
+    expert_bytes: _ExpertBytes = None,
+    step_ms: _StepMs = None,
+    launch: _LaunchOption = Launch.GRAPH,
+    steps: _Steps = None,
+    communicator: _Communicator = None,
+    policy: _Policy = None,
+    max_bytes_per_s: _MaxBytesPerS = None,
+    max_bytes_per_step: _MaxBytesPerStep = None,
+    max_layers_per_step: _MaxLayersPerStep = None,
+    seed: _Seed = 0,
+    timeout: _Timeout = 60.0,
     json_path: JsonPath = None,
 ) -> None:
     """Compare step times with rebalances in the background and without, in one run."""

@@ -84,10 +84,7 @@ def start(
     model, extra = _find_model([*words, *context.args])
     place = read_torchrun(os.environ)
     launcher = _choose_launcher(ranks.launcher, place)
-    if launcher != "ray":
-        _refuse_ray(context)
-    if ranks.state is not None and launcher != "local":
-        raise ConfigError(f"--state is for ranks of this machine: with {launcher} they end too")
+    _refuse_what_others_take(context, launcher, ranks.state)
 
     def settle() -> ServiceSpec:
         values = {
@@ -139,8 +136,14 @@ def _choose_launcher(asked: LauncherName | None, place: TorchrunRank | None) -> 
     return asked or ("local" if place is None else "torchrun")
 
 
-def _refuse_ray(context: typer.Context) -> None:
-    """Options of a launcher that does not run would do nothing."""
+def _refuse_what_others_take(
+    context: typer.Context, launcher: LauncherName, state: Path | None
+) -> None:
+    """Options of another launcher would do nothing."""
+    if state is not None and launcher != "local":
+        raise ConfigError(f"--state is for ranks of this machine: with {launcher} they end too")
+    if launcher == "ray":
+        return
     for option in context.command.params:
         source = context.get_parameter_source(option.name or "")
         flag = option.opts[0]

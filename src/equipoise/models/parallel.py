@@ -211,25 +211,24 @@ def parallelize(
     """
     config = config or EPLBConfig()
     get_policy(config.policy)
-    checkpoint: Checkpoint | None = None
     initial = num_nodes if placement is None else placement
+
+    def plan(whole: nn.Module) -> list[SetPlan]:
+        plans = _plan_sets(find_expert_sets(whole), group, config, initial, dispatcher)
+        return _choose_replicas(plans, group, replicas)
+
     if isinstance(model, nn.Module):
         if dtype is not None or attention is not None or dequantize or progress is not None:
             raise ConfigError(
                 "dtype, attention, dequantize and progress are of a checkpoint, not of a model"
             )
-        plans = _plan_sets(find_expert_sets(model), group, config, initial, dispatcher)
-        plans = _choose_replicas(plans, group, replicas)
-        spread = take_over(model, plans, group.rank, WholeModel())
+        spread = take_over(model, plan(model), group.rank, WholeModel())
         model.to(group.device)
-    else:
-        checkpoint = Checkpoint(Path(model), dtype, group.device, attention, dequantize=dequantize)
-        if checkpoint.is_quantised:
-            check_kernels(checkpoint.model)
-        sets = find_expert_sets(checkpoint.model)
-        plans = _plan_sets(sets, group, config, initial, dispatcher)
-        plans = _choose_replicas(plans, group, replicas)
-        spread = load_spread(checkpoint, plans, group, progress)
+        return assemble(spread, group, config, None, on_commit)
+    checkpoint = Checkpoint(Path(model), dtype, group.device, attention, dequantize=dequantize)
+    if checkpoint.is_quantised:
+        check_kernels(checkpoint.model)
+    spread = load_spread(checkpoint, plan(checkpoint.model), group, progress)
     return assemble(spread, group, config, checkpoint, on_commit)
 
 
