@@ -59,6 +59,10 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
         "32 experts and 3 redundant ones make 35 slots, which 4 ranks do not divide: ask for 0, 4 "
         "or 8 redundant experts",
     ),
+    "more slots than any rank has use for": (
+        ("--redundant-experts=100000",),
+        "--redundant-experts 100000: 32 experts are on all of 4 ranks with 96",
+    ),
     "fewer slots than experts": (
         ("--redundant-experts=-4",),
         "--redundant-experts: num_redundant_experts must be 'auto' or a whole number from 0 up, "

@@ -69,12 +69,10 @@ def choose_num_redundant(num_experts: int, num_ranks: int, requested: int | None
             ranks and leave at least one spare slot per rank.
     Returns:
         P - E, so that R divides E plus the result.
-    Raises: PlacementError if `requested` is negative, leaves slots that R does not divide, or is
-        more than every rank could have use for.
+    Raises: PlacementError if `requested` is negative or leaves slots that R does not divide.
     """
-    automatic = -num_experts % num_ranks + num_ranks
     if requested is None:
-        return automatic
+        return -num_experts % num_ranks + num_ranks
     if requested < 0:
         raise PlacementError(f"redundant experts must be 0 or more, got {requested}")
     if (num_experts + requested) % num_ranks:
@@ -83,11 +81,5 @@ def choose_num_redundant(num_experts: int, num_ranks: int, requested: int | None
             f"{num_experts} experts and {requested} redundant ones make "
             f"{num_experts + requested} slots, which {num_ranks} ranks do not divide: "
             f"ask for {least}, {least + num_ranks} or {least + 2 * num_ranks} redundant experts"
-        )
-    most = max(num_experts * (num_ranks - 1), automatic)
-    if requested > most:
-        raise PlacementError(
-            f"{num_experts} experts on {num_ranks} ranks have use for {most} redundant experts at "
-            f"most, one of each on every rank, got {requested}"
         )
     return requested

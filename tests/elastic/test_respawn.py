@@ -44,6 +44,23 @@ def test_one_that_served_for_a_while_ends_the_count() -> None:
     assert respawn.may_try(21.0)
 
 
+def test_one_that_serves_on_ends_the_count_too_and_once() -> None:
+    respawn = Respawn(3, 1.0)
+    respawn.note_failure(0.0)
+    respawn.note_failure(1.0)
+    respawn.note_came(["rank-1"], 2.0)
+    respawn.note_came(["rank-3"], 3.0)
+    # Another dies, long after.
+    respawn.note_death("rank-2", 500.0)
+    assert respawn.may_try(500.0)
+    respawn.note_failure(501.0)
+    assert not respawn.may_try(501.9)
+    assert respawn.may_try(502.0)
+    respawn.note_failure(502.0)
+    respawn.note_failure(510.0)
+    assert not respawn.may_try(1e9)
+
+
 def test_a_rank_that_lacks_the_store_twice_in_a_row_is_gone_on_without() -> None:
     recoveries = Recoveries()
     assert recoveries.choose_cut_off({"rank-2": [STORE]}) == []

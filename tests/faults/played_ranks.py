@@ -295,6 +295,11 @@ class PlayedRank:
         self.stops = True
 
     @property
+    def has_served(self) -> bool:
+        """Whether the controller has heard that it serves: newcomers go with what they came to."""
+        return self.record is not None and self.record.generation >= 0
+
+    @property
     def is_well(self) -> bool:
         """Whether it serves, and nothing was ever done to it."""
         is_leaving = self.record is not None and self.record.state != "serving"

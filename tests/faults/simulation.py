@@ -30,6 +30,9 @@ from tests.faults.played_ranks import STEP_S, PlayedRank, World
 CLOCKED = ("controller", "changes", "roster", "change_plans")
 """Modules of elastic/ that look at the clock."""
 
+HALF_MET = 0.1
+"""How often a rank's exchange fails where all learn that the others switch."""
+
 
 class Preparation:
     """The next generation of all its participants, as `NextGeneration` behaves."""
@@ -218,7 +221,10 @@ class Group:
         verdict = settle(words)
         if verdict is Word.SWITCH:
             for rank in here:
-                if rank.next is not None and rank.name in rank.next.ready:
+                if len(here) > 1 and game.world.chance.random() < HALF_MET:
+                    # The others' exchange went well, and this one's did not.
+                    rank.lose("rank died")
+                elif rank.next is not None and rank.name in rank.next.ready:
                     rank.next.switch(rank)
                 else:
                     rank.lose("cannot switch")
@@ -372,7 +378,7 @@ class Game:
         return [
             f"{rank.name} was well, and was ended: {rank.record.detail}"
             for rank in self.ranks
-            if rank.code == -9 and rank.group is not None and not rank.was_hit
+            if rank.code == -9 and rank.has_served and not rank.was_hit
         ]
 
     def close(self) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -79,8 +82,9 @@ DEEDS: tuple[tuple[Deed, int], ...] = (
 )
 
 
-def play(seed: int) -> Game:
-    """One schedule, up to rest or to the end of patience."""
+@contextlib.contextmanager
+def open_game(seed: int, **options: Any) -> Iterator[Game]:
+    """A service of played ranks that are all there."""
     world = World(seed)
     clock = SimpleNamespace(monotonic=world.monotonic)
     with pytest.MonkeyPatch.context() as patch:
@@ -96,22 +100,27 @@ def play(seed: int) -> Game:
             respawn_s=0.1,
             respawn_tries=10_000,
         )
-        game = Game(world, spec, world.chance.choice((0.0, 0.0, 0.1)))
+        game = Game(world, replace(spec, **options), world.chance.choice((0.0, 0.0, 0.1)))
         game.open()
         try:
             go_on_until(game, game.is_at_rest)
-            for _ in range(6):
-                game.submit()
-            befall(game)
-            game.failure_rate = 0.0
-            go_on_until(game, lambda: game.is_at_rest() and not any(map(is_afflicted, game.ranks)))
-            done = game.num_done
-            go_on_until(game, lambda: game.num_done >= done + 12)
-            # Of two that do not reach each other, one goes, whichever is to blame.
-            assert game.has_cut_off or not game.find_wronged(), game.find_wronged()
+            yield game
         finally:
             game.close()
-    return game
+
+
+def play(seed: int) -> None:
+    """One schedule, up to rest or to the end of patience."""
+    with open_game(seed) as game:
+        for _ in range(6):
+            game.submit()
+        befall(game)
+        game.failure_rate = 0.0
+        go_on_until(game, lambda: game.is_at_rest() and not any(map(is_afflicted, game.ranks)))
+        done = game.num_done
+        go_on_until(game, lambda: game.num_done >= done + 12)
+        # Of two that do not reach each other, one goes, whichever is to blame.
+        assert game.has_cut_off or not game.find_wronged(), game.find_wronged()
 
 
 def befall(game: Game) -> None:
@@ -164,3 +173,12 @@ def test_the_controller_brings_every_request_to_its_end() -> None:
             raise AssertionError(
                 f"{error}\nto see it again: EQUIPOISE_SEED={seed} EQUIPOISE_SIMULATIONS=1"
             ) from error
+
+
+def test_a_size_that_a_death_left_is_kept_where_it_is_asked_for() -> None:
+    with open_game(FIRST_SEED, num_ranks=4, respawn=False) as game:
+        game.ranks[1].end(-9)
+        go_on_until(game, lambda: game.controller._changes.num_recoveries == 1)
+        assert not game.is_at_rest()
+        game.scale(3)
+        assert game.is_at_rest()

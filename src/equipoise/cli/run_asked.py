@@ -124,7 +124,13 @@ def settle(asked: Asked, place: TorchrunRank | None) -> JobSpec:
     shape = read_model_shape(model)
     check_weights(model)
     requested = config.num_redundant_experts
-    choose_num_redundant(shape.num_experts, num_ranks, None if requested == "auto" else requested)
+    chosen = None if requested == "auto" else requested
+    spare = choose_num_redundant(shape.num_experts, num_ranks, chosen)
+    if spare > max(num_ranks, shape.num_experts) * num_ranks:
+        raise ConfigError(
+            f"--redundant-experts {spare}: {shape.num_experts} experts are on all of {num_ranks} "
+            f"ranks with {shape.num_experts * (num_ranks - 1)}"
+        )
     find_policy(config.policy)
     prompts, held_out = _read_prompts(asked.texts)
     if place is None or place.rank == 0:

@@ -149,8 +149,9 @@ class Changes:
         elif said == "lost":
             record.is_lost = True
             record.told["holding"] = message
-            # It takes part in no change that is under way, whatever the others do.
-            self._register(f"{record.name} says: {message['reason']}", is_void=True)
+            # It takes part in no change that is under way; where it was to leave, nobody minds.
+            is_void = record.name not in self.leaving
+            self._register(f"{record.name} says: {message['reason']}", is_void=is_void)
         elif said == "holding":
             record.told["holding"] = message
         elif said == "retired":
@@ -217,13 +218,11 @@ class Changes:
         # Whoever hangs here holds the others up: it is given up, which `lose` hears of. What a
         # member has not closed in time is left to it.
         change.deadline = now + self._spec.silence_s
-        for name in list(change.awaited):
-            record = self._roster.find(name)
-            if change.stage == "retiring" and name not in change.leaving:
-                change.awaited.discard(name)
-            elif record is not None and record.state != "dead":
-                record.detail = f"{name} was given up: {text}"
-                record.handle.stop(kill=True)
+        if change.stage == "retiring":
+            change.awaited.intersection_update(change.leaving)
+        for record in self._roster.find_all(change.awaited):
+            record.detail = f"{record.name} was given up: {text}"
+            record.handle.stop(kill=True)
         self._advance(change)
 
     def close(self, error: EquipoiseError) -> None:
@@ -247,6 +246,7 @@ class Changes:
             self._describe(change)
             return
         if not change.joining and not change.leaving:
+            self._wanted = len(serving)
             change.answer.set_result(self._report(change))
             return
         self.hold(change)
@@ -270,7 +270,8 @@ class Changes:
     def _advance(self, change: Change) -> None:
         """Go on, once nobody is waited for."""
         if change.stage == "registering":
-            change.awaited = {one.name for one in self._roster.serving() if not one.is_lost}
+            serving = self._roster.names_serving()
+            change.awaited = set(serving) - set(self._roster.names_lost(serving))
         if change.awaited:
             return
         if change.stage == "launching":
@@ -279,16 +280,15 @@ class Changes:
                 self._begin_generation(change)
             else:
                 self._describe(change)
-        elif change.stage == "describing":
-            self._prepare(change)
-        elif change.stage == "preparing":
-            self._retire(change)
-        elif change.stage == "aborting":
-            self._finish_abort(change)
-        elif change.stage == "registering":
-            self._recover(change)
         else:
-            self._finish(change)
+            goes_on = {
+                "describing": self._prepare,
+                "preparing": self._retire,
+                "aborting": self._finish_abort,
+                "registering": self._recover,
+                "retiring": self._finish,
+            }
+            goes_on[change.stage](change)
 
     def _begin_generation(self, change: Change) -> None:
         change.stage = "preparing"
@@ -330,15 +330,9 @@ class Changes:
         assert change.plan is not None or change.kind == "begin"
         change.full_at = time.monotonic()
         change.decided_at = change.decided_at or change.full_at
-        self.generation = self._last_generation
-        self.phase = "retiring"
+        self.generation, self.phase = self._last_generation, "retiring"
         for name in change.leaving:
-            record = self._roster.find(name)
-            if record is not None and record.state != "dead":
-                record.number, record.state = None, "leaving"
-                self._hands.release(record)
-        for record in self._roster.serving():
-            record.is_lost = False
+            self._hands.dismiss(name)
         change.stage = "retiring"
         change.deadline = time.monotonic() + self._spec.timeout_s
         # Newcomers have nothing to close.
@@ -416,9 +410,13 @@ class Changes:
             is_told = before.plan is not None and before.stage in ("preparing", "aborting")
             if is_told and not self._call_off(before, why) and not is_void:
                 # The next generation stands: its members switch, and find out there.
+                for name in self._roster.names_lost(before.leaving):
+                    self._hands.dismiss(name)
+                    self._roster.tell([name], {"do": "stop"})
+                    before.awaited.discard(name)
                 self._advance(before)
                 return
-            if before.stage == "retiring" or (before.kind == "scale" and before.switched):
+            if before.has_stood(self._roster.names_serving()):
                 self._count(before)
                 if not before.answer.done():
                     before.answer.set_result(self._report(before))
@@ -436,8 +434,7 @@ class Changes:
         change.deadline = time.monotonic() + self._spec.timeout_s + self._spec.silence_s
         # Whoever was given up may be cut off from here alone, and their steps go on.
         for record in self._roster.serving():
-            if not record.is_lost:
-                record.tell({"do": "over", "generation": record.generation, "reason": why})
+            record.tell_over(why)
         self._advance(change)
 
     def _recover(self, change: Change) -> None:
@@ -484,7 +481,6 @@ class Changes:
                 change.answer.set_exception(error)
 
     def _report(self, change: Change) -> ScaleReport:
-        """What a change has done."""
         return describe_change(change, self._roster, self.generation, done=True)
 
     def note_serving(self, record: RankRecord, message: Message) -> None:
@@ -495,6 +491,9 @@ class Changes:
         change = self._current
         if change is not None:
             change.switched.add(record.name)
+            if change.stage == "registering":
+                # It has gone on to what is void as well, and has not been told.
+                record.tell_over(change.why)
             change.decided_at = change.decided_at or time.monotonic()
             if change.stage == "preparing":
                 self.phase = "committing"

@@ -86,7 +86,7 @@ class Controller:
             self._roster,
             Hands(
                 self._launch,
-                self._release,
+                self._dismiss,
                 self._call_off,
                 self._give_up,
                 self._end_rank,
@@ -368,7 +368,7 @@ class Controller:
         if not left_well:
             self._tally.deaths += 1
             logger.warning("%s", how)
-        self._release(record)
+        self._requests.release(record.name)
         self._changes.lose(record, is_expected=left_well)
         if left_well and code in (0, UNKNOWN_EXIT):
             self._roster.forget(record)
@@ -457,8 +457,11 @@ class Controller:
         record.handle.stop(kill=True)
         self._bury(record, why, None)
 
-    def _release(self, record: RankRecord) -> None:
-        self._requests.release(record.name)
+    def _dismiss(self, name: str) -> None:
+        record = self._roster.find(name)
+        if record is not None and record.number is not None:
+            record.number, record.state = None, "leaving"
+            self._requests.release(name)
 
     def _call_off(self, generation: int, reason: str) -> bool:
         return call_off(self._store, generation, reason)

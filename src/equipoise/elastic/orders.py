@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -36,7 +36,7 @@ class Hands:
 
     Attributes:
         launch: start a rank of that name.
-        release: take a rank's requests back, to be run elsewhere.
+        dismiss: have a rank serve no more, and take its requests back, to be run elsewhere.
         call_off: have the store call off the change to a generation, for a reason; False if the
             change stands.
         give_up: end the service, with the reason.
@@ -45,7 +45,7 @@ class Hands:
     """
 
     launch: Callable[[str], RankRecord]
-    release: Callable[[RankRecord], None]
+    dismiss: Callable[[str], None]
     call_off: Callable[[int, str], bool]
     give_up: Callable[[str], None]
     bury: Callable[[RankRecord, str], None]
@@ -104,6 +104,16 @@ class Change:
         """Whether a rank speaks of another generation than this change leads to."""
         wanted = None if self.plan is None else self.plan.generation
         return wanted is not None and message.get("generation", wanted) != wanted
+
+    def has_stood(self, serving: Collection[str]) -> bool:
+        """Whether it is done, though a death has ended what it led to.
+
+        Args:
+            serving: names of ranks that are to go on together.
+        """
+        has_switched = self.stage == "retiring" or (self.kind == "scale" and bool(self.switched))
+        # One that was to leave may have lost its last step before it heard that all had switched.
+        return has_switched and not set(self.leaving) & set(serving)
 
     def __str__(self) -> str:
         if self.kind == "begin":

@@ -64,16 +64,18 @@ class Respawn:
     def __init__(self, most: int, first_s: float) -> None:
         self._most, self._first_s = most, first_s
         self._num_failed = 0
-        self._next_at = float("-inf")
+        self._next_at = self._failed_at = float("-inf")
         self._came: dict[str, float] = {}
 
     def may_try(self, now: float) -> bool:
         """Whether another replacement may be started; `now` as of time.monotonic."""
+        if any(self._failed_at < came <= now - STEADY_S for came in self._came.values()):
+            self.forget()
         return self._num_failed < self._most and now >= self._next_at
 
     def note_came(self, names: Iterable[str], now: float) -> None:
         """Replacements have come to serve."""
-        self._came = dict.fromkeys(names, now)
+        self._came |= dict.fromkeys(names, now)
 
     def note_death(self, name: str, now: float) -> None:
         """A rank that served has died."""
@@ -89,6 +91,7 @@ class Respawn:
         """A replacement did not come to serve."""
         self._next_at = now + self._first_s * 2**self._num_failed
         self._num_failed += 1
+        self._failed_at = now
         if self._num_failed == self._most:
             logger.error(
                 "%d replacements in a row failed: ranks that died are not replaced any more, until "

@@ -118,6 +118,11 @@ class RankRecord:
         if self.has_called:
             self._send(self.said.add(message))
 
+    def tell_over(self, reason: str) -> None:
+        """Its generation is no more; one that has noticed is not told."""
+        if not self.is_lost:
+            self.tell({"do": "over", "generation": self.generation, "reason": reason})
+
     def tell_heard(self) -> None:
         """How much of what it said has come."""
         self._send({"do": "heard", "heard": self.heard.count})
@@ -213,6 +218,10 @@ class Roster:
     def names_serving(self) -> list[str]:
         """Names of the living members of the serving generation, by their numbers."""
         return [record.name for record in self.serving()]
+
+    def names_lost(self, names: Iterable[str]) -> list[str]:
+        """Those of these names that live, and whose last step has failed."""
+        return [record.name for record in self.find_all(names) if record.is_lost]
 
     def pick_names(self, count: int) -> list[str]:
         """Names for newcomers: the lowest numbers that no living rank has."""
