@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from equipoise.cli.bench import JsonPath, check_json_path, read_sizes, show_outcome
+from equipoise.cli.config import list_given
 from equipoise.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -103,10 +104,8 @@ def bench_serve(
 def _refuse_what_others_take(context: typer.Context, case: Case) -> None:
     """Options of another case would do nothing."""
     others = _TRAFFIC if case == "overhead" else _OVERHEAD
-    for option in context.command.params:
-        panel = getattr(option, "rich_help_panel", None)
-        source = context.get_parameter_source(option.name or "")
-        if panel == others and source is not None and source.name == "COMMANDLINE":
+    for option in list_given(context):
+        if getattr(option, "rich_help_panel", None) == others:
             raise ConfigError(f"{option.opts[0]} is not for --case {case}")
 
 

@@ -41,6 +41,16 @@ def list_options(context: typer.Context) -> list[str]:
     return [name for option in context.command.params for name in option.opts]
 
 
+def list_given(context: typer.Context) -> list[Any]:
+    """Options, as click has them, that somebody wrote."""
+
+    def is_written(name: str) -> bool:
+        source = context.get_parameter_source(name)
+        return source is not None and source.name == "COMMANDLINE"
+
+    return [option for option in context.command.params if is_written(option.name or "")]
+
+
 def add_switches(flags: dict[str, tuple[str, Any]], *, sync: bool, no_balance: bool) -> None:
     """Add what --sync and --no-balance stand for to options given otherwise.
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
 from equipoise.cli.config import add_switches
+from equipoise.cli.devices import find_device
 from equipoise.cli.run_options import DEFAULT_PROMPTS
 from equipoise.config_sources import add_flag, parse_flags, resolve_config
 from equipoise.errors import ConfigError
@@ -138,7 +139,7 @@ def settle(asked: Asked, place: TorchrunRank | None) -> JobSpec:
     if place is None:
         _preload(model, device)
     _check_communicator(config.communicator)
-    found = _find_device(device)
+    found = find_device(device)
     check_dispatch(dispatch, found, dtype)
     if place is None:
         # Last: it may take long.
@@ -212,18 +213,6 @@ def _count_ranks(asked: int | None, place: TorchrunRank | None) -> int:
             f"{asked}"
         )
     return place.size
-
-
-def _find_device(asked: str) -> Literal["cpu", "cuda"]:
-    if asked == "cpu":
-        return "cpu"
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    if asked == "cuda":
-        raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu")
-    return "cpu"
 
 
 def _preload(model: Path, device: str) -> None:

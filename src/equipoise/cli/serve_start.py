@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
-from equipoise.cli.config import add_switches, list_options, parse_redundant
+from equipoise.cli.config import add_switches, list_given, list_options, parse_redundant
+from equipoise.cli.devices import find_device
 from equipoise.cli.serve_options import (
     DEFAULT_MAX_LEN,
     Balancing,
@@ -144,11 +145,9 @@ def _refuse_what_others_take(
         raise ConfigError(f"--state is for ranks of this machine: with {launcher} they end too")
     if launcher == "ray":
         return
-    for option in context.command.params:
-        source = context.get_parameter_source(option.name or "")
-        flag = option.opts[0]
-        if flag.startswith("--ray-") and source is not None and source.name == "COMMANDLINE":
-            raise ConfigError(f"{flag} is for --launcher ray")
+    for option in list_given(context):
+        if option.opts[0].startswith("--ray-"):
+            raise ConfigError(f"{option.opts[0]} is for --launcher ray")
 
 
 def _choose_orphan_s(ranks: Ranks) -> float:
@@ -277,17 +276,8 @@ def _named_by_flags() -> Iterator[None]:
 
 
 def _find_device(asked: str, launcher: LauncherName) -> str:
-    if asked == "cpu":
-        return "cpu"
-    if launcher == "ray" and asked == "cuda":
-        return "cuda"  # the cluster's GPUs need not be of this machine
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    if asked == "cuda":
-        raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu")
-    return "cpu"
+    # A cluster's GPUs need not be of this machine.
+    return asked if launcher == "ray" and asked == "cuda" else find_device(asked)
 
 
 def _read_longest(directory: Path) -> int | None:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from equipoise.bench.option_checks import check_least, check_positive
-from equipoise.errors import ConfigError
+from equipoise.cli.devices import find_device
 
 Requests = Annotated[int, typer.Option(help="At least so many.")]
 InFlight = Annotated[int, typer.Option(help="Requests at any time.")]
@@ -46,8 +46,4 @@ def check(
 
         read_model_shape(model)
         check_weights(model)
-    if device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    find_device(device)
