@@ -9,7 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from equipoise.models.grouped import compute_blocks, compute_sorted, computes_grouped
+from equipoise.models.grouped import (
+    compute_blocks,
+    compute_rows,
+    compute_sorted,
+    computes_grouped,
+)
 
 FAMILIES = {
     # Gate and activation; biases, transposed weights, a gate of its own; no gate.
@@ -64,6 +69,26 @@ def test_both_layouts_give_the_familys_own_outputs(family: str, dtype: torch.dty
             torch.testing.assert_close(got[is_row], expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_rows_as_they_came_give_the_familys_own_outputs_to_the_bit(
+    family: str, dtype: torch.dtype
+) -> None:
+    experts = make_experts(family, dtype)
+    random = torch.Generator().manual_seed(2)
+    # Rows of their bytes alone are one stride apart, those that came with words behind them more.
+    for num_rows, num_outputs, stride in ((9, 40, WIDTH), (9, 40, WIDTH + 16), (1, 1, WIDTH)):
+        came = torch.randn(num_rows, stride, generator=random).to(dtype)[:, :WIDTH]
+        row = torch.randint(num_rows, (num_outputs,), generator=random)
+        slots = torch.randint(NUM_SLOTS, (num_outputs,), generator=random)
+        got = compute_rows(experts, came, row, slots)
+        assert torch.equal(got, expect(experts, came[row], slots))
+    # As an expert's norm may leave them: wider than the weights.
+    wide = came.double()
+    assert compute_rows(experts, wide, row, slots).dtype == torch.float64
+
+
 @torch.no_grad()
 def test_no_rows_at_all_are_blocks_too() -> None:
     experts = make_experts("qwen3_moe", torch.float32)
@@ -77,3 +102,9 @@ def test_another_implementation_is_left_alone() -> None:
     experts.config._experts_implementation = "eager"
     assert not computes_grouped(experts)
     assert not computes_grouped(torch.nn.Linear(1, 1))
+
+
+def test_quantised_experts_are_left_alone() -> None:
+    experts = make_experts("qwen3_moe", torch.float32)
+    experts.down_proj.requires_grad_(False).data = experts.down_proj.to(torch.float8_e4m3fn)
+    assert not computes_grouped(experts)

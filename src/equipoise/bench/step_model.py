@@ -14,6 +14,8 @@ from torch import Tensor
 
 from equipoise.bench.step_case import ModelSize
 from equipoise.bench.step_parts import mark, measure
+from equipoise.dispatch.base import DispatchedRows
+from equipoise.models.experts import compute_dispatched
 from equipoise.models.parallel import ParallelModel
 from equipoise.topology import IntArray
 
@@ -120,7 +122,8 @@ class Routes:
 def measure_experts(parallel: ParallelModel, slot_count: Tensor) -> Tensor:
     """Time a layer's experts with given loads.
 
-    Each load once a round, so that what drifts meets all alike.
+    As layers compute what came, from tokens that all have as many slots on this rank. Each load
+    once a round, so that what drifts meets all alike.
 
     Args:
         parallel: the model, of one set of layers.
@@ -132,20 +135,23 @@ def measure_experts(parallel: ParallelModel, slot_count: Tensor) -> Tensor:
     """
     (one,) = parallel.spread.sets
     module: Any = one.layers[0].module
-    computation = type(module).forward
+    top_k: int = parallel.model.config.num_experts_per_tok
+    # Rows that come are read several times, and from caches.
+    each = max(1, top_k // parallel.state.group.size)
     device = parallel.state.group.device
     dtype = next(module.parameters()).dtype
     most = int(slot_count.sum(1).max())
     hidden = torch.randn(most, parallel.model.config.hidden_size, dtype=dtype, device=device)
-    weight = hidden.new_ones(most, 1)
+    row = torch.arange(most, device=device) // each
     slots = [_mix(count).to(device) for count in slot_count]
+    came = [DispatchedRows(hidden, row[: len(slot)], slot, None) for slot in slots]
     rounds = []
     with torch.inference_mode():
         for _ in range(1 + _ROUNDS):
             marks = []
-            for slot in slots:
+            for dispatched in came:
                 before = mark(device)
-                computation(module, hidden[: len(slot)], slot, weight[: len(slot)])
+                compute_dispatched(module, dispatched, top_k)
                 marks.append((before, mark(device)))
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
@@ -155,6 +161,6 @@ def measure_experts(parallel: ParallelModel, slot_count: Tensor) -> Tensor:
 
 
 def _mix(count: Tensor) -> Tensor:
-    """[rows, 1] int64: which slot each row is for, in no order."""
+    """[rows] int64: which slot each row is for, in no order."""
     slot = torch.arange(len(count)).repeat_interleave(count)
-    return slot[torch.randperm(len(slot))][:, None]
+    return slot[torch.randperm(len(slot))]

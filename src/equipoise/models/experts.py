@@ -16,13 +16,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from equipoise.dispatch.base import DispatchedBlocks, TokenDispatcher
+from equipoise.dispatch.base import (
+    Dispatched,
+    DispatchedBlocks,
+    DispatchedRows,
+    TokenDispatcher,
+)
 from equipoise.dispatch.maps import PlacementMaps
 from equipoise.dispatch.replicas import choose_slots
 from equipoise.errors import ModelError
 from equipoise.load.recorder import LoadRecorder
 from equipoise.models.contract import ExpertLayer, find_expert_layers, group_by_size
-from equipoise.models.grouped import compute_blocks, computes_grouped
+from equipoise.models.grouped import compute_blocks, compute_rows, computes_grouped
 
 
 class ExpertReader(Protocol):
@@ -392,24 +397,48 @@ def _allocate_slots(like: Tensor, num_slots: int, device: torch.device) -> Tenso
     return slots
 
 
+def compute_dispatched(experts: nn.Module, dispatched: Dispatched, top_k: int) -> Tensor:
+    """Compute what came to this rank, as the family does it.
+
+    Args:
+        experts: the module, whose first dimensions are this rank's slots.
+        dispatched: rows, or blocks of them.
+        top_k: K of the tokens that were dispatched.
+    Returns:
+        [N, D], row by row as dispatched; or [S, C, D], where rows came in blocks and the module is
+        computed by grouped matmul.
+    Collective: none.
+    """
+    if computes_grouped(experts):
+        if isinstance(dispatched, DispatchedBlocks):
+            blocks = dispatched.hidden_SCD, dispatched.count_S, dispatched.max_rows
+            return compute_blocks(experts, *blocks)
+        if isinstance(dispatched, DispatchedRows) and len(dispatched.row_N):
+            return compute_rows(experts, dispatched.received_MD, dispatched.row_N, dispatched.slots)
+    return _compute_separately(experts, dispatched.hidden_ND, dispatched.slot_N, top_k)
+
+
+def _compute_separately(
+    experts: nn.Module, hidden_ND: Tensor, slot_N: Tensor, top_k: int
+) -> Tensor:
+    """By the family's own forward, as tokens that go to one expert each."""
+    num_rows = hidden_ND.shape[0]
+    if num_rows == 0:
+        return hidden_ND
+    if num_rows == 1 and top_k > 1:
+        # A batch of one matrix is multiplied by another kernel, with other last bits than in the
+        # plain model, where even one token makes K rows.
+        return _compute_separately(experts, hidden_ND.expand(2, -1), slot_N.expand(2), top_k)[:1]
+    # The class's own forward: it looks up the implementation that the model is configured for.
+    computation: Callable[..., Tensor] = type(experts).forward
+    return computation(experts, hidden_ND, slot_N[:, None], hidden_ND.new_ones(num_rows, 1))
+
+
 def _make_forward(
     experts: nn.Module, name: str, row: int, binding: Binding, routing: _Routing
 ) -> Callable[..., Tensor]:
     on_cpu = binding.maps.slot_to_expert.device.type == "cpu"
-    # The class's own forward: it looks up the implementation that the model is configured for.
-    computation: Callable[..., Tensor] = type(experts).forward
-    _, *names = inspect.signature(computation).parameters
-
-    def compute(hidden_ND: Tensor, slot_N: Tensor, top_k: int) -> Tensor:
-        num_rows = hidden_ND.shape[0]
-        if num_rows == 0:
-            return hidden_ND
-        if num_rows == 1 and top_k > 1:
-            # A batch of one matrix is multiplied by another kernel, with other last bits than in
-            # the plain model, where even one token makes K rows.
-            return compute(hidden_ND.expand(2, -1), slot_N.expand(2), top_k)[:1]
-        one_N1 = hidden_ND.new_ones(num_rows, 1)
-        return computation(experts, hidden_ND, slot_N[:, None], one_N1)
+    _, *names = inspect.signature(type(experts).forward).parameters
 
     def forward(*given: Tensor, **named: Tensor) -> Tensor:
         hidden_TD, expert_TK, weight_TK = *given, *(named[name] for name in names[len(given) :])
@@ -431,14 +460,8 @@ def _make_forward(
                 row, expert_TK, turns, num_turns, position, valid_T, dispatcher.slot_dtype
             )
         dispatched = dispatcher.dispatch(hidden_TD, slot_TK)
-        if isinstance(dispatched, DispatchedBlocks) and computes_grouped(experts):
-            output_SCD = compute_blocks(
-                experts, dispatched.hidden_SCD, dispatched.count_S, dispatched.max_rows
-            )
-            return dispatcher.combine(output_SCD, weight_TK, dispatched)
-        hidden_ND = dispatched.hidden_ND
         started_s = time.thread_time()
-        output_ND = compute(hidden_ND, dispatched.slot_N, expert_TK.shape[1])
+        output_ND = compute_dispatched(experts, dispatched, expert_TK.shape[1])
         if on_cpu:
             routing.expert_cpu_s += time.thread_time() - started_s
         return dispatcher.combine(output_ND, weight_TK, dispatched)

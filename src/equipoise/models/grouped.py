@@ -1,8 +1,8 @@
 """Experts by PyTorch's grouped matmul, on rows as dispatch leaves them.
 
 Activation, gate, biases and the layout of the weights are the family's own, as transformers
-describes them on the module. Axis letters: S slots of this rank, N rows sorted by slot, C places of
-each slot's block, B rows computed, D hidden, I intermediate.
+describes them on the module. Axis letters: S slots of this rank, M rows that came, N rows computed,
+one per slot, C places of each slot's block, B rows computed of blocks, D hidden, I intermediate.
 """
 
 from __future__ import annotations
@@ -14,14 +14,48 @@ from torch import Tensor, nn
 from torch.nn.functional import grouped_mm
 
 _DESCRIPTION = ("has_gate", "has_bias", "is_transposed", "down_proj")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of weights as they are multiplied; what is quantised is its family's own business."""
+_MOST_SHORT = torch.iinfo(torch.int16).max
 
 
 def computes_grouped(experts: nn.Module) -> bool:
     """Whether a module is configured for grouped matmul, and describes itself for it."""
     config: Any = getattr(experts, "config", None)
-    return getattr(config, "_experts_implementation", None) == "grouped_mm" and all(
-        hasattr(experts, name) for name in _DESCRIPTION
+    return (
+        getattr(config, "_experts_implementation", None) == "grouped_mm"
+        and all(hasattr(experts, name) for name in _DESCRIPTION)
+        and getattr(experts.down_proj, "dtype", None) in _DTYPES
     )
+
+
+def compute_rows(experts: Any, hidden_MD: Tensor, row_N: Tensor, slot_N: Tensor) -> Tensor:
+    """Compute rows as they came.
+
+    Little is asked of the device before the first product: where a host waits for counts, the
+    device waits for all of that.
+
+    Args:
+        experts: as `compute_sorted`.
+        hidden_MD: [M, D], which may lie apart in memory.
+        row_N: [N] int64, which of them each output is of; N at least 1.
+        slot_N: [N] int64, for which slot, in no order.
+    Returns:
+        [N, D] in the dtype of `hidden_MD`, to the bit what the family's own forward gives.
+    Collective: none; no host sync.
+    """
+    num_slots = experts.down_proj.shape[0]
+    # A sort of short keys takes a quarter of the passes.
+    short = torch.int16 if num_slots <= _MOST_SHORT else torch.int64
+    key_N, order_N = slot_N.to(short).sort(stable=True)
+    hidden_ND = hidden_MD.index_select(0, row_N.index_select(0, order_N))
+    slot_S = torch.arange(num_slots, dtype=short, device=slot_N.device)
+    end_S = torch.searchsorted(key_N, slot_S, right=True, out_int32=True)
+    slot_N = key_N.long() if experts.has_bias else key_N
+    output_ND = compute_sorted(experts, hidden_ND.to(experts.down_proj.dtype), slot_N, end_S)
+    place_N = torch.empty_like(order_N)
+    place_N[order_N] = torch.arange(len(order_N), device=order_N.device)
+    return output_ND.index_select(0, place_N).to(hidden_MD.dtype)
 
 
 def compute_sorted(experts: Any, hidden_ND: Tensor, slot_N: Tensor, end_S: Tensor) -> Tensor:
@@ -30,7 +64,7 @@ def compute_sorted(experts: Any, hidden_ND: Tensor, slot_N: Tensor, end_S: Tenso
     Args:
         experts: the module, whose first dimensions are this rank's slots.
         hidden_ND: [N, D], in the dtype of the weights.
-        slot_N: [N] int64, ascending, all of them slots.
+        slot_N: [N] integer, ascending, all of them slots; int64 where experts have biases.
         end_S: [S] int32, where the rows of each slot end; rows behind the last are left undefined.
     Returns:
         [N, D].
