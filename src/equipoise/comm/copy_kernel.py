@@ -18,15 +18,18 @@ from equipoise.comm.spans import Spans
 
 _ALIGNMENT = 16
 _WORD_BYTES = 8
-_BLOCK = 1024
+_BLOCK = 4096
+# Wide programs take few multiprocessors: NCCL's kernels begin on none that a copy runs on, since
+# they need more of its memory as shared than copies leave, and would wait for a copy to end.
+_NUM_WARPS = 16
 # Programs that share a span: enough to fill a GPU when a few experts move.
-_NUM_LANES = 32
+_NUM_LANES = 8
 # At a time, where a wire reads and writes the same memory: copies that take all of its bandwidth
-# slow the wire down by more than they gain. Each copies 7 to 10 GB/s.
-_GENTLE_PROGRAMS = 64
+# slow the wire down by more than they gain. Each copies 28 to 40 GB/s.
+_GENTLE_PROGRAMS = 16
 # That each of them copies of a span, about: with fewer most of the time would go by between spans,
 # with more whoever got the longest span would be waited for.
-_BLOCKS_A_LANE = 32
+_BLOCKS_A_LANE = 8
 
 
 @triton.jit(do_not_specialize=["num_spans", "first_span", "last_span"])
@@ -64,7 +67,7 @@ def _compile(kernel: Any, device: torch.device) -> Any:
     with torch.cuda.device(device):
         # As aligned as every table is.
         like = torch.empty(2, dtype=torch.int64, device=device)
-        return kernel.warmup(like, 1, 0, 1, BLOCK=_BLOCK, grid=(1, 1, 1))
+        return kernel.warmup(like, 1, 0, 1, BLOCK=_BLOCK, num_warps=_NUM_WARPS, grid=(1, 1, 1))
 
 
 class KernelTable:
