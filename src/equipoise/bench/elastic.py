@@ -27,7 +27,8 @@ from equipoise.models.families import read_model_shape
 
 PAUSE_STEPS, PAUSE_MS = 3.0, 100.0
 UP_S = 3.0
-LINK_SHARE = 0.8
+LINK_SHARE, LEAST_LINK_BYTES = 0.8, 1_000_000_000
+"""Of one READ between two GPUs; a few megabytes tell nothing of a link."""
 SAME_LOSS = MappingProxyType({"float32": 1e-5, "bfloat16": 2**-8})
 """Nats, by dtype: other ranks sum the same outputs, and round some differently."""
 TEXTS, TEXT_BYTES = 4, 192
@@ -286,5 +287,7 @@ def _describe_change(change: _Change, link: float | None, *, is_cpu: bool) -> li
             "unit": "GB/s",
             "of_link": report.newcomer_bytes_per_s / link,
         }
-        rows.append(with_goal(rate, "of_link", LINK_SHARE, at_most=False))
+        if report.bytes >= LEAST_LINK_BYTES:
+            rate = with_goal(rate, "of_link", LINK_SHARE, at_most=False)
+        rows.append(rate)
     return rows
