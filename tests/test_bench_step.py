@@ -155,6 +155,10 @@ def test_a_gain_on_gpus_is_judged_by_the_planes_of_the_ranks() -> None:
     *_, row = _make_rows(said, spec, 2)
     assert row["predicted_s"] == pytest.approx(predicted)
     assert row["timed_loads_s"] == pytest.approx(predicted)
+    busy, mean = (24 * (5e-5 + 5e-8 * rows) for rows in (33_000, 30_000))
+    assert np.array(row["alone_s"]) == pytest.approx(
+        np.array([[busy, 2 * mean - busy], [mean] * 2])
+    )
     assert row["value"] == pytest.approx(0.95, abs=0.03)
     assert row["met"] == (row["value"] >= 0.9)
     # Ranks that share a device are no case of the goal.

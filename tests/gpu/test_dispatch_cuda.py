@@ -20,7 +20,7 @@ from equipoise.dispatch.routes import sum_by_weight
 from equipoise.dispatch.turns import NearestReplicas, ReplicaChoice, SharedReplicas, SpreadReplicas
 from equipoise.errors import TransferError
 from equipoise.load.recorder import LoadRecorder
-from equipoise.models.grouped import compute_blocks, compute_sorted
+from equipoise.models.grouped import compute_blocks, compute_rows, compute_sorted
 from equipoise.topology import Topology
 from tests.contracts.test_dispatch import (
     CASES,
@@ -239,3 +239,22 @@ def test_grouped_experts_give_the_familys_own_outputs(family: str, dtype: torch.
         for max_rows in (len(slots), len(slots) + 5, 1000):
             got = compute_blocks(experts, blocks, count.int(), max_rows)
             torch.testing.assert_close(got[is_row], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_rows_as_they_came_give_the_familys_own_outputs_to_the_bit(
+    family: str, dtype: torch.dtype
+) -> None:
+    experts = make_experts(family, dtype).cuda()
+    random = torch.Generator("cuda").manual_seed(2)
+    for num_rows, num_outputs in ((9, 40), (2000, 5000), (1, 1)):
+        # Rows as they travel: words stand behind each.
+        came = torch.randn(num_rows, WIDTH + 16, generator=random, device="cuda").to(dtype)
+        came = came[:, :WIDTH]
+        row = torch.randint(num_rows, (num_outputs,), generator=random, device="cuda")
+        slots = torch.randint(NUM_SLOTS, (num_outputs,), generator=random, device="cuda")
+        got = compute_rows(experts, came, row, slots)
+        assert torch.equal(got, expect(experts, came[row], slots))

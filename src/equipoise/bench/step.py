@@ -215,6 +215,7 @@ def _judge_gain(said: Compared, spec: StepSpec, num_devices: int, row: Row) -> R
         "predicted_s": predicted,
         "timed_loads_s": sum_slowest(experts.off_s, num_devices)
         - sum_slowest(experts.on_s, num_devices),
+        "alone_s": [one.sum(axis=1).mean(axis=0).tolist() for one in (experts.off_s, experts.on_s)],
         "expert_times": [asdict(one) for one in experts.planes],
     }
     is_full = spec.size == SCALED and spec.prefill_tokens == _PREFILL_TOKENS
@@ -231,11 +232,13 @@ def _say_gain(row: Row) -> str:
         f"{one['worst']:.0%} off"
         for rank, one in enumerate(row["expert_times"])
     )
+    off, on = (", ".join(f"{one * 1e3:.3g}" for one in by_rank) for by_rank in row["alone_s"])
     return (
         f"{row['case']}: balanced steps are {row['gained_s'] * 1e3:.3g} "
         f"+- {row['gained_error_s'] * 1e3:.2g} ms shorter, predicted "
         f"{row['predicted_s'] * 1e3:.3g} ms, {row['timed_loads_s'] * 1e3:.3g} ms by the times of "
-        f"the very loads of a step: a layer's experts take {planes}."
+        f"the very loads of a step, which alone take {off} ms by rank as it came and {on} ms "
+        f"balanced: a layer's experts take {planes}."
     )
 
 
