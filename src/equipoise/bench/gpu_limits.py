@@ -121,7 +121,7 @@ class BareReads:
         for source in np.unique(sources):
             ours = rows[sources == source]
             slots = plan.src_slot[ours] % slots_per_rank
-            spans = ExpertRows.of(self._table, plan.layer[ours], slots).find()
+            spans = ExpertRows.of(self._table, plan.layer[ours], slots).pieces
             peer = self._peers[int(source)]
             remote = Spans(spans.address - self._base + peer.memory, spans.num_bytes)
             total = spans.total_bytes

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from equipoise.comm.byte_views import view_bytes
 from equipoise.comm.spans import Spans, span_of
-from equipoise.comm.weight_table import WeightTable, drop_empty, find_runs
+from equipoise.comm.weight_table import WeightTable, find_runs, join_touching
 from equipoise.topology import IntArray
 
 
@@ -85,18 +85,20 @@ class ExpertRows:
         layers: [n] int64, of each expert; ascending.
         slots: [n] int64, its local slot.
         spans: the rows in the order of the wire; some may have no bytes.
+        pieces: where their bytes are, rows that touch as one.
     """
 
     table: WeightTable
     layers: IntArray
     slots: IntArray
     spans: Spans
+    pieces: Spans
 
     @classmethod
     def of(cls, table: WeightTable, layers: IntArray, slots: IntArray) -> ExpertRows:
         """Experts that one rank gets."""
         rows = table.list_rows(np.zeros_like(layers), layers, slots)
-        return cls(table, layers, slots, rows.spans)
+        return cls(table, layers, slots, rows.spans, join_touching(rows.spans, rows.block)[0])
 
     @property
     def num_bytes(self) -> int:
@@ -107,10 +109,6 @@ class ExpertRows:
     def sizes(self) -> IntArray:
         """[rows] int64, bytes of each row."""
         return self.spans.num_bytes
-
-    def find(self) -> Spans:
-        """Where the bytes are."""
-        return drop_empty(self.spans)
 
     def split(self) -> Iterator[SlotRows]:
         """In parts that each come from one tensor."""
@@ -153,7 +151,7 @@ def find_sources(queued: Sequence[Outgoing]) -> tuple[Spans, list[Tensor]]:
     parts, kept = [], []
     for item in queued:
         if isinstance(item, ExpertRows):
-            parts.append(item.find())
+            parts.append(item.pieces)
         else:
             kept.append(item.tensor.contiguous())
             parts.append(Spans.of([span_of(kept[-1])]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from abc import abstractmethod
 from collections import deque
@@ -27,7 +28,8 @@ from equipoise.comm.parcels import (
     join_sizes,
 )
 from equipoise.comm.span_copies import warm_up
-from equipoise.comm.weight_table import WeightTable, drop_empty, find_runs
+from equipoise.comm.spans import Spans
+from equipoise.comm.weight_table import WeightTable, find_runs
 from equipoise.comm.weights import check_expert_weights
 from equipoise.errors import TransferError
 
@@ -119,11 +121,11 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
         incoming = list(self._find_landings(moves))
         table = self._open_table
         sends = table.list_rows(moves.send_rank, moves.send_layer, moves.send_slot)
-        for (peer, spans), (start, stop) in zip(
-            sends.split_spans(), find_runs(moves.send_rank), strict=True
+        for (peer, *spans), (start, stop) in zip(
+            sends.split(), find_runs(moves.send_rank), strict=True
         ):
             experts = moves.send_layer[start:stop], moves.send_slot[start:stop]
-            self._outbox.setdefault(peer, []).append(ExpertRows(table, *experts, spans))
+            self._outbox.setdefault(peer, []).append(ExpertRows(table, *experts, *spans))
         for peer, landing in incoming:
             self._inbox.setdefault(peer, []).append(landing)
 
@@ -239,12 +241,12 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
                 f"the experts to be received need a contiguous uint8 tensor of {needed} bytes, "
                 f"got {into.numel()} elements of {into.dtype}"
             )
-        landed, where, offset = view_bytes(into), None, 0
-        all_landings = None if slots is None else rows.find_landings(into.data_ptr())
-        for peer, first, last in rows.find_peers():
+        landed, offset = view_bytes(into), 0
+        places: Iterator[Spans | None] = itertools.repeat(None)
+        if slots is not None:
+            places = rows.split_landings(into.data_ptr())
+        for (peer, first, last), where in zip(rows.find_peers(), places, strict=False):
             stop = int(stops[last - 1])
-            if all_landings is not None:
-                where = drop_empty(all_landings.cut(first, last))
             yield peer, Landing(landed[offset:stop], rows.spans.num_bytes[first:last], where)
             offset = stop
 

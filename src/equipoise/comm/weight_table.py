@@ -74,13 +74,13 @@ class WeightTable:
         run = np.ones(len(ranks), dtype=np.int64)
         run[1:] = (ranks[1:] != ranks[:-1]) | (layers[1:] != layers[:-1])
         run = np.cumsum(run)
-        most = self._row_bytes.shape[1]
-        order = np.argsort((run[expert] * most + tensor) * len(layers) + expert)
+        block = run[expert] * self._row_bytes.shape[1] + tensor
+        order = np.argsort(block * len(layers) + expert)
         expert, tensor = expert[order], tensor[order]
         layer = layers[expert]
         num_bytes = self._row_bytes[layer, tensor]
-        address = self._address[layer, tensor] + slots[expert] * num_bytes
-        return RowList(ranks[expert], slots[expert] >= 0, Spans(address, num_bytes))
+        spans = Spans(self._address[layer, tensor] + slots[expert] * num_bytes, num_bytes)
+        return RowList(ranks[expert], block[order], slots[expert] >= 0, spans)
 
     def pair_up(
         self,
@@ -127,11 +127,13 @@ class RowList:
 
     Attributes:
         rank: [rows] int64, with whom each is exchanged.
+        block: [rows] int64, equal for rows of one tensor that are exchanged with one rank.
         in_slot: [rows] bool, whether it has a slot.
         spans: where in that slot it is, and its bytes, which may be 0.
     """
 
     rank: IntArray
+    block: IntArray
     in_slot: npt.NDArray[np.bool_]
     spans: Spans
 
@@ -140,21 +142,27 @@ class RowList:
         for start, stop in find_runs(self.rank):
             yield int(self.rank[start]), start, stop
 
-    def split_spans(self) -> Iterator[tuple[int, Spans]]:
-        """By rank."""
+    def split(self) -> Iterator[tuple[int, Spans, Spans]]:
+        """By rank: its rows, and where their bytes are, in as few spans as can be."""
+        pieces, first = join_touching(self.spans, self.block)
         for rank, start, stop in self.find_peers():
-            yield rank, self.spans.cut(start, stop)
+            edges = np.searchsorted(first, (start, stop)).tolist()
+            yield rank, self.spans.cut(start, stop), pieces.cut(*edges)
 
-    def find_landings(self, address: int) -> Spans:
-        """Where they land: in their slots, and those without one behind each other in a buffer.
+    def split_landings(self, address: int) -> Iterator[Spans]:
+        """By rank: where its rows land, in their slots, and those without one in a buffer.
 
         Args:
-            address: of the buffer.
+            address: of the buffer, in which they stand behind each other.
         """
         num_bytes = self.spans.num_bytes
         filled = np.where(self.in_slot, 0, num_bytes)
         buffered = address + np.cumsum(filled) - filled
-        return Spans(np.where(self.in_slot, self.spans.address, buffered), num_bytes)
+        where = np.where(self.in_slot, self.spans.address, buffered)
+        block = np.where(self.in_slot, self.block, -1)
+        for _, *ends in self.find_peers():
+            rows = slice(*ends)
+            yield join_touching(Spans(where[rows], num_bytes[rows]), block[rows])[0]
 
 
 def find_runs(numbers: IntArray) -> list[tuple[int, int]]:
@@ -165,12 +173,21 @@ def find_runs(numbers: IntArray) -> list[tuple[int, int]]:
     return list(itertools.pairwise([0, *edges.tolist(), len(numbers)]))
 
 
-def drop_empty(spans: Spans) -> Spans:
-    """Without those of no bytes."""
-    if np.count_nonzero(spans.num_bytes) == len(spans.num_bytes):
-        return spans
-    kept = spans.num_bytes > 0
-    return Spans(spans.address[kept], spans.num_bytes[kept])
+def join_touching(spans: Spans, group: IntArray) -> tuple[Spans, IntArray]:
+    """Make one of spans that touch, where they are of a group; those of no bytes are left out.
+
+    Args:
+        spans: n of them.
+        group: [n] int64; memory of two tensors may touch, and be registered apart.
+    Returns:
+        m spans, and [m] int64, which was the first of each.
+    """
+    kept = np.flatnonzero(spans.num_bytes)
+    address, num_bytes, group = spans.address[kept], spans.num_bytes[kept], group[kept]
+    begins = np.ones(len(kept), dtype=np.bool_)
+    begins[1:] = (address[1:] != address[:-1] + num_bytes[:-1]) | (group[1:] != group[:-1])
+    first = np.flatnonzero(begins)
+    return Spans(address[first], np.add.reduceat(num_bytes, first)), kept[first]
 
 
 def _count_up(counts: IntArray) -> tuple[IntArray, IntArray]:

@@ -45,7 +45,7 @@ def plan_offers(
     staged = 0
     for item in outgoing:
         if isinstance(item, ExpertRows):
-            parts.append(item.find())
+            parts.append(item.pieces)
             continue
         data = view_bytes(item.tensor.contiguous())
         address, num_bytes = span_of(data)
