@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from equipoise.comm.exchange import deadline_in
 from equipoise.comm.span_copies import SpanCopies
 from equipoise.errors import TransferError
 from equipoise.transfer.mover import ChunkMover
@@ -28,6 +30,8 @@ _FIRST_WORD_S = 2e-3
 _CHUNKS_AT_ONCE = 8
 # Between two looks at what has come, while a buffer is waited for.
 _LOOK_S = 2e-4
+# Between two looks at whether slots are filled.
+_PAUSE_S = 2e-5
 
 
 @dataclass
@@ -242,8 +246,21 @@ class Pipeline:
         if event is not None and not event.query():  # type: ignore[no-untyped-call]
             # A time in which nothing else can be done: what the next chunk's bytes need, is.
             self._mover.communicator.advance()
-            event.synchronize()
+            self._await_copies(event)
         return True
+
+    def _await_copies(self, event: torch.cuda.Event) -> None:
+        """Wait for what fills slots from a buffer; to be woken takes longer than to ask."""
+        deadline = deadline_in(self._patience_s)
+        while not event.query():  # type: ignore[no-untyped-call]
+            if time.monotonic() > deadline:
+                rank = self._mover.group.rank
+                raise TransferError(
+                    f"rank {rank}: slots are still being filled after {self._patience_s:.1f} s",
+                    rank=rank,
+                )
+            # The caller's thread wants the interpreter, where this is another.
+            time.sleep(_PAUSE_S if self._thread is not None else 0.0)
 
     def _await_filled(self, needed: int) -> bool:
         """Whether so many chunks are committed, or there is an end; False after a while."""
