@@ -314,7 +314,8 @@ def test_what_cannot_be_is_one_line_and_exit_2(words: str, complaint: str) -> No
 def test_wires_are_tried_on_the_gpus_that_are_there() -> None:
     num_gpus = torch.cuda.device_count()
     named = [w for name in ("nixl", "torch_gloo", "torch_nccl") for w in ("--communicator", name)]
-    done = run_python("-m", "equipoise", "doctor", *named, "--json", "-")
+    # A machine with many tests on it takes long to start CUDA in each process.
+    done = run_python("-m", "equipoise", "doctor", *named, "--timeout", "80", "--json", "-")
     assert done.stdout, done.stderr
     found = json.loads(done.stdout)
     on_gpus = {w["communicator"]: w for w in found["wires"] if w["memory"] == "GPU"}
