@@ -126,11 +126,16 @@ class PlayedRank:
     def end(self, code: int) -> None:
         if not self.is_alive:
             return
-        self.is_alive, self.code = False, code
+        self.is_alive, self.is_stopped, self.code = False, False, code
         if self.next is not None:
             self.next.miss(self)
         if self.channel is not None:
             self.channel.close()
+
+    def hang(self) -> None:
+        """Without a generation, for good: only a signal ends it."""
+        self.is_stopped = self.was_hit = True
+        self.group = None
 
     def call(self) -> None:
         game = self.game

@@ -32,6 +32,8 @@ CLOCKED = ("controller", "changes", "roster", "change_plans")
 
 HALF_MET = 0.1
 """How often a rank's exchange fails where all learn that the others switch."""
+HUNG_LEAVING = 0.1
+"""How often a rank that has left hangs on its way out."""
 
 
 class Preparation:
@@ -142,7 +144,10 @@ class Preparation:
         if rank.name not in names:
             rank.say(say="left")
             rank.requests.clear()
-            rank.end(0)
+            if self.game.world.chance.random() < HUNG_LEAVING:
+                rank.hang()
+            else:
+                rank.end(0)
             return
         group = self.game.groups.get(self.plan.generation)
         if group is None:

@@ -52,7 +52,7 @@ TICK_S = 0.05
 CALL_S = 10.0
 """Longest that a caller waits for the controller's thread, which never waits itself."""
 LEAVE_S = 10.0
-"""How long ranks have to leave when the service ends."""
+"""How long ranks have to leave when the service ends, or behind the change that they leave in."""
 
 
 class Controller:
@@ -345,16 +345,16 @@ class Controller:
                 record.handle.stop(kill=True)
 
     def _look_after(self, record: RankRecord, now: float) -> None:
-        code = record.handle.exit_code
+        code, name, silence_s = record.handle.exit_code, record.name, self._spec.silence_s
         if code is not None:
-            how = record.detail or record.handle.detail or describe_exit(record.name, code)
+            how = record.detail or record.handle.detail or describe_exit(name, code)
             self._bury(record, how, code)
-        elif record.state == "serving" and now - record.heard_at > self._spec.silence_s:
-            silence = f"{record.name} gave no sign of life for {self._spec.silence_s:g} s"
-            record.detail = f"{silence}, and was given up"
+        elif record.state == "serving" and now - record.heard_at > silence_s:
             # A process that was stopped wakes to nothing: neither its peers nor its channel remain.
-            record.handle.stop(kill=True)
-            self._bury(record, record.detail, None)
+            silence = f"gave no sign of life for {silence_s:g} s"
+            self._end_rank(record, f"{name} {silence}, and was given up")
+        elif record.state == "leaving" and now > record.leaves_by:
+            self._end_rank(record, f"{name} had left, did not end, and was given up")
 
     def _bury(self, record: RankRecord, how: str, code: int | None) -> None:
         """A rank's process has ended, or is given up."""
@@ -429,8 +429,7 @@ class Controller:
     def _cancel(self, request_id: str) -> None:
         deliveries, name = self._requests.cancel(request_id)
         self._deliver(deliveries)
-        record = None if name is None else self._roster.find(name)
-        if record is not None:
+        if (record := None if name is None else self._roster.find(name)) is not None:
             record.tell({"do": "cancel", "ids": [request_id]})
 
     def _rebalance(self) -> None:
@@ -461,6 +460,7 @@ class Controller:
         record = self._roster.find(name)
         if record is not None and record.number is not None:
             record.number, record.state = None, "leaving"
+            record.leaves_by = time.monotonic() + self._spec.timeout_s + LEAVE_S
             self._requests.release(name)
 
     def _call_off(self, generation: int, reason: str) -> bool:

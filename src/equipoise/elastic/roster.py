@@ -30,6 +30,7 @@ class RankRecord:
         channel: to it; None before it has called, and after it has gone.
         facts: what its last sign of life said.
         heard_at: when something came from it last, monotonic.
+        leaves_by: when it is ended, if it has left and its process has not ended; monotonic.
         longest_silence_s: between two things that came from it.
         pause_s: between its last step before and its first behind the last switch.
         pull_bytes_per_s: at which weights came to it before the last switch.
@@ -54,6 +55,7 @@ class RankRecord:
     channel: Channel | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     heard_at: float = field(default_factory=time.monotonic)
+    leaves_by: float = float("inf")
     longest_silence_s: float = 0.0
     pause_s: float = 0.0
     pull_bytes_per_s: float = 0.0
