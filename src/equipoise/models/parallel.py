@@ -185,15 +185,12 @@ def parallelize(
 
     Args:
         model: the directory of a checkpoint, of which each rank reads its own experts and what all
-            have; or a model as transformers loads it, whole on every rank, on any device, which
-            is taken over in place and moved to the group's device, experts slot by slot. After an
-            error it is of no use.
+            have; or a model as transformers loads it, whole on every rank, on any device: it is
+            taken over in place, moved to the group's device, and of no use after an error.
         group: the ranks that serve it, each with its own requests.
         config: the same on every rank; None for the defaults.
-        placement: to begin with; None for experts in order, with as many redundant ones as the
-            configuration says.
-        num_nodes: that the group's ranks are spread over evenly, node by node; a placement says
-            it itself.
+        placement: to begin with; None for experts in order, redundant ones as configured.
+        num_nodes: that the ranks are spread over evenly, node by node; a placement says it itself.
         on_commit: as for `EplbState.add_model`; layers are numbered as the model has them.
         dtype: of the weights of a checkpoint; None for that of its configuration.
         attention: transformers' attention implementation for a checkpoint; None lets it choose.
@@ -205,9 +202,8 @@ def parallelize(
             `NearestReplicas`; None for `SpreadReplicas`, to which a change of ranks returns.
     Collective: every rank of the group.
     Raises: ModelError if the model has no experts that can be taken over, or the checkpoint is not
-        whole, in one line that says what and where; ConfigError,
-        PlacementError or CommunicatorUnavailable if the configuration cannot be followed;
-        TransferError or MembershipError if ranks differ or one does not come.
+        whole; ConfigError, PlacementError or CommunicatorUnavailable if the configuration cannot
+        be followed; TransferError or MembershipError if ranks differ or one does not come.
     """
     config = config or EPLBConfig()
     get_policy(config.policy)

@@ -96,10 +96,8 @@ def rearrange_expert_weights_inplace(
         on_commit: called with the layers [l] int64 whose slots have just switched, so that the
             caller switches their maps; each layer that differs is named once.
         plan: of `old` and `new`; made here if None.
-        is_profile: change nothing, but take the buffers that a real call may need, so that
-            memory profiling sees them.
-        verify: compare checksums of received experts, some or all, with their sources' before
-            they are committed.
+        is_profile: change nothing; take the buffers that a real call may need, to be profiled.
+        verify: whose checksums are compared with their sources' before they are committed.
     Returns:
         what this rank did; zeros for a profile pass.
     Collective: every rank of the group, with equal arguments; while it runs, no other use of the
