@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 
     from equipoise.comm.groups import RankGroup
 
-TIMEOUT_S = 50.0
+TIMEOUT_S = 80.0
+SHORT_S = 5.0
+"""A deadline that shall pass for who stays away: no rank that a busy machine holds up for seconds
+misses it."""
 # Two seconds for each rank that loads a model, were it not done once before ranks are forked.
 _SLOW_IMPORTS = ("transformers.models.qwen3_moe.modeling_qwen3_moe",)
 

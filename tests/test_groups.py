@@ -15,7 +15,7 @@ import torch.distributed as dist
 from equipoise.comm.groups import create_rank_group
 from equipoise.comm.process_groups import abort_later
 from equipoise.errors import MembershipError
-from tests.ranks import Rank, processes
+from tests.ranks import SHORT_S, Rank, processes
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 5])
@@ -79,7 +79,7 @@ def test_a_dead_peer_is_named_at_once_by_everybody(rank: Rank) -> None:
     with pytest.raises(MembershipError, match=rf"rank {rank.rank} .*rank 2 closed") as caught:
         group.barrier()
     assert (caught.value.rank, caught.value.peer) == (rank.rank, 2)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 15, "the deadline is 20 s"
     # The survivors form the next generation in the same processes.
     group.close()
     number = {0: 0, 1: 1, 3: 2}[rank.rank]
@@ -99,23 +99,26 @@ def test_a_dead_peer_is_named_at_once_by_everybody(rank: Rank) -> None:
 
 @processes(3)
 def test_a_hung_peer_is_named_when_the_deadline_has_passed(rank: Rank) -> None:
-    group = rank.make_group(timeout_s=1.0)
+    group = rank.make_group()
     group.barrier()
+    group.timeout = timedelta(seconds=SHORT_S)
     if rank.rank == 1:
         rank.store.wait(["over/0", "over/2"], timedelta(seconds=20))
         return
     started = time.monotonic()
-    with pytest.raises(MembershipError, match=r"rank 1 did not answer within 1\.0 s") as caught:
+    told = f"rank 1 did not answer within {SHORT_S:.1f} s"
+    with pytest.raises(MembershipError, match=told) as caught:
         group.all_gather(torch.zeros(3))
-    assert 0.9 < time.monotonic() - started < 4
+    assert 0.9 * SHORT_S < time.monotonic() - started < 3 * SHORT_S
     assert caught.value.peer == 1
     rank.store.set(f"over/{rank.rank}", "yes")
 
 
 @processes(2)
 def test_a_rank_that_does_not_come_is_named(rank: Rank) -> None:
-    with pytest.raises(MembershipError, match=r"rank 2 did not come within 1\.0 s"):
-        rank.make_group(timeout_s=1.0, size=3)
+    rank.make_group().barrier()
+    with pytest.raises(MembershipError, match=f"rank 2 did not come within {SHORT_S:.1f} s"):
+        rank.make_group(generation=1, timeout_s=SHORT_S, size=3)
 
 
 @processes(3)
@@ -148,7 +151,8 @@ def test_the_store_forgets_what_was_decided_long_ago(rank: Rank) -> None:
 
 @processes(2)
 def test_a_store_that_does_not_answer_is_given_up(rank: Rank) -> None:
-    group = rank.make_group(timeout_s=1.0)
+    group = rank.make_group()
+    group.timeout = timedelta(seconds=1)
 
     class Stopped(dist.Store):
         def compare_set(self, *_: object) -> bytes:
