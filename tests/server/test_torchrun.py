@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -62,7 +63,8 @@ def test_a_rank_dies_and_comes_back_in_its_place(tmp_path: Path, plain: dict[str
     finally:
         for worker in workers:
             for pid in list_session(worker):
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         end_session(process)
 
 
@@ -74,11 +76,11 @@ def _find_server(workers: list[int]) -> int:
 
 
 @pytest.mark.more_faults
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_wrong_option_is_said_by_one_process(tmp_path: Path) -> None:
     process = start(tmp_path, *TORCHRUN, "serve", "--port=0", "--ranks=3")
     try:
-        _, errors = process.communicate(timeout=100)
+        _, errors = process.communicate(timeout=200)
     finally:
         end_session(process)
     assert process.returncode != 0

@@ -19,23 +19,24 @@ class Holders(NamedTuple):
         key: [H] int64, (layer * E + expert) * R + rank; ascending.
         rank: [H] int64.
         slot: [H] int64, lowest global slot of the rank that holds the expert.
+        edges: [L * E + 1] int64, where those of each (layer, expert) begin.
     """
 
     key: IntArray
     rank: IntArray
     slot: IntArray
+    edges: IntArray
 
 
 def find_holders(placement: Placement) -> Holders:
     """List who holds what. Collective: none."""
     layer, slot = np.nonzero(placement.slot_to_expert >= 0)
     ranks = placement.topology.num_ranks
-    expert = placement.slot_to_expert[layer, slot]
-    key, at = np.unique(
-        (layer * placement.num_experts + expert) * ranks + placement.topology.rank_of_slot(slot),
-        return_index=True,
-    )
-    return Holders(key, key % ranks, slot[at])
+    pair = layer * placement.num_experts + placement.slot_to_expert[layer, slot]
+    key, at = np.unique(pair * ranks + placement.topology.rank_of_slot(slot), return_index=True)
+    pair, rank = np.divmod(key, ranks)
+    counts = np.bincount(pair, minlength=placement.num_layers * placement.num_experts)
+    return Holders(key, rank, slot[at], np.concatenate(([0], np.cumsum(counts))))
 
 
 def spread_sources(
@@ -58,10 +59,11 @@ def spread_sources(
     Collective: none; the same on every rank for the same input.
     """
     count = end - first
-    chosen = first + (_ordinal(first) + first) % count
+    chosen = first.copy()
     free = np.flatnonzero(count > 1)
     if not free.size:
         return chosen
+    chosen[free] += (_ordinal(first[free]) + first[free]) % count[free]
     num_layers = int(layer[-1]) + 1
     column = np.arange(count.max())
     index = np.minimum(first[free, None] + column, end[free, None] - 1)
@@ -102,13 +104,21 @@ def _shift(
     within = gap >= 2
     across = (gap == 1) & (total[source] > mean) & (total[target] < mean)
     rows = np.flatnonzero(within | across)
-    rows = rows[_ordinal(layer[rows] * num_ranks + source[rows]) == 0]
-    rows = rows[_ordinal(layer[rows] * num_ranks + target[rows]) == 0]
+    rows = rows[_find_first(layer[rows] * num_ranks + source[rows], sends.size)]
+    rows = rows[_find_first(layer[rows] * num_ranks + target[rows], sends.size)]
     tied = rows[across[rows]]
     tied = tied[_ordinal(source[tied]) < total[source[tied]] - mean]
     tied = tied[_ordinal(target[tied]) < mean - total[target[tied]]]
     rows = np.concatenate([rows[within[rows]], tied])
     return rows, column[rows]
+
+
+def _find_first(group: IntArray, num_groups: int) -> IntArray:
+    """The first entry of each group that has any, ascending; group: [M] int64, from 0."""
+    entry = np.arange(len(group))
+    first = np.full(num_groups, len(group))
+    np.minimum.at(first, group, entry)
+    return np.flatnonzero(first[group] == entry)
 
 
 def _ordinal(group: IntArray) -> IntArray:

@@ -185,16 +185,23 @@ def _choose_holder(
 ) -> IntArray:
     """[M] int64, index into `holders` that each row comes from."""
     topology = old.topology
-    base = (layer * old.num_experts + expert) * topology.num_ranks
-    source = np.searchsorted(holders.key, base + dst_rank)
-    local = holders.key[np.minimum(source, len(holders.key) - 1)] == base + dst_rank
+    of_expert = layer * old.num_experts + expert
+    first, end = holders.edges[of_expert], holders.edges[of_expert + 1]
+    source: IntArray = first.copy()
+    local = holders.rank[first] == dst_rank
+    # Most experts have one holder, and need no search.
+    several = np.flatnonzero(end - first > 1)
+    base, wanted = of_expert[several] * topology.num_ranks, dst_rank[several]
+    own = np.searchsorted(holders.key, base + wanted)
+    local[several] = holders.key[np.minimum(own, len(holders.key) - 1)] == base + wanted
+    source[several] = own
+    home = base + topology.node_of_rank(wanted) * topology.ranks_per_node
+    at_home = np.searchsorted(holders.key, home)
+    home_end = np.searchsorted(holders.key, home + topology.ranks_per_node)
+    near = at_home < home_end
+    first[several[near]], end[several[near]] = at_home[near], home_end[near]
     remote = np.flatnonzero(~local)
-    home = base[remote] + topology.node_of_rank(dst_rank[remote]) * topology.ranks_per_node
-    first = np.searchsorted(holders.key, home)
-    end = np.searchsorted(holders.key, home + topology.ranks_per_node)
-    away = first == end
-    first[away] = np.searchsorted(holders.key, base[remote][away])
-    end[away] = np.searchsorted(holders.key, base[remote][away] + topology.num_ranks)
+    first, end = first[remote], end[remote]
     source[remote] = spread_sources(holders.rank, first, end, layer[remote], topology.num_ranks)
     return source
 
