@@ -237,7 +237,7 @@ class PlanShares(Sequence[ChunkShare]):
         self._cuts = [_cut(chunk[rows], num_chunks) for rows in (sent, received, staged)]
         self._write_cut = np.searchsorted(self._write_staged, self._cuts[2])
         self._slots = plan.write_slot[writes] % plan.new.topology.slots_per_rank
-        self.busiest_bytes = _find_busiest(plan, chunks, expert_bytes)
+        self.busiest_bytes = _find_busiest(plan, chunk_of_layer, num_chunks, expert_bytes)
         self.num_bytes = np.diff(np.concatenate(([0], np.cumsum(self._sizes)))[self._cuts[2]])
 
     def __len__(self) -> int:
@@ -288,16 +288,22 @@ def _find_landing(plan: TransferPlan) -> IntArray:
 
 
 def _find_busiest(
-    plan: TransferPlan, chunks: Sequence[IntArray], expert_bytes: IntArray
+    plan: TransferPlan, chunk_of_layer: IntArray, num_chunks: int, expert_bytes: IntArray
 ) -> IntArray:
-    """[chunks] int64, most bytes that any rank sends and receives."""
+    """[chunks] int64, most bytes that any rank sends and receives.
+
+    chunk_of_layer: [L] int64; `num_chunks` for a layer of none.
+    """
     layers, size = plan.old.num_layers, plan.old.topology.num_ranks
     source = plan.src_rank
     travels = source != plan.dst_rank
     first = plan.layer[travels] * size
     ends = np.concatenate((first + source[travels], first + plan.dst_rank[travels]))
     each = np.bincount(ends, minlength=layers * size).reshape(layers, size) * expert_bytes[:, None]
-    return np.array([each[part].sum(axis=0).max() for part in chunks], dtype=np.int64)
+    of_chunk = np.zeros((num_chunks + 1, size), dtype=np.int64)
+    np.add.at(of_chunk, chunk_of_layer, each)
+    busiest: IntArray = of_chunk[:-1].max(axis=1)
+    return busiest
 
 
 def _find_writes(plan: TransferPlan, staged: IntArray) -> tuple[IntArray, IntArray]:
