@@ -16,17 +16,24 @@ from equipoise.comm.nixl import NixlEplbCommunicator
 from equipoise.comm.nixl.agent import Read
 from equipoise.comm.spans import Regions, Spans
 from equipoise.errors import TransferError
-from tests.ranks import Rank, processes
+from tests.ranks import SHORT_S, Rank, processes
 
 MEGABYTE = 1 << 20
+LONG_S = 20.0
+"""A deadline that nothing here waits for: what has died, or says what is not so, is noticed before,
+within what a busy machine takes."""
 
 
 def make(rank: Rank, timeout_s: float) -> NixlEplbCommunicator:
-    """A communicator that has exchanged something already, so that all connections stand."""
-    group = rank.make_group(timeout_s=20)
+    """A communicator that has exchanged something already, so that all connections stand.
+
+    All ranks return together, so that none is late when the deadline of one begins to count.
+    """
+    group = rank.make_group(timeout_s=LONG_S)
     communicator = NixlEplbCommunicator(group, (), timeout_s)
     communicator.execute()
     rank.store.set(f"pid/{rank.rank}", str(os.getpid()))
+    group.barrier()
     return communicator
 
 
@@ -74,7 +81,7 @@ def kill(rank: Rank, other: int) -> None:
 
 @processes(3, dies=(1,))
 def test_a_stopped_rank_is_named_by_all_and_the_others_get_theirs(rank: Rank) -> None:
-    communicator = make(rank, timeout_s=1.0)
+    communicator = make(rank, timeout_s=SHORT_S)
     if rank.rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     other = 2 - rank.rank
@@ -84,14 +91,16 @@ def test_a_stopped_rank_is_named_by_all_and_the_others_get_theirs(rank: Rank) ->
     communicator.add_send(into.clone(), 1)
     communicator.add_recv(torch.zeros(5), 1)
     started = time.monotonic()
-    with pytest.raises(TransferError, match=r"rank 1 did not answer within 1\.0 s") as caught:
+    said = rf"rank 1 did not answer within {SHORT_S:.1f} s"
+    with pytest.raises(TransferError, match=said) as caught:
         communicator.execute()
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < SHORT_S + LONG_S
     assert (caught.value.rank, caught.value.peer) == (rank.rank, 1)
     assert bool((into == 10 + other).all())
     started = time.monotonic()
     communicator.close()
-    assert time.monotonic() - started < 1
+    # Without another wait for who is stopped.
+    assert time.monotonic() - started < SHORT_S
     assert communicator.num_open_handles == 0
     rank.store.set(f"through/{rank.rank}", "yes")
     rank.store.wait([f"through/{other}"])
@@ -102,7 +111,7 @@ def test_a_stopped_rank_is_named_by_all_and_the_others_get_theirs(rank: Rank) ->
 @processes(2, dies=(1,))
 def test_memory_of_a_read_that_never_ended_is_not_used_again(rank: Rank) -> None:
     use_only_tcp()
-    communicator = make(rank, timeout_s=20.0 if rank.rank else 1.0)
+    communicator = make(rank, timeout_s=LONG_S if rank.rank else SHORT_S)
     size = 4 * MEGABYTE  # One piece of the pool, so one offer and one READ.
     if rank.rank == 1:
         communicator.add_send(torch.ones(size, dtype=torch.uint8), 0)
@@ -133,7 +142,7 @@ def test_memory_of_a_read_that_never_ended_is_not_used_again(rank: Rank) -> None
 def test_a_rank_that_dies_after_its_offer_is_named_at_once(rank: Rank, tcp: bool) -> None:
     if tcp:
         use_only_tcp()
-    communicator = make(rank, timeout_s=20.0)
+    communicator = make(rank, timeout_s=LONG_S)
     size = 16 * MEGABYTE
     if rank.rank == 1:
         communicator.add_send(torch.ones(size, dtype=torch.uint8), 0)
@@ -143,7 +152,7 @@ def test_a_rank_that_dies_after_its_offer_is_named_at_once(rank: Rank, tcp: bool
     started = time.monotonic()
     with pytest.raises(TransferError, match="rank 1") as caught:
         communicator.execute()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < LONG_S
     assert caught.value.peer == 1
     communicator.close()
     assert communicator.num_open_handles == 0
@@ -151,7 +160,7 @@ def test_a_rank_that_dies_after_its_offer_is_named_at_once(rank: Rank, tcp: bool
 
 @processes(2)
 def test_an_offer_of_memory_that_nobody_registered_is_refused_on_both_sides(rank: Rank) -> None:
-    communicator = make(rank, timeout_s=10.0)
+    communicator = make(rank, timeout_s=LONG_S)
     assert communicator._wire is not None
     loose = torch.ones(1000, dtype=torch.uint8)
     if rank.rank == 1:
@@ -163,7 +172,7 @@ def test_an_offer_of_memory_that_nobody_registered_is_refused_on_both_sides(rank
     started = time.monotonic()
     with pytest.raises(TransferError, match="rank 0 cannot read from rank 1: NIXL says") as caught:
         communicator.execute()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < LONG_S
     assert (caught.value.rank, caught.value.peer) == (rank.rank, 1 - rank.rank)
     communicator.close()
     assert communicator.num_open_handles == 0
@@ -171,7 +180,7 @@ def test_an_offer_of_memory_that_nobody_registered_is_refused_on_both_sides(rank
 
 @processes(3)
 def test_a_bystander_learns_of_a_failure_at_its_next_exchange(rank: Rank) -> None:
-    communicator = make(rank, timeout_s=20.0)
+    communicator = make(rank, timeout_s=LONG_S)
     if rank.rank == 0:
         communicator.add_send(torch.ones(4), 1)
     if rank.rank == 2:
@@ -179,23 +188,23 @@ def test_a_bystander_learns_of_a_failure_at_its_next_exchange(rank: Rank) -> Non
         started = time.monotonic()
         with pytest.raises(TransferError, match="has failed in exchange 2"):
             communicator.execute()
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < LONG_S
         rank.store.set("told", "yes")
     else:
         with pytest.raises(TransferError, match="rank 1 expects 0 tensors"):
             communicator.execute()
         # A rank that has ended would be found gone, before anybody hears what it said.
-        rank.store.wait(["told"], timedelta(seconds=20))
+        rank.store.wait(["told"], timedelta(seconds=2 * LONG_S))
 
 
 @processes(2, dies=(1,))
 def test_a_rank_that_does_not_come_to_the_set_up_is_named(rank: Rank) -> None:
-    group = rank.make_group(timeout_s=20)
+    group = rank.make_group(timeout_s=LONG_S)
     # Not while the other still makes the group.
     group.barrier()
     if rank.rank == 1:
-        rank.store.wait(["ready"], timedelta(seconds=20))
+        rank.store.wait(["ready"], timedelta(seconds=LONG_S))
         os.kill(os.getpid(), signal.SIGKILL)
     rank.store.set("ready", "yes")
     with pytest.raises(TransferError, match="rank 0, nixl: rank 1 closed the connection"):
-        NixlEplbCommunicator(group, (), 5.0)
+        NixlEplbCommunicator(group, (), LONG_S)

@@ -25,13 +25,16 @@ from equipoise.placement import Placement, place_in_order
 from equipoise.topology import IntArray, Topology
 from equipoise.transfer import rearrange_expert_weights_inplace
 from tests.expert_weights import Shapes
-from tests.ranks import Rank, processes
+from tests.ranks import SHORT_S, Rank, processes
 
 SHAPES = Shapes(((((3, 5), torch.float32), ((7,), torch.int8)),) * 4)
 OLD = place_in_order(4, 8, Topology(4, 2))
 # Ranks 0 and 1 exchange experts, ranks 2 and 3 do: 0 and 1 hear of rank 2 by its status alone.
 NEW = Placement(np.array([[0, 2, 1, 3, 4, 6, 5, 7]] * 4), 8, Topology(4, 2))
 VICTIM = 2
+SURVIVORS = (0, 1, 3)
+LONG_S = 20.0
+"""A deadline that nothing here waits for: what has died is noticed before."""
 
 
 class Failing(TorchDistGlooStagedEplbCommunicator):
@@ -82,7 +85,7 @@ class DyingGroup(RankGroup):
 
 def end_victim(store: dist.Store) -> None:
     """Once every survivor is over it; a process that is stopped would never end."""
-    store.wait([f"over/{rank}" for rank in (0, 1, 3)], timedelta(seconds=20))
+    store.wait([f"over/{rank}" for rank in SURVIVORS], timedelta(seconds=LONG_S))
     os.kill(int(store.get("victim")), signal.SIGKILL)
 
 
@@ -92,8 +95,10 @@ def check_survivor(rank: Rank, weights: list[list[torch.Tensor]], committed: lis
     table[committed] = NEW.slot_to_expert[committed]
     SHAPES.assert_hold(weights, Placement(table, 8, OLD.topology), rank.rank)
     rank.store.set(f"committed/{rank.rank}", repr(committed))
-    rank.store.wait([f"committed/{peer}" for peer in (0, 1, 3)], timedelta(seconds=10))
-    told = {rank.store.get(f"committed/{peer}") for peer in (0, 1, 3)}
+    keys = [f"committed/{peer}" for peer in SURVIVORS]
+    # Some hear of it by their deadline, which is behind others'.
+    rank.store.wait(keys, timedelta(seconds=LONG_S))
+    told = {rank.store.get(key) for key in keys}
     assert len(told) == 1
 
 
@@ -106,7 +111,7 @@ def rebuild(rank: Rank, weights: list[list[torch.Tensor]]) -> None:
         3,
         torch.device("cpu"),
         generation=1,
-        timeout=timedelta(seconds=10),
+        timeout=timedelta(seconds=LONG_S),
         device_group="gloo",
     )
     topology = Topology(3, 2)
@@ -156,7 +161,10 @@ def test_survivors_agree_when_only_some_heard_that_all_is_fine(rank: Rank) -> No
 
 
 def fail_in_the_second_chunk(rank: Rank, fault: str, stage: str) -> None:
-    timeout_s = 1.0 if fault == "hangs" else 20.0
+    timeout_s = SHORT_S if fault == "hangs" else LONG_S
+    # So that nobody is late already when a deadline begins to count.
+    rank.store.set(f"begins/{rank.rank}", "now")
+    rank.store.wait([f"begins/{peer}" for peer in range(rank.size)], timedelta(seconds=LONG_S))
     group = rank.make_group(timeout_s=timeout_s)
     weights = SHAPES.weights(OLD, rank.rank)
     communicator = Failing(group, weights, timeout_s)
@@ -176,8 +184,10 @@ def fail_in_the_second_chunk(rank: Rank, fault: str, stage: str) -> None:
     # Where a rank hangs, who notices first closes its connections, and may be noticed before.
     gave_up = fault == "hangs" and "gave up first" in str(caught.value)
     assert caught.value.peer == VICTIM or gave_up, caught.value
-    # A rank that only waits for the outcome allows for an exchange's two deadlines before its own.
-    assert time.monotonic() - started < (3 * timeout_s + 3 if fault == "hangs" else 6)
+    # A rank that only waits for the outcome allows for an exchange's two deadlines before its own;
+    # who has died is noticed without any.
+    longest_s = 3 * timeout_s + LONG_S if fault == "hangs" else timeout_s
+    assert time.monotonic() - started < longest_s
     assert committed == [0]
     check_survivor(rank, weights, committed)
     communicator.close()
