@@ -175,7 +175,7 @@ def test_ranks_have_huge_pages_unless_the_user_says_otherwise(users: str | None)
         env=environment,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=110,
     )
     assert (done.stdout, done.stderr) == (f"{users or 1}\n", "")
 

@@ -371,7 +371,7 @@ def test_least_covered_first_spends_spare_slots_evenly() -> None:
 def test_the_plan_is_the_same_in_another_process() -> None:
     script = Path(__file__).with_name("flow_fingerprints.py")
     other = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, check=True, timeout=55
+        [sys.executable, str(script)], capture_output=True, text=True, check=True, timeout=110
     )
     from tests.flow_fingerprints import fingerprints
 

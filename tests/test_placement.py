@@ -36,6 +36,7 @@ def test_topologies_that_cannot_be_are_refused(counts: tuple[int, int, int], mes
 
 
 @given(topologies())
+@settings(deadline=None)
 def test_slots_ranks_and_nodes_count_alike(topology: Topology) -> None:
     assert topology.ranks_per_node * topology.num_nodes == topology.num_ranks
     slot = 0
@@ -51,6 +52,7 @@ def test_slots_ranks_and_nodes_count_alike(topology: Topology) -> None:
 
 
 @given(st.integers(1, 300), st.integers(1, 64))
+@settings(deadline=None)
 def test_redundant_slots_by_default_are_the_fewest_that_spare_one_per_rank(
     num_experts: int, num_ranks: int
 ) -> None:
