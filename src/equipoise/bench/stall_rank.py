@@ -51,6 +51,7 @@ def measure_stall(spec: StallSpec, group: RankGroup, emit: Callable[[Stall], Non
         serving.warm_up()
         for block in range(2 * -(-spec.num_steps // BLOCK_STEPS)):
             serving.run_block(tally, with_rebalances=bool(block % 2))
+        serving.settle(tally)
         serving.check_slots()
         said = serving.merge(tally)
     finally:
@@ -104,11 +105,11 @@ class _Serving:
         for _ in range(_WARM_REBALANCES):
             self._draw_load()
             self._step(Tally(), begins=True)
-            self._settle(Tally())
+            self.settle(Tally())
 
     def run_block(self, tally: Tally, *, with_rebalances: bool) -> None:
         # What the block before has begun ends outside of what is measured.
-        self._settle(tally)
+        self.settle(tally)
         into = tally.during if with_rebalances else tally.without
         for _ in range(BLOCK_STEPS):
             begins = with_rebalances and not self.state.is_rebalancing
@@ -117,6 +118,11 @@ class _Serving:
                 # One rank has drawn sooner than another.
                 self._group.barrier()
             into.append(self._step(tally, begins=begins))
+
+    def settle(self, tally: Tally) -> None:
+        """Step until no rebalance is under way; every rank knows at the same step."""
+        while self.state.is_rebalancing:
+            self._step(tally, begins=False)
 
     def check_slots(self) -> None:
         """Compare what slots hold with what maps say. Raises: TransferError."""
@@ -154,11 +160,6 @@ class _Serving:
     def _gather(self, parts: list[StepParts]) -> FloatArray:
         mine = torch.tensor(parts, dtype=torch.float64)
         return np.asarray(torch.stack(self._group.all_gather(mine)).numpy())
-
-    def _settle(self, tally: Tally) -> None:
-        """Step until no rebalance is under way; every rank knows at the same step."""
-        while self.state.is_rebalancing:
-            self._step(tally, begins=False)
 
     def _step(self, tally: Tally, *, begins: bool) -> StepParts:
         """One forward pass, and what the balancer does behind it."""

@@ -217,6 +217,7 @@ class _Bench:
                 if into.rebalances > num_before:
                     self._rename_experts()
             state.pause()
+        self._settle(engine, feed, between)
         moves, rebalances = on.moves + between.moves, on.rebalances + between.rebalances
         return Compared(
             "stall", self._merge(off), self._merge(on), moves=moves, rebalances=rebalances
