@@ -68,9 +68,9 @@ def check_tokens(family: str, requests: list[Request]) -> None:
         assert ended or num == request.sampling.max_new_tokens
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-@processes(timeout_s=170)
+@processes(timeout_s=290)
 def test_hundreds_that_come_and_go_get_the_plain_models_tokens(rank: Rank, num_ranks: int) -> None:
     """240 requests, in the background over whatever wire `auto` takes.
 
@@ -107,6 +107,10 @@ def test_hundreds_that_come_and_go_get_the_plain_models_tokens(rank: Rank, num_r
         goes_on = torch.tensor([int(bool(waiting) or engine.has_work)])
         group.all_reduce(goes_on, "max")
     results.append(engine.tick())
+    # On a busy machine the requests may be done before the rebalance that began beside them.
+    parallel.state.pause()
+    while parallel.state.is_rebalancing:
+        results.append(engine.tick())
     assert parallel.state.steps == len(results)
     tokens = join(results)
     assert tokens == {request.id: request.generated for request in requests}
@@ -196,7 +200,7 @@ def test_requests_outlive_a_failed_step_and_a_generation(monkeypatch: pytest.Mon
 
 
 def make_next_generation(parallel: ParallelModel) -> ParallelModel:
-    timeout = timedelta(seconds=5)
+    timeout = timedelta(seconds=30)
     group = create_rank_group(
         dist.HashStore(), 0, 1, CPU, generation=1, timeout=timeout, device_group="gloo"
     )
@@ -241,7 +245,7 @@ def serve_many(engine: Engine, group: RankGroup, number: int) -> None:
     run_until_idle(engine, group)
 
 
-@pytest.mark.timeout(1200 if LEAK_REQUESTS > 300 else 60)
+@pytest.mark.timeout(1200 if LEAK_REQUESTS > 300 else 240)
 def test_nothing_is_left_of_requests_that_have_ended() -> None:
     """LEAK_REQUESTS asks for more of them, like 10000."""
     group = make_lone_group()
