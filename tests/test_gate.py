@@ -51,6 +51,7 @@ def plan(costs: MoveCosts | None, **options: object) -> tuple[list[list[int]], l
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("equipoise.balancer.planning")
+    level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     config = EPLBConfig(window_size=1, step_interval=3, **options)  # type: ignore[arg-type]
@@ -58,6 +59,7 @@ def plan(costs: MoveCosts | None, **options: object) -> tuple[list[list[int]], l
         made = plan_moves(Swap(), LOAD, STANDING, BYTES, config, costs, says=True)
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
     return made.new.slot_to_expert.tolist(), said
 
 
