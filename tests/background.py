@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
 from equipoise.balancer import EplbState, RebalanceOutcome
@@ -19,6 +21,9 @@ Outcomes = tuple[RebalanceOutcome, ...]
 
 A_LAYER_AT_A_TIME = 200
 """`staging_bytes` with which every layer is a chunk."""
+
+LONGEST_S = 40.0
+"""Until what a worker does shows in the steps beside it, however many a busy machine makes."""
 
 
 class ServingInBackground(Serving):
@@ -42,13 +47,11 @@ class ServingInBackground(Serving):
         self.assert_slots_hold_what_maps_say()
         return outcomes
 
-    def step_many(self, count: int) -> Outcomes:
-        """Steps without lockstep, other experts being busy in each: only the balancer can fail."""
-        return tuple(
-            outcome
-            for _ in range(count)
-            for outcome in self.step_alone(skew(self.state.steps % NUM_EXPERTS))
-        )
+    def step_on(self) -> None:
+        """Steps without lockstep, other experts being busy in each, until the balancer fails."""
+        deadline = time.monotonic() + LONGEST_S
+        while time.monotonic() < deadline:
+            self.step_alone(skew(self.state.steps % NUM_EXPERTS))
 
     def step(self, load: np.ndarray) -> Outcomes:
         """One step in lockstep, as a model's dispatch keeps it."""
@@ -56,10 +59,11 @@ class ServingInBackground(Serving):
         self.group.barrier()
         return outcomes
 
-    def step_until_done(self, load: np.ndarray, most: int = 2000) -> Outcomes:
+    def step_until_done(self, load: np.ndarray) -> Outcomes:
         """Steps in lockstep until no rebalance is under way; what they brought."""
         outcomes: Outcomes = ()
-        for _ in range(most):
+        deadline = time.monotonic() + LONGEST_S
+        while time.monotonic() < deadline:
             outcomes += self.step(load)
             if not self.state.is_rebalancing:
                 return outcomes

@@ -82,9 +82,11 @@ def test_a_pace_waits_as_long_as_the_bytes_would_take() -> None:
     assert (free.wait_s, free.span_s) == (0.0, 0.0)
     pace = Pace(1000)
     assert pace.wait_s == 0.0
+    began = time.monotonic()
     pace.note(50_000)
     assert pace.span_s == 50.0
-    assert 49.0 < pace.wait_s <= 50.0
+    left = pace.wait_s
+    assert began + 50.0 - time.monotonic() <= left <= 50.0
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,9 @@ def test_a_step_commits_no_more_than_it_may(rank: Rank, limits: dict[str, int], 
     serving.add(on_commit=lambda _layer, _slots: committed.update([serving.state.steps]))
     num_ended = 0
     while num_ended < 4:
-        # Of steps that do not wait for the workers, some would take more than one chunk.
+        # Of steps that do not wait for the workers, and leave them the interpreter, some would take
+        # more than one chunk.
+        time.sleep(0.001)
         num_ended += len(serving.step_alone(skew(serving.state.steps % 7)))
     assert max(committed.values()) <= most
     serving.close()
@@ -111,7 +115,7 @@ def test_a_step_commits_no_more_than_it_may(rank: Rank, limits: dict[str, int], 
 def test_experts_travel_no_faster_than_they_may(rank: Rank) -> None:
     rate = 400
     serving = ServingInBackground(
-        rank.make_group(timeout_s=5.0),
+        rank.make_group(),
         window_size=1,
         step_interval=1000,
         max_layers_per_step=1,
@@ -119,9 +123,9 @@ def test_experts_travel_no_faster_than_they_may(rank: Rank) -> None:
     )
     serving.add()
     serving.step(skew(5))
-    serving.state.rearrange()
     began = time.monotonic()
-    (outcome,) = serving.step_until_done(skew(5), most=100_000)
+    serving.state.rearrange()
+    (outcome,) = serving.step_until_done(skew(5))
     took = time.monotonic() - began
     # Each rank is one end of every move; the last chunk's time may be still to come.
     first = outcome.moves_per_layer[:-1].sum() / outcome.moves * outcome.bytes
@@ -133,15 +137,14 @@ def test_experts_travel_no_faster_than_they_may(rank: Rank) -> None:
 
 @processes(2)
 def test_a_slow_pace_does_not_keep_anybody_from_closing(rank: Rank) -> None:
-    serving = ServingInBackground(
-        rank.make_group(timeout_s=5.0), max_layers_per_step=1, max_bytes_per_s=1
-    )
+    serving = ServingInBackground(rank.make_group(), max_layers_per_step=1, max_bytes_per_s=1)
     serving.add()
     serving.step(skew(5))
     serving.state.rearrange()
-    for _ in range(50):
+    # Once the first layer is committed, the worker rests before the second.
+    while serving.maps.placement == serving.placement:
         serving.step(skew(5))
     began = time.monotonic()
     assert serving.state.close()
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 15.0, "the deadline is 20 s"
     serving.close()

@@ -50,8 +50,8 @@ class Background:
         self._models: tuple[EplbModelState, ...] = ()
         self._number = 0
         self._is_under_way = False
-        # Asked for by an order, and not begun yet.
-        self._is_wanted = False
+        # Asked for by orders, of which one step may follow several, and not begun yet.
+        self._num_wanted = 0
         # By an order: none begins any more.
         self._is_stopped = False
         self._end: End | None = None
@@ -117,8 +117,8 @@ class Background:
 
     def take_wanted(self) -> bool:
         """Whether an order asks for a rebalance that may begin now; it is forgotten then."""
-        is_wanted = self._is_wanted and self.may_begin
-        self._is_wanted = self._is_wanted and not is_wanted
+        is_wanted = self._num_wanted > 0 and self.may_begin
+        self._num_wanted -= is_wanted
         return is_wanted
 
     def take_measured(self) -> list[RebalanceOutcome]:
@@ -226,7 +226,7 @@ class Background:
     def _follow(self, order: Order, step: int) -> None:
         match order:
             case Order.REARRANGE:
-                self._is_wanted = True
+                self._num_wanted += 1
             case Order.PAUSE:
                 self.is_paused = True
             case Order.RESUME:
