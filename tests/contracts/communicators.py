@@ -54,8 +54,6 @@ class World(ABC):
     rank: int
     size: int
     device = torch.device("cpu")
-    short_s = 1.0
-    """A deadline that is not yet too short to make a communicator in."""
 
     def zeros(self, *shape: Any, **options: Any) -> torch.Tensor:
         """A tensor where the weights are."""
@@ -92,7 +90,8 @@ class ProcessWorld(World):
     def __init__(self, rank: Rank, backend: str) -> None:
         self._backend, _, on_cuda = backend.partition(" on ")
         self.rank, self.size, self._rank = rank.rank, rank.size, rank
-        self.short_s = 8.0 if "nccl" in self._backend else 3.0
+        # A wire that is let go takes along what it has told peers and they have not heard.
+        self._made: list[EplbCommunicator] = []
         if on_cuda:
             self.device = torch.device("cuda", rank.rank % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
@@ -110,7 +109,8 @@ class ProcessWorld(World):
             device=self.device.type,
             device_group="nccl" if self._backend == "torch_nccl" else "gloo",
         )
-        return create_eplb_communicator(group, self._backend, expert_weights)
+        self._made.append(create_eplb_communicator(group, self._backend, expert_weights))
+        return self._made[-1]
 
     def die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -186,7 +186,12 @@ def on_ranks(
                 if "nccl" in backend and torch.cuda.device_count() < num_ranks:
                     pytest.skip(f"needs {num_ranks} CUDA devices")
                 target = (body.__module__, body.__qualname__)
-                packed = {"target": target, "backend": backend, "arguments": arguments}
+                packed = {
+                    "target": target,
+                    "backend": backend,
+                    "arguments": arguments,
+                    "stay": [rank for rank in range(num_ranks) if rank not in dies],
+                }
                 run_ranks(_enter_process, num_ranks, tmp_path, packed, frozenset(dies))
 
         names = ("tmp_path", "backend")
@@ -199,11 +204,18 @@ def on_ranks(
 
 
 def _enter_process(
-    rank: Rank, target: tuple[str, str], backend: str, arguments: dict[str, Any]
+    rank: Rank,
+    target: tuple[str, str],
+    backend: str,
+    arguments: dict[str, Any],
+    stay: Sequence[int],
 ) -> None:
     module, name = target
     body = inspect.unwrap(getattr(__import__(module, fromlist=[name]), name))
-    body(ProcessWorld(rank, backend), **arguments)
+    world = ProcessWorld(rank, backend)
+    body(world, **arguments)
+    world.say("done")
+    world.hear("done", among=stay)
 
 
 def _run_threads(

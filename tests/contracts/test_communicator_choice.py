@@ -141,13 +141,15 @@ def check_cell(
     communicator.add_recv(into, 1 - rank.rank)
     communicator.execute()
     assert into.tolist() == [1.0 - rank.rank] * 3
+    # What the other was told last may be lost with a wire that is closed.
+    wait_for_both(rank, "swapped")
     communicator.close()
 
 
-def wait_for_both(rank: Rank) -> None:
+def wait_for_both(rank: Rank, word: str = "over") -> None:
     """A rank that is refused shall not end, nor let its group go, while the other makes its own."""
-    rank.store.set(f"over/{rank.rank}", "yes")
-    rank.store.wait(["over/0", "over/1"], timedelta(seconds=20))
+    rank.store.set(f"{word}/{rank.rank}", "yes")
+    rank.store.wait([f"{word}/0", f"{word}/1"], timedelta(seconds=20))
 
 
 @pytest.mark.parametrize("kind", ["world", "subgroup", "store", "workers"])
