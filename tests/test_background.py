@@ -188,9 +188,7 @@ def watch(group: RankGroup, name: str, calls: list[tuple[str, str]]) -> None:
 
 @processes(2)
 def test_a_damaged_expert_is_named_and_not_committed(rank: Rank) -> None:
-    serving = ServingInBackground(
-        rank.make_group(timeout_s=10), window_size=4, step_interval=4, verify="all"
-    )
+    serving = ServingInBackground(rank.make_group(), window_size=4, step_interval=4, verify="all")
     serving.add()
     add_moves = serving.communicator.add_moves
 
@@ -208,7 +206,7 @@ def test_a_damaged_expert_is_named_and_not_committed(rank: Rank) -> None:
     if rank.rank == 1:
         serving.communicator.add_moves = damage  # type: ignore[method-assign]
     with pytest.raises(TransferError, match="arrived damaged on rank 1 from rank 0"):
-        serving.step_many(2000)
+        serving.step_on()
     serving.close()
 
 
@@ -249,7 +247,7 @@ def test_who_is_stopped_before_an_exchange_keeps_nobody_waiting(rank: Rank, wire
     serving.group.barrier()
     began = time.monotonic()
     assert serving.state.close()
-    assert time.monotonic() - began < 10.0
+    assert time.monotonic() - began < 15.0, "the deadline is 20 s"
     serving.assert_slots_hold_what_maps_say()
     serving.close()
 

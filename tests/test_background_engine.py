@@ -24,13 +24,14 @@ from tests.test_engine import draw_prompts, make_request, spread_model
 from tests.test_models import make_model
 
 FAMILY = "olmoe"
-TIMEOUT_S = 3.0
+TIMEOUT_S = 10.0
+"""Also to load a model in, beside whatever else a machine does."""
 BEFORE = 3
 """Exchanges that go well before the one that breaks: experts have moved by then."""
 BEHIND = 30
 """Steps that are served on where balancing is only given up."""
 LONGEST_S = 120
-"""Until the failure is known; some seconds where nothing else runs."""
+"""Until the failure is known; some timeouts where nothing else runs."""
 VICTIM = 1
 
 Fault = Literal["exchange", "hang", "damage", "policy"]
@@ -155,8 +156,8 @@ def check_tokens(requests: list[Request]) -> int:
         pytest.param("policy", marks=pytest.mark.more_faults),
     ],
 )
-@pytest.mark.timeout(LONGEST_S + 60)
-@processes(2, timeout_s=LONGEST_S + 50.0)
+@pytest.mark.timeout(LONGEST_S + 240)
+@processes(2, timeout_s=LONGEST_S + 80.0)
 def test_tokens_are_the_plain_models_up_to_a_failure_and_behind_it(
     rank: Rank, fault: Fault, on_failure: Literal["raise", "disable"]
 ) -> None:

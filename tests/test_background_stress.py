@@ -160,25 +160,25 @@ def rebalance_many_times(rank: Rank, wire: str, seed: int, num_rebalances: int) 
             flush=True,
         )
     assert warm is not None
-    # The store's thread may be at work.
+    # The store's thread may be at work, and has its file open then.
     assert now[1] <= warm[1] + 1
-    assert now[2] <= warm[2]
+    assert now[2] <= warm[2] + 1
     assert now[0] - warm[0] < (4 << 20) + MOST_BYTES_PER_REBALANCE * num_rebalances
     dawdling.close()
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(60 + NUM_REBALANCES)
+@pytest.mark.timeout(240 + NUM_REBALANCES)
 @pytest.mark.parametrize("interval_s", [5e-3, 1e-6], ids=["usual switches", "many switches"])
-@processes(4, timeout_s=50.0 + NUM_REBALANCES)
+@processes(4, timeout_s=80.0 + NUM_REBALANCES)
 def test_every_slot_is_right_after_every_commit(rank: Rank, interval_s: float) -> None:
     sys.setswitchinterval(interval_s)
     rebalance_many_times(rank, "torch_gloo", int(interval_s < 1e-3), NUM_REBALANCES // 2)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(60 + NUM_REBALANCES)
-@processes(4, timeout_s=50.0 + NUM_REBALANCES)
+@pytest.mark.timeout(240 + NUM_REBALANCES)
+@processes(4, timeout_s=80.0 + NUM_REBALANCES)
 def test_every_slot_is_right_over_nixl(rank: Rank) -> None:
     sys.setswitchinterval(1e-6)
     rebalance_many_times(rank, "nixl", 2, NUM_REBALANCES // 5)
