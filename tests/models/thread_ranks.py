@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from equipoise.comm.groups import RankGroup, create_rank_group
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 50.0
 Result = TypeVar("Result")
 
 
@@ -64,7 +64,7 @@ class ThreadRanks:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(3 * TIMEOUT_S)
+            thread.join(2 * TIMEOUT_S)
         if errors:
             raise errors[order[0]]
         assert len(results) == self.size, "a rank still runs at the deadline"
