@@ -14,6 +14,7 @@ import pytest
 
 from equipoise.bundled import model_directory
 from equipoise.elastic.spec import ServiceSpec
+from equipoise.elastic.verdict import Word
 from tests.faults.played_ranks import PlayedRank, World
 from tests.faults.simulation import CLOCKED, Game
 
@@ -182,3 +183,20 @@ def test_a_size_that_a_death_left_is_kept_where_it_is_asked_for() -> None:
         assert not game.is_at_rest()
         game.scale(3)
         assert game.is_at_rest()
+
+
+def test_a_rank_that_has_left_is_no_death_though_others_say_late_that_they_serve() -> None:
+    with open_game(1, num_ranks=3) as game:
+        game.failure_rate = 0.0
+        game.scale(2)
+        go_on_until(game, lambda: is_decided(game))
+        late, gone = game.ranks[0], game.ranks[2]
+        late.held_until = game.world.now + 2.0
+        go_on_until(game, lambda: gone.code == 0 and game.is_at_rest())
+        assert late.record.generation == game.controller._changes.generation
+        assert game.controller._describe().totals.deaths == 0
+
+
+def is_decided(game: Game) -> bool:
+    """Whether a rank knows of a change that it stands."""
+    return any(Word.SWITCH in one.words.values() for one in game.preparations.values())

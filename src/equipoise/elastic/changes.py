@@ -154,6 +154,9 @@ class Changes:
             self._register(f"{record.name} says: {message['reason']}", is_void=is_void)
         elif said == "holding":
             record.told["holding"] = message
+        elif said == "left":
+            # Its process may end before the controller has heard of all that switched.
+            self._hands.dismiss(record.name)
         elif said == "retired":
             record.pause_s = float(message["pause_s"])
         change = self._current
@@ -181,7 +184,7 @@ class Changes:
         if change is not None:
             change.awaited.discard(record.name)
         if is_expected:
-            if change is not None and change.stage == "retiring":
+            if change is not None and change.stage in ("preparing", "registering", "retiring"):
                 self._advance(change)
         elif change is not None and change.kind == "begin":
             self._end(change, MembershipError(record.detail))
@@ -295,8 +298,7 @@ class Changes:
         change.deadline = time.monotonic() + self._spec.start_s
         change.awaited = set(change.joining)
         self._last_generation += 1
-        orders = order_begin(self._roster, change.joining, self._last_generation)
-        for name, order in orders.items():
+        for name, order in order_begin(self._roster, change.joining, self._last_generation).items():
             self._roster.tell([name], order)
 
     def _describe(self, change: Change) -> None:
@@ -331,8 +333,6 @@ class Changes:
         change.full_at = time.monotonic()
         change.decided_at = change.decided_at or change.full_at
         self.generation, self.phase = self._last_generation, "retiring"
-        for name in change.leaving:
-            self._hands.dismiss(name)
         change.stage = "retiring"
         change.deadline = time.monotonic() + self._spec.timeout_s
         # Newcomers have nothing to close.

@@ -76,8 +76,7 @@ class Controller:
             disabled = spec.config.model_copy(update={"on_failure": "disable"})
             spec = replace(spec, config=disabled)
         self._spec, self._launcher = spec, launcher
-        self._requests = RequestTable(spec.queue_limit)
-        self._roster = Roster()
+        self._requests, self._roster = RequestTable(spec.queue_limit), Roster()
         self._scores = Scores(self._roster)
         self._adoption = Adoption(spec, state, self._roster, self._requests, launcher)
         self._token = self._adoption.token
@@ -97,8 +96,7 @@ class Controller:
         self._closing: str | None = None
         self._has_failed = False
         self._stop_by: float | None = None
-        self._is_over, self._can_launch = threading.Event(), threading.Event()
-        self._tally = Tally()
+        self._is_over, self._can_launch, self._tally = threading.Event(), threading.Event(), Tally()
         self._store = open_store(spec.interface, spec.timeout_s)
         try:
             self._listener = Listener(
@@ -358,7 +356,9 @@ class Controller:
 
     def _bury(self, record: RankRecord, how: str, code: int | None) -> None:
         """A rank's process has ended, or is given up."""
-        left_well = record.state == "leaving" and record.number is None
+        # Its end may be seen before its last word is heard.
+        has_left = code == 0 and record.name in self._changes.leaving
+        left_well = has_left or (record.state == "leaving" and record.number is None)
         record.state, record.detail = "dead", how
         if record.channel is not None:
             record.channel.close()
