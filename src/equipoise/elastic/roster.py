@@ -87,6 +87,8 @@ class RankRecord:
             # To a controller before this one, perhaps.
             self.said = Said(int(hello.get("heard", 0)))
             self.heard = Heard(int(hello.get("said", 0)))
+            # What its start took was no silence.
+            self.heard_at = time.monotonic()
         channel.peer = self.name
         self.channel, self.has_called = channel, True
         self.hear()
