@@ -13,16 +13,19 @@ from collections.abc import Callable
 LOOPBACK = "127.0.0.1"
 _LENGTH = struct.Struct(">I")
 
+Edit = Callable[[bytes], tuple[bytes, bytes]]
+"""Gets what has come and was not passed on; gives what to pass on now, and what to keep."""
+
 
 class Line:
     """Passes connections on to a port of this machine. Owner: whoever makes it.
 
     Args:
         port: to pass on to.
-        edit: may change what the far side says first on a connection; None to leave it.
+        edit: may change what the far side says; None to leave it.
     """
 
-    def __init__(self, port: int, edit: Callable[[bytes], bytes] | None = None) -> None:
+    def __init__(self, port: int, edit: Edit | None = None) -> None:
         self._port, self._edit = port, edit
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
@@ -85,15 +88,12 @@ class Line:
         near.close()
         far.close()
 
-    def _pump(
-        self, source: socket.socket, sink: socket.socket, edit: Callable[[bytes], bytes] | None
-    ) -> None:
+    def _pump(self, source: socket.socket, sink: socket.socket, edit: Edit | None) -> None:
+        kept = b""
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
                 if edit is not None:
-                    while (first := edit(data)) == b"":
-                        data += source.recv(1 << 16)
-                    data, edit = first, None
+                    data, kept = edit(kept + data)
                 if time.monotonic() < self._delay_until:
                     time.sleep(self._delay_s)
                 self._hold()
@@ -111,7 +111,7 @@ class Relay:
     """Both lines of one rank.
 
     Args:
-        port: of the controller's channel; where the store is, its first word says.
+        port: of the controller's channel; where the store is, it says there.
     """
 
     def __init__(self, port: int) -> None:
@@ -148,19 +148,26 @@ class Relay:
         for line in self.lines:
             line.close()
 
-    def _redirect(self, data: bytes) -> bytes:
-        """Where the controller says at which port its store is, name the relay's instead."""
-        if len(data) < _LENGTH.size:
-            return b""
-        (size,) = _LENGTH.unpack(data[: _LENGTH.size])
-        end = _LENGTH.size + size
-        if len(data) < end:
-            return b""
-        message = json.loads(data[_LENGTH.size : end])
+    def _redirect(self, data: bytes) -> tuple[bytes, bytes]:
+        """Where the controller says at which port its store is, name the relay's instead.
+
+        Returns: the frames that are whole, and the begin of the next.
+        """
+        whole = bytearray()
+        while len(data) >= _LENGTH.size:
+            end = _LENGTH.size + _LENGTH.unpack(data[: _LENGTH.size])[0]
+            if len(data) < end:
+                break
+            whole += self._redirect_frame(data[:end])
+            data = data[end:]
+        return bytes(whole), data
+
+    def _redirect_frame(self, frame: bytes) -> bytes:
+        message = json.loads(frame[_LENGTH.size :])
         if "store" not in message:
-            return data
+            return frame
         if self._store is None:
             self._store = Line(message["store"][1])
         message["store"] = [LOOPBACK, self._store.port]
         body = json.dumps(message).encode()
-        return _LENGTH.pack(len(body)) + body + data[end:]
+        return _LENGTH.pack(len(body)) + body
