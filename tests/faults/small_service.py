@@ -11,7 +11,7 @@ from equipoise.config import EPLBConfig
 from equipoise.elastic.spec import ServiceSpec
 from tests.faults.answers import Answers, find_answers
 
-SILENCE_S = 3.0
+SILENCE_S = 6.0
 TIMEOUT_S = 8.0
 PATIENCE_S = 120.0
 """Nothing may take longer, on the slowest machine, than this; what does, hangs."""

@@ -10,13 +10,13 @@ import pytest
 from equipoise.bundled import model_directory
 from equipoise.elastic.launcher import RankHandle, RankSeat
 from equipoise.launch.processes import LocalLauncher
-from tests.elastic.services import list_serving, serving, streaming, wait_until
+from tests.elastic.services import WAIT_S, list_serving, serving, streaming, wait_until
 from tests.elastic.test_controller_faults import kill
 from tests.faults.schedules import Act, Moment, Schedule
 from tests.faults.small_service import SILENCE_S, TIMEOUT_S
 from tests.faults.storm import Storm, open_storm
 
-pytestmark = [pytest.mark.more_faults, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.more_faults, pytest.mark.timeout(600)]
 
 
 def kill_at(moment: Moment, rank: int = 1) -> Act:
@@ -106,7 +106,7 @@ def test_a_replacement_that_dies_while_it_joins_is_tried_again() -> None:
     ):
         kill(controller, "rank-1")
         wait_until(lambda: launcher.starts["rank-1"] == 4 and len(list_serving(controller)) == 2)
-        stream.wait_for(10, 50.0)
+        stream.wait_for(10, WAIT_S)
         totals = controller.status().totals
         assert (totals.recoveries, totals.deaths) == (1, 3)
 
@@ -121,9 +121,9 @@ def test_replacements_that_never_come_are_not_tried_without_end(
     ):
         kill(controller, "rank-1")
         wait_until(lambda: "3 replacements in a row failed" in caplog.text)
-        stream.wait_for(40, 50.0)
+        stream.wait_for(40, WAIT_S)
         assert launcher.starts["rank-1"] == 4
         assert list_serving(controller) == ["rank-0"]
         # Whoever asks for a change may know better.
         launcher.num_doomed = 0
-        assert controller.scale(to=2, timeout_s=50.0).done
+        assert controller.scale(to=2, timeout_s=WAIT_S).done

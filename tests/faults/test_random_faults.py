@@ -32,7 +32,7 @@ NUM_AHEAD = 24
 """Schedules of which the next is chosen: one for as many ranks as serve already."""
 SHORT_SILENCE_S = 2.0
 """After which a rank is given up where many schedules are asked for; these machines are quiet."""
-LONGEST_S = 60 * MINUTES + 400 if MINUTES else 200 + 40 * NUM_SCHEDULES
+LONGEST_S = 60 * MINUTES + 400 if MINUTES else 400 + 60 * NUM_SCHEDULES
 
 
 @pytest.mark.timeout(LONGEST_S)
