@@ -29,6 +29,8 @@ from tests.elastic.services import (
     wait_until,
 )
 
+pytestmark = pytest.mark.timeout(400)
+
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -39,7 +41,6 @@ def kill(controller: Controller, name: str) -> None:
 
 
 @pytest.mark.more_faults
-@pytest.mark.timeout(240)
 def test_ranks_die_and_are_replaced_and_nobodys_answer_is_lost() -> None:
     with serving(3, respawn=True) as controller, streaming(controller):
         kill(controller, "rank-0")
@@ -103,10 +104,10 @@ def test_a_size_that_cannot_hold_all_experts_is_refused_with_the_least_that_can(
 
 def test_a_rank_that_hangs_is_given_up_by_its_silence() -> None:
     faults = (Fault("rank-1", 12, "hang"),)
-    with serving(2, faults=faults, silence_s=4.0) as controller, streaming(controller):
+    with serving(2, faults=faults, silence_s=6.0) as controller, streaming(controller):
         wait_until(lambda: controller.status().totals.recoveries == 1)
         dead = find_rank(controller, "rank-1")
-        assert dead.detail == "rank-1 gave no sign of life for 4 s, and was given up"
+        assert dead.detail == "rank-1 gave no sign of life for 6 s, and was given up"
         assert dead.pid is not None
         wait_until(lambda pid=dead.pid: not is_alive(pid))
 
@@ -115,16 +116,20 @@ def test_with_no_rank_left_every_request_is_told() -> None:
     with serving(1) as controller:
         heard: queue.Queue[Any] = queue.Queue()
         sampling = SamplingParams(max_new_tokens=60, ignore_end=True)
-        for number in range(8):
+        for number in range(16):
             controller.submit(ServiceRequest(f"r{number}", (5,), sampling), heard.put)
         heard.get(timeout=WAIT_S)
         kill(controller, "rank-0")
-        failed = set()
-        while len(failed) < 8:
+        told, reasons = set(), set()
+        while len(told) < 16:
             event = heard.get(timeout=WAIT_S)
             if isinstance(event, RequestFailed):
-                failed.add(event.request_id)
-                assert event.reason == "no rank is left: rank-0 was killed by SIGKILL"
+                reasons.add(event.reason)
+                told.add(event.request_id)
+            elif event.finish_reason is not None:
+                # Answered before the rank died.
+                told.add(event.request_id)
+        assert reasons == {"no rank is left: rank-0 was killed by SIGKILL"}
         wait_until(lambda: not controller.status().ready)
         with pytest.raises(ServiceClosed, match="no rank is left"):
             controller.scale(to=2)
