@@ -28,6 +28,8 @@ from equipoise.launch.local import run_local
 from equipoise.launch.seats import assign_local_seats, describe_seats
 
 ROOT = Path(__file__).parent.parent
+PATIENCE_S = 60.0
+"""Until a process has ended that is to end, and would else pause for good."""
 
 
 def make_spec(num_ranks: int, folder: Path, timeout_s: float = 20.0) -> JobSpec:
@@ -71,19 +73,28 @@ def break_on_two(spec: JobSpec, group: RankGroup, emit: Emit) -> None:
     group.barrier()
 
 
+def note_time(spec: JobSpec) -> None:
+    """One clock for all processes of a machine."""
+    (spec.model / "ended-at").write_text(str(time.monotonic()))
+
+
 def die_on_two(spec: JobSpec, group: RankGroup, emit: Emit) -> None:
     if group.rank == 2:
+        note_time(spec)
         os.kill(os.getpid(), signal.SIGKILL)
     group.barrier()
 
 
 def leave_on_one(spec: JobSpec, group: RankGroup, emit: Emit) -> None:
     if group.rank == 1:
+        note_time(spec)
         os._exit(7)
     group.barrier()
 
 
 def linger_on_one(spec: JobSpec, group: RankGroup, emit: Emit) -> None:
+    # Rank 0 shall not be gone before rank 1 has its group.
+    group.barrier()
     if group.rank == 1:
         signal.pause()
 
@@ -128,17 +139,18 @@ def test_an_unexpected_error_comes_with_its_traceback(tmp_path: Path) -> None:
 def test_a_dead_rank_is_named_and_not_those_who_missed_it(
     tmp_path: Path, job: str, message: str
 ) -> None:
-    began = time.monotonic()
     with pytest.raises(JobFailed) as caught:
         run(job, 4, tmp_path)
+    took = time.monotonic() - float((tmp_path / "ended-at").read_text())
     assert str(caught.value) == message
     assert not caught.value.failure.expected
-    assert time.monotonic() - began < 10
+    assert took < 15, "the deadline of those who missed it is 20 s"
 
 
 def test_a_rank_that_never_ends_is_named(tmp_path: Path) -> None:
-    with pytest.raises(JobFailed, match=r"^rank 1 still runs 2 s after rank 0 was done$"):
-        run("linger_on_one", 2, tmp_path, timeout_s=2.0)
+    # Within which ranks must have met, too.
+    with pytest.raises(JobFailed, match=r"^rank 1 still runs 10 s after rank 0 was done$"):
+        run("linger_on_one", 2, tmp_path, timeout_s=10.0)
 
 
 def test_an_error_of_the_display_leaves_no_rank(tmp_path: Path) -> None:
@@ -148,7 +160,7 @@ def test_an_error_of_the_display_leaves_no_rank(tmp_path: Path) -> None:
     spec = make_spec(2, tmp_path)
     with pytest.raises(OSError, match="the disk is full"):
         run_local(spec, assign_local_seats(2, "cpu"), emit, job="tests.test_launch:tell_and_hang")
-    wait_until_gone(tmp_path, 2, 1.0)
+    wait_until_gone(tmp_path, 2)
 
 
 PARENT = """
@@ -187,22 +199,21 @@ def test_no_rank_outlives_its_parent(tmp_path: Path, number: signal.Signals, sta
     try:
         assert parent.stdout is not None
         assert parent.stdout.readline() == "serving\n"
-        began = time.monotonic()
         if number is signal.SIGINT:
             os.killpg(parent.pid, number)  # as a terminal does
         else:
             parent.send_signal(number)
-        _, errors = parent.communicate(timeout=10)
+        _, errors = parent.communicate(timeout=PATIENCE_S)
         assert parent.returncode == status
         assert errors == ""
-        wait_until_gone(tmp_path, 3, began + 5.0 - time.monotonic())
+        wait_until_gone(tmp_path, 3)
     finally:
         parent.kill()
         parent.wait()
 
 
-def wait_until_gone(folder: Path, num_ranks: int, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
+def wait_until_gone(folder: Path, num_ranks: int) -> None:
+    deadline = time.monotonic() + PATIENCE_S
     for rank in range(num_ranks):
         pid = int((folder / f"pid-{rank}").read_text())
         while is_alive(pid):

@@ -36,6 +36,8 @@ GRACE_S = 1.5
 """After a first failure, how long to listen for the one that it follows from."""
 STOP_S = 2.0
 """How long a rank has to end after SIGTERM, before SIGKILL."""
+REAP_S = 20.0
+"""How long the forkserver has to say how a rank has ended that is ending already."""
 
 
 @dataclass(frozen=True)
@@ -181,11 +183,21 @@ def _supervise(
     if not failures and running:
         failures = [_describe_straggler(rank, timeout_s) for rank in running.values()]
     if failures:
+        # A death is heard of at once, maybe before what was said ahead of it.
+        if records in sources:
+            _drain(records, emit)
         raise JobFailed(find_first(failures))
 
 
+def _drain(records: Connection, emit: Callable[[Any], None]) -> None:
+    """Pass on what rank 0 has said already."""
+    with contextlib.suppress(EOFError, ConnectionResetError):
+        while records.poll():
+            emit(records.recv())
+
+
 def _describe_end(rank: _Rank) -> Failure:
-    rank.process.join(STOP_S)
+    rank.process.join(REAP_S)
     return describe_death(rank.seat.rank, rank.process.exitcode)
 
 

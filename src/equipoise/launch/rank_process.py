@@ -30,7 +30,14 @@ LOOPBACK = "127.0.0.1"
 _PR_SET_PDEATHSIG = 1
 
 
-def take_seat(job: str, spec: Spec, seat: Seat, store: Store, emit: Callable[[Any], None]) -> None:
+def take_seat(
+    job: str,
+    spec: Spec,
+    seat: Seat,
+    store: Store,
+    emit: Callable[[Any], None],
+    tell: Callable[[BaseException], None] = lambda _: None,
+) -> None:
     """Make this process one rank, and run the job in it.
 
     Args:
@@ -39,6 +46,7 @@ def take_seat(job: str, spec: Spec, seat: Seat, store: Store, emit: Callable[[An
         seat: this rank's.
         store: shared by all ranks of the job.
         emit: what becomes of this rank's records; rank 0 has some.
+        tell: called with what the job raises, before others see that this rank has left.
     Collective: every rank of the job.
     Raises: whatever the job raises; MembershipError if a rank does not come.
     """
@@ -59,6 +67,9 @@ def take_seat(job: str, spec: Spec, seat: Seat, store: Store, emit: Callable[[An
     )
     try:
         run(spec, group, emit)
+    except BaseException as error:
+        tell(error)
+        raise
     finally:
         group.close()
 
@@ -84,19 +95,30 @@ def run_rank(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _end_with_parent()
     failure: Failure | None = None
+
+    def tell(error: BaseException) -> None:
+        nonlocal failure
+        if failure is None:
+            failure = describe_error(seat.rank, error)
+            _report(report, failure)
+
     try:
         spec: Spec = report.recv()
         timeout = timedelta(seconds=spec.timeout_s)
         store = TCPStore(LOOPBACK, port, is_master=False, timeout=timeout)
-        take_seat(job, spec, seat, store, _discard if records is None else records.send)
+        take_seat(job, spec, seat, store, _discard if records is None else records.send, tell)
+        _report(report, None)
     except BaseException as error:
-        failure = describe_error(seat.rank, error)
-    with contextlib.suppress(OSError):  # nobody is left to be told
-        report.send(failure)
+        tell(error)
     sys.stdout.flush()
     sys.stderr.flush()
     # Threads of a group that a dead peer left hanging must not keep the process.
     os._exit(0 if failure is None else 1)
+
+
+def _report(report: Connection, failure: Failure | None) -> None:
+    with contextlib.suppress(OSError):  # nobody is left to be told
+        report.send(failure)
 
 
 def _discard(record: object) -> None:
