@@ -79,6 +79,8 @@ dies = plugged_wires:Dies
 lies = plugged_wires:Lies
 absent = plugged_absent:Wire
 """
+TRIAL_S = 30
+"""For a trial: its two processes load NIXL in it, and one wire takes all of it."""
 PLUGGED = {"raises", "hangs", "refuses", "dies", "lies", "absent"}
 
 
@@ -114,7 +116,7 @@ def run_python(*words: str, **variables: str) -> subprocess.CompletedProcess[str
         env=environment | variables,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=250,
     )
 
 
@@ -141,18 +143,18 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     mark = uuid.uuid4().hex
     path = folder / "found.json"
     done = run_python(
-        *("-m", "equipoise", "doctor", "--timeout", "10", "--json", str(path)),
+        *("-m", "equipoise", "doctor", "--timeout", str(TRIAL_S), "--json", str(path)),
         PYTHONPATH=f"{folder}{os.pathsep}{ROOT / 'src'}",
         EQUIPOISE_TEST_MARK=mark,
     )
     # The forkserver notices that its parent has ended, and ends.
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while (left := find_processes(mark)) and time.monotonic() < deadline:
         time.sleep(0.05)
     return Seen(done.returncode, done.stdout, done.stderr, json.loads(path.read_text()), left)
 
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(360)
 
 
 def test_sound_wires_are_measured_and_auto_is_among_them(seen: Seen) -> None:
@@ -187,7 +189,7 @@ def test_all_wires_there_are_get_a_row_and_a_status(seen: Seen) -> None:
     ("name", "status", "reason"),
     [
         ("raises", "fails", "rank 0 failed: RuntimeError: no link on adapter 7"),
-        ("hangs", "hangs", "no answer within 10 s, while experts travel"),
+        ("hangs", "hangs", f"no answer within {TRIAL_S} s, while experts travel"),
         ("refuses", "unavailable", "refuses needs an adapter: buy one"),
         ("lies", "fails", "rank 0, lies: experts of rank 1 arrived with wrong bytes"),
         (
@@ -276,7 +278,8 @@ def test_without_a_ucx_in_the_process_there_is_nothing_to_ask() -> None:
 def test_communicators_that_are_named_must_work() -> None:
     # With these transports alone no rank reaches another's memory.
     words = ("--communicator", "torch_gloo", "--communicator", "nixl", "--json", "-")
-    done = run_python("-m", "equipoise", "doctor", *words, UCX_TLS="self,posix")
+    patience = ("--timeout", "60")
+    done = run_python("-m", "equipoise", "doctor", *words, *patience, UCX_TLS="self,posix")
     assert done.returncode == 1
     found = json.loads(done.stdout)
     assert found["works"] is False

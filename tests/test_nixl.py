@@ -278,7 +278,7 @@ def run_fresh(code: str, **environment: str) -> None:
         [sys.executable, "-c", code],
         env=kept | environment,
         capture_output=True,
-        timeout=50,
+        timeout=100,
         check=False,
     )
     assert (done.returncode, done.stdout.decode(), done.stderr.decode()) == (0, "", "")
