@@ -103,9 +103,8 @@ def test_a_step_commits_no_more_than_it_may(rank: Rank, limits: dict[str, int], 
     serving.add(on_commit=lambda _layer, _slots: committed.update([serving.state.steps]))
     num_ended = 0
     while num_ended < 4:
-        # Of steps that do not wait for the workers, and leave them the interpreter, some would take
-        # more than one chunk.
-        time.sleep(0.001)
+        # Of steps in which the workers get several chunks ready, some would take them all.
+        time.sleep(0.1)
         num_ended += len(serving.step_alone(skew(serving.state.steps % 7)))
     assert max(committed.values()) <= most
     serving.close()
