@@ -30,7 +30,10 @@ from tests.ranks import Rank
 from tests.test_models import VOCABULARY, make_model
 
 CPU = torch.device("cpu")
-PATIENCE_S = 25.0
+PATIENCE_S = 60.0
+"""What takes longer, on the slowest machine, hangs."""
+TIMEOUT_S = 120.0
+"""Of a test, whatever its ranks wait for."""
 
 
 @dataclass
@@ -243,9 +246,13 @@ def end(cast: Cast) -> None:
         assert next_one.retirement is None or next_one.retirement.wait(PATIENCE_S)
 
 
-def list_threads() -> list[str]:
-    """Names of this process's threads that are ours."""
-    return sorted(one.name for one in threading.enumerate() if one.name.startswith("equipoise"))
+def join_threads() -> None:
+    """Wait until all threads of changes have ended: they do by themselves, behind what they did."""
+    of_changes = ("equipoise-next", "equipoise-drop", "equipoise-retire")
+    for one in threading.enumerate():
+        if one.name.startswith(of_changes):
+            one.join(PATIENCE_S)
+            assert not one.is_alive(), f"{one.name} does not end"
 
 
-__all__ = ["Cast", "begin", "change", "dist", "end", "join_cast", "list_threads"]
+__all__ = ["Cast", "begin", "change", "dist", "end", "join_cast", "join_threads"]

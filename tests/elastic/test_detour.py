@@ -96,7 +96,7 @@ def step_until(cast: Cast, log: list[str]) -> None:
 
 
 @pytest.mark.more_faults
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(260)
 @processes(4, timeout_s=140.0)
 def test_tokens_make_way_and_come_back_together(rank: Rank) -> None:
     cast, found = join(rank)
@@ -133,7 +133,7 @@ def fail_in(part: str) -> Callable[[str], None]:
 
 
 @pytest.mark.more_faults
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(260)
 @processes(3, timeout_s=140.0)
 def test_tokens_come_back_from_a_change_that_was_called_off(rank: Rank) -> None:
     cast, _ = join(rank)
@@ -148,7 +148,7 @@ def test_tokens_come_back_from_a_change_that_was_called_off(rank: Rank) -> None:
     end(cast)
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(260)
 @processes(3, timeout_s=140.0)
 def test_who_serves_connects_others_between_two_steps(rank: Rank) -> None:
     cast = join_cast(rank, CONFIG, Redundancy(), timeout_s=20.0)

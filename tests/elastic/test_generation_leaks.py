@@ -11,7 +11,16 @@ import pytest
 
 from equipoise import EPLBConfig
 from equipoise.elastic.placing import Redundancy
-from tests.elastic.scenario import PATIENCE_S, Cast, begin, change, end, join_cast
+from tests.elastic.scenario import (
+    PATIENCE_S,
+    TIMEOUT_S,
+    Cast,
+    begin,
+    change,
+    end,
+    join_cast,
+    join_threads,
+)
 from tests.ranks import Rank, processes
 
 FEW = 4
@@ -40,11 +49,13 @@ def settle_down(cast: Cast) -> None:
     for next_one in cast.retired:
         assert next_one.retirement is None or next_one.retirement.wait(PATIENCE_S)
     cast.retired.clear()
+    # They know what they closed up to their last step.
+    join_threads()
 
 
-@pytest.mark.timeout(60 + 6 * NUM_CHANGES)
+@pytest.mark.timeout(TIMEOUT_S + 120 + 6 * NUM_CHANGES)
 @pytest.mark.parametrize("communicator", WIRES)
-@processes(3, timeout_s=50.0 + 6.0 * NUM_CHANGES)
+@processes(3, timeout_s=TIMEOUT_S + 6.0 * NUM_CHANGES)
 def test_changes_leave_nothing_behind(rank: Rank, communicator: str) -> None:
     config = EPLBConfig(window_size=4, communicator=communicator, policy="deepseek")
     cast = join_cast(rank, config, Redundancy())

@@ -18,8 +18,10 @@ from equipoise.elastic.placing import Redundancy
 from equipoise.elastic.planning import describe, plan_recovery
 from equipoise.elastic.recovery import abandon
 from equipoise.errors import MembershipError, TransferError
-from tests.elastic.scenario import PATIENCE_S, Cast, begin, change, end, join_cast
+from tests.elastic.scenario import PATIENCE_S, TIMEOUT_S, Cast, begin, change, end, join_cast
 from tests.ranks import Rank, processes
+
+pytestmark = pytest.mark.timeout(TIMEOUT_S + 120)
 
 CONFIG = EPLBConfig(window_size=4, step_interval=3, communicator="torch_gloo", policy="deepseek")
 
@@ -69,7 +71,7 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@processes(4, dies=[1, 2], timeout_s=50.0)
+@processes(4, dies=[1, 2], timeout_s=TIMEOUT_S)
 def test_survivors_go_on_with_what_they_hold_and_the_checkpoint(rank: Rank) -> None:
     cast = join_cast(rank, CONFIG, Redundancy(), timeout_s=10.0)
     begin(cast, (0, 1, 2, 3))
@@ -94,7 +96,7 @@ def test_survivors_go_on_with_what_they_hold_and_the_checkpoint(rank: Rank) -> N
     end(cast)
 
 
-@processes(4, dies=[1, 2], timeout_s=50.0)
+@processes(4, dies=[1, 2], timeout_s=TIMEOUT_S)
 def test_experts_come_back_from_host_memory_again_and_again(rank: Rank) -> None:
     config = CONFIG.model_copy(update={"step_interval": 1000})
     cast = join_cast(rank, config, Redundancy(), timeout_s=10.0)
@@ -121,7 +123,7 @@ def test_experts_come_back_from_host_memory_again_and_again(rank: Rank) -> None:
     end(cast)
 
 
-@processes(3, dies=[2], timeout_s=50.0)
+@processes(3, dies=[2], timeout_s=TIMEOUT_S)
 def test_too_few_slots_are_said_to_be_so(rank: Rank) -> None:
     cast = join_cast(rank, CONFIG, Redundancy(slots_per_rank=3), timeout_s=10.0)
     begin(cast, (0, 1, 2))
@@ -136,7 +138,7 @@ def test_too_few_slots_are_said_to_be_so(rank: Rank) -> None:
 
 
 @pytest.mark.more_faults
-@processes(4, dies=[1, 2], timeout_s=50.0)
+@processes(4, dies=[1, 2], timeout_s=TIMEOUT_S)
 def test_a_second_death_during_a_recovery_leads_to_another(rank: Rank) -> None:
     # Nothing moves, so that experts 4 to 7 are with the two that die.
     config = CONFIG.model_copy(update={"step_interval": 1000})
@@ -171,12 +173,12 @@ def end_alone(cast: Cast) -> None:
 
 
 @pytest.mark.more_faults
-@processes(4, dies=[0], timeout_s=50.0)
+@processes(4, dies=[0], timeout_s=TIMEOUT_S)
 def test_a_rank_that_would_stay_dies_in_the_midst_of_a_change(rank: Rank) -> None:
     change_with_a_death(rank, 0, "pull")
 
 
-@processes(4, dies=[2], timeout_s=50.0)
+@processes(4, dies=[2], timeout_s=TIMEOUT_S)
 def test_a_rank_that_would_leave_dies_in_the_midst_of_a_change(rank: Rank) -> None:
     change_with_a_death(rank, 2, "ready")
 

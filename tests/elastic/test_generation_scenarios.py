@@ -8,8 +8,10 @@ import pytest
 
 from equipoise import EPLBConfig
 from equipoise.elastic.placing import Redundancy
-from tests.elastic.scenario import begin, change, end, join_cast
+from tests.elastic.scenario import TIMEOUT_S, begin, change, end, join_cast
 from tests.ranks import Rank, processes
+
+pytestmark = pytest.mark.timeout(TIMEOUT_S + 120)
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ SCRIPTS = (
     ("script", "num_ranks"),
     [pytest.param(script, script.num_ranks, id=script.name) for script in SCRIPTS],
 )
-@processes(timeout_s=50.0)
+@processes(timeout_s=TIMEOUT_S)
 def test_ranks_come_and_go(rank: Rank, script: Script, num_ranks: int) -> None:
     config = EPLBConfig(
         window_size=4,
