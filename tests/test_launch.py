@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -30,6 +32,7 @@ from equipoise.launch.seats import assign_local_seats, describe_seats
 ROOT = Path(__file__).parent.parent
 PATIENCE_S = 60.0
 """Until a process has ended that is to end, and would else pause for good."""
+PHASES: tuple[Literal["off", "on", "loss", "check"], ...] = ("off", "on", "loss", "check")
 
 
 def make_spec(num_ranks: int, folder: Path, timeout_s: float = 20.0) -> JobSpec:
@@ -107,6 +110,18 @@ def tell_and_hang(spec: JobSpec, group: RankGroup, emit: Emit) -> None:
     signal.pause()
 
 
+def tell_before_one_dies(spec: JobSpec, group: RankGroup, emit: Emit) -> None:
+    (spec.model / f"pid-{group.rank}").write_text(str(os.getpid()))
+    group.barrier()
+    if group.rank == 0:
+        for phase in PHASES:
+            emit(PhaseRecord(phase))
+    group.barrier()
+    if group.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    signal.pause()
+
+
 def test_ranks_meet_and_rank_0_is_heard_in_order(tmp_path: Path) -> None:
     assert run("meet_and_tell", 3, tmp_path) == [PhaseRecord("off"), PhaseRecord("on")]
     said = [(tmp_path / f"rank-{rank}").read_text().split() for rank in range(3)]
@@ -147,6 +162,21 @@ def test_a_dead_rank_is_named_and_not_those_who_missed_it(
     assert took < 15, "the deadline of those who missed it is 20 s"
 
 
+def test_what_was_said_before_a_death_is_heard(tmp_path: Path) -> None:
+    heard: list[Record] = []
+
+    def emit(record: Record) -> None:
+        if not heard:
+            # Meanwhile all of it is said, and a rank dies.
+            wait_until_gone(tmp_path, [1])
+        heard.append(record)
+
+    seats = assign_local_seats(2, "cpu")
+    with pytest.raises(JobFailed, match="rank 1 was killed by SIGKILL"):
+        run_local(make_spec(2, tmp_path), seats, emit, job="tests.test_launch:tell_before_one_dies")
+    assert heard == [PhaseRecord(phase) for phase in PHASES]
+
+
 def test_a_rank_that_never_ends_is_named(tmp_path: Path) -> None:
     # Within which ranks must have met, too.
     with pytest.raises(JobFailed, match=r"^rank 1 still runs 10 s after rank 0 was done$"):
@@ -160,7 +190,7 @@ def test_an_error_of_the_display_leaves_no_rank(tmp_path: Path) -> None:
     spec = make_spec(2, tmp_path)
     with pytest.raises(OSError, match="the disk is full"):
         run_local(spec, assign_local_seats(2, "cpu"), emit, job="tests.test_launch:tell_and_hang")
-    wait_until_gone(tmp_path, 2)
+    wait_until_gone(tmp_path, range(2))
 
 
 PARENT = """
@@ -206,15 +236,15 @@ def test_no_rank_outlives_its_parent(tmp_path: Path, number: signal.Signals, sta
         _, errors = parent.communicate(timeout=PATIENCE_S)
         assert parent.returncode == status
         assert errors == ""
-        wait_until_gone(tmp_path, 3)
+        wait_until_gone(tmp_path, range(3))
     finally:
         parent.kill()
         parent.wait()
 
 
-def wait_until_gone(folder: Path, num_ranks: int) -> None:
+def wait_until_gone(folder: Path, ranks: Iterable[int]) -> None:
     deadline = time.monotonic() + PATIENCE_S
-    for rank in range(num_ranks):
+    for rank in ranks:
         pid = int((folder / f"pid-{rank}").read_text())
         while is_alive(pid):
             assert time.monotonic() < deadline, f"rank {rank} still runs"
