@@ -261,7 +261,7 @@ def test_nixl_ep_brings_home_what_one_process_computes(num_ranks: int) -> None:
 
     with ThreadPoolExecutor(num_ranks) as pool:
         for future in [pool.submit(run, rank) for rank in range(num_ranks)]:
-            future.result(50)
+            future.result(200)
 
 
 def reference_of(hidden: Tensor, slots: Tensor, weights: Tensor, topology: Topology) -> Tensor:
