@@ -275,6 +275,7 @@ class Game:
     num_done: int = 0
     newest: int = -1
     has_cut_off: bool = False
+    held_until: float = 0.0
 
     def open(self) -> None:
         launcher = SimpleNamespace(
@@ -331,6 +332,9 @@ class Game:
 
     def tick(self) -> None:
         """As the controller's thread goes round."""
+        if self.world.now < self.held_until:
+            self.world.after(self.held_until - self.world.now, self.tick)
+            return
         controller = self.controller
         while not controller._events.empty():
             controller._events.get()()

@@ -197,6 +197,21 @@ def test_a_rank_that_has_left_is_no_death_though_others_say_late_that_they_serve
         assert game.controller._describe().totals.deaths == 0
 
 
+def test_ranks_are_not_silent_while_the_controller_is_held_up() -> None:
+    with open_game(1) as game:
+        until = game.world.now + 2 * game.spec.silence_s
+        # It finds what they said meanwhile behind its own look.
+        game.held_until = until
+        for rank in game.ranks:
+            rank.held_until = until
+        go_on_until(game, lambda: game.world.now > until + 1.0)
+        assert game.controller._describe().totals.deaths == 0
+        # One that says no more is given up as ever.
+        game.ranks[0].is_stopped = True
+        go_on_until(game, lambda: game.controller._describe().totals.deaths == 1)
+        assert game.world.now < until + 1.0 + 2 * game.spec.silence_s
+
+
 def is_decided(game: Game) -> bool:
     """Whether a rank knows of a change that it stands."""
     return any(Word.SWITCH in one.words.values() for one in game.preparations.values())

@@ -86,7 +86,7 @@ class Controller:
             Hands(
                 self._launch,
                 self._dismiss,
-                self._call_off,
+                lambda generation, reason: call_off(self._store, generation, reason),
                 self._give_up,
                 self._end_rank,
                 lambda: self._tally.steps,
@@ -330,6 +330,7 @@ class Controller:
 
     def _tick(self) -> None:
         now = time.monotonic()
+        self._roster.note_look(now)
         for record in self._roster.living():
             self._look_after(record, now)
         self._adoption.tick(now, self._changes)
@@ -462,9 +463,6 @@ class Controller:
             record.number, record.state = None, "leaving"
             record.leaves_by = time.monotonic() + self._spec.timeout_s + LEAVE_S
             self._requests.release(name)
-
-    def _call_off(self, generation: int, reason: str) -> bool:
-        return call_off(self._store, generation, reason)
 
     def _give_up(self, reason: str) -> None:
         """The service cannot go on: say so to all who wait, and end."""

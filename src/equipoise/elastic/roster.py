@@ -14,6 +14,9 @@ from equipoise.elastic.launcher import UNKNOWN_EXIT, RankHandle, RankSeat
 from equipoise.elastic.said import Heard, Said
 from equipoise.elastic.service import RankState, RankStatus
 
+HELD_UP_S = 1.0
+"""Between two looks of a controller that stood still meanwhile: it was stopped, say, or swapped."""
+
 
 @dataclass
 class RankRecord:
@@ -167,6 +170,7 @@ class Roster:
 
     def __init__(self) -> None:
         self._records: dict[str, RankRecord] = {}
+        self._looked_at = time.monotonic()
 
     def __iter__(self) -> Iterator[RankRecord]:
         return iter([self._records[name] for name in sort_names(self._records)])
@@ -190,6 +194,13 @@ class Roster:
         """One that has left as it should."""
         if self._records.get(record.name) is record:
             del self._records[record.name]
+
+    def note_look(self, now: float) -> None:
+        """The controller looks after ranks; while it was held up itself, it heard nobody."""
+        held_up_s, self._looked_at = now - self._looked_at, now
+        if held_up_s > HELD_UP_S:
+            for record in self.living():
+                record.heard_at = min(now, record.heard_at + held_up_s)
 
     def living(self) -> list[RankRecord]:
         """All but the dead."""
