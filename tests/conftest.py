@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import os
 
+import hypothesis
 import pytest
 import torch
 
 from tests.ranks import start_forkserver
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)

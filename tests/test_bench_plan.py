@@ -45,7 +45,7 @@ def least_pair(load: list[int], num_ranks: int) -> float:
     return best
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 1000), min_size=2, max_size=5), st.integers(3, 4))
 def test_no_pairing_beats_the_pairing_bound(load: list[int], num_ranks: int) -> None:
     bound = bound_peak(np.array([load]), Topology(num_ranks, 2))[0]

@@ -42,7 +42,7 @@ def read(stream: TextStream, tokens: list[int], sizes: list[int]) -> tuple[str, 
 
 @pytest.mark.parametrize("get", [bundled, bytes_of_text])
 @given(sizes=st.lists(st.integers(0, 7), max_size=30))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_pieces_are_the_text_however_tokens_are_parted(get: Any, sizes: list[int]) -> None:
     tokens = encode(get(), TEXT)
     assert read(TextStream(get()), tokens, sizes) == (TEXT, False)
@@ -50,7 +50,7 @@ def test_pieces_are_the_text_however_tokens_are_parted(get: Any, sizes: list[int
 
 @pytest.mark.parametrize("get", [bundled, bytes_of_text])
 @given(sizes=st.lists(st.integers(0, 7), max_size=30))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_text_ends_before_the_stop_string_that_is_complete_first(
     get: Any, sizes: list[int]
 ) -> None:

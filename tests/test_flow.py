@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from equipoise.errors import ConfigError, PlacementError
@@ -24,9 +24,7 @@ from equipoise.policy.flow.published import publish
 from equipoise.topology import IntArray, Topology
 
 UNBOUNDED = FlowOptions(move_budget=None, target=1.0)
-property_test = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+property_test = settings(max_examples=150)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -79,7 +79,7 @@ def test_a_captured_graph_counts_and_can_be_switched_off() -> None:
 @given(
     st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(0, 12), st.sampled_from([0.0, 0.5])
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_window_sums_the_last_steps_each_by_its_own_placement(
     seed: int, window_size: int, num_steps: int, empty_share: float
 ) -> None:

@@ -36,7 +36,6 @@ def test_topologies_that_cannot_be_are_refused(counts: tuple[int, int, int], mes
 
 
 @given(topologies())
-@settings(deadline=None)
 def test_slots_ranks_and_nodes_count_alike(topology: Topology) -> None:
     assert topology.ranks_per_node * topology.num_nodes == topology.num_ranks
     slot = 0
@@ -52,7 +51,6 @@ def test_slots_ranks_and_nodes_count_alike(topology: Topology) -> None:
 
 
 @given(st.integers(1, 300), st.integers(1, 64))
-@settings(deadline=None)
 def test_redundant_slots_by_default_are_the_fewest_that_spare_one_per_rank(
     num_experts: int, num_ranks: int
 ) -> None:
@@ -124,7 +122,7 @@ def test_counts_and_inverse_of_a_small_placement() -> None:
 
 
 @given(placement_pairs())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_both_maps_say_the_same(pair: tuple[Placement, Placement]) -> None:
     placement, _ = pair
     wasted = 0
@@ -140,7 +138,7 @@ def test_both_maps_say_the_same(pair: tuple[Placement, Placement]) -> None:
 
 
 @given(placement_pairs())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_equality_hash_and_fingerprint_agree(pair: tuple[Placement, Placement]) -> None:
     one, other = pair
     same = one.slot_to_expert.tolist() == other.slot_to_expert.tolist()
@@ -172,7 +170,7 @@ def test_in_order_goes_round() -> None:
 
 
 @given(placement_pairs())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_json_round_trip(pair: tuple[Placement, Placement]) -> None:
     assert Placement.from_json(pair[0].to_json()) == pair[0]
 
@@ -201,7 +199,7 @@ def test_json_that_is_no_placement_is_refused_by_key(text: str, message: str) ->
 
 
 @given(placement_pairs(), st.integers(0, 2**32 - 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_load_is_shared_by_replicas_and_none_is_lost(
     pair: tuple[Placement, Placement], seed: int
 ) -> None:

@@ -47,8 +47,7 @@ ASCEND = {
 @given(topology=topologies(), seed=st.integers(0, 2**32 - 1), data=st.data())
 @settings(
     max_examples=15,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 def test_what_is_written_is_read_again(
     tmp_path: Path,

@@ -25,7 +25,7 @@ def apply_plan(plan: TransferPlan) -> np.ndarray:
 
 
 @given(placement_pairs())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_plan_turns_the_old_table_into_the_new_one(pair: tuple[Placement, Placement]) -> None:
     old, new = pair
     plan = make_plan(old, new)
@@ -38,7 +38,7 @@ def test_a_plan_turns_the_old_table_into_the_new_one(pair: tuple[Placement, Plac
 
 
 @given(placement_pairs())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_rows_are_one_per_rank_and_expert_and_come_from_the_nearest_holder(
     pair: tuple[Placement, Placement],
 ) -> None:
@@ -151,7 +151,7 @@ def test_totals_even_out_where_a_layer_does_not_care() -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(0, 40))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_shifting_never_makes_a_layer_worse_than_taking_turns(
     seed: int, num_ranks: int, num_rows: int
 ) -> None:
@@ -185,7 +185,7 @@ def test_plans_are_the_same_everywhere_and_told_apart_by_fingerprint() -> None:
 
 
 @given(placement_pairs(), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_chunks_hold_whole_layers_within_the_budget(
     pair: tuple[Placement, Placement], data: st.DataObject
 ) -> None:
@@ -211,7 +211,7 @@ def test_chunks_hold_whole_layers_within_the_budget(
 
 
 @given(placement_pairs(), st.integers(0, 40), st.integers(1, 9))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_chunks_end_with_a_single_layer_and_keep_their_budget(
     pair: tuple[Placement, Placement], more: int, first: int
 ) -> None:

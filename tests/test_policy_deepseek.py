@@ -80,7 +80,7 @@ def test_the_published_example_comes_out_as_published() -> None:
 
 
 @given(problems())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_all_layers_at_once_are_what_one_layer_at_a_time_gives(
     problem: tuple[np.ndarray, Topology, int],
 ) -> None:
@@ -91,7 +91,7 @@ def test_all_layers_at_once_are_what_one_layer_at_a_time_gives(
 
 
 @given(problems())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_slot_is_used_every_expert_placed_and_the_same_comes_out_twice(
     problem: tuple[np.ndarray, Topology, int],
 ) -> None:

@@ -48,7 +48,7 @@ def test_domains_come_one_after_another_or_mixed():
         steps_from_routes(make_routes([1, 1]), None, Serving(order="interleaved"))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_no_token_is_lost_whatever_the_schedule(data):
     lengths = data.draw(st.lists(st.integers(0, 7), min_size=1, max_size=8).filter(any))

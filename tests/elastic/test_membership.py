@@ -43,7 +43,7 @@ REDUNDANCIES = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     num_experts=st.integers(4, 12),
     num_ranks=st.integers(1, 5),

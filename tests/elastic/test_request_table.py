@@ -128,7 +128,7 @@ def test_what_travels_arrives_as_it_was() -> None:
     assert read_delta(write_delta(delta, 5)) == (5, delta)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["step", "lose", "repeat", "stale"]), st.integers(0, 2)),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from equipoise.elastic.channel import Message
 from equipoise.elastic.said import Heard, Said
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(["say", "arrive", "confirm", "drop"]), max_size=60))
 def test_everything_comes_once_and_in_order(story: list[str]) -> None:
     said, heard = Said(), Heard()
