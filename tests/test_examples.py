@@ -23,7 +23,7 @@ def run(name: str) -> str:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=50,
+        timeout=200,
         check=False,
     )
     assert done.returncode == 0, done.stderr
