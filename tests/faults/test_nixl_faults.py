@@ -8,6 +8,7 @@ import signal
 import time
 import weakref
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,10 +70,19 @@ def stop_before_read(communicator: NixlEplbCommunicator, rank: Rank, other: int)
     post = communicator._agent.post
 
     def stop_and_post(read: Read) -> None:
-        os.kill(int(rank.store.get(f"pid/{other}")), signal.SIGSTOP)
+        pid = int(rank.store.get(f"pid/{other}"))
+        os.kill(pid, signal.SIGSTOP)
+        # Each of its threads stops in its own time, and one could still serve the READ.
+        while any(read_state(stat) != "T" for stat in Path(f"/proc/{pid}/task").glob("*/stat")):
+            time.sleep(0.001)
         post(read)
 
     communicator._agent.post = stop_and_post  # type: ignore[method-assign]
+
+
+def read_state(stat: Path) -> str:
+    """Of a process or thread; T once it is stopped."""
+    return stat.read_text().rpartition(")")[2].split()[0]
 
 
 def kill(rank: Rank, other: int) -> None:
