@@ -260,10 +260,14 @@ class Player:
 
     def note_memory(self) -> None:
         """What the device has in use, of all that uses it, but for what torch keeps for itself."""
+        assert self.parallel is not None
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
+        # Ranks may share a device.
+        self.parallel.state.group.barrier()
         free, total = torch.cuda.mem_get_info(self.device)
         self.used_bytes.append(total - free)
+        self.parallel.state.group.barrier()
 
     def meet(self, next_one: NextGeneration | None) -> Word:
         assert self.parallel is not None
@@ -429,7 +433,20 @@ def test_two_gpus_become_one_and_two_again(rank: Rank, wires: Wires) -> None:
 def test_two_gpus_connect_anew_beside_tokens_over_nccl(rank: Rank) -> None:
     device = torch.device("cuda", rank.rank)
     torch.cuda.set_device(device)
-    player = grow_and_shrink(rank, device, "nccl", WIRES[0], AMONG_TWO)
+    check_memory(grow_and_shrink(rank, device, "nccl", WIRES[0], AMONG_TWO))
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(400)
+@processes(2, timeout_s=390)
+def test_two_ranks_of_one_gpu_connect_anew(rank: Rank) -> None:
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    check_memory(grow_and_shrink(rank, device, "gloo", WIRES[0], AMONG_TWO))
+
+
+def check_memory(player: Player) -> None:
+    """That the last of many changes has left as much in use as the second."""
     used = [f"{num_bytes / 1e9:.3f}" for num_bytes in player.used_bytes]
     print(f"{player.home.name}: GB in use after each change: {', '.join(used)}", flush=True)
     assert player.used_bytes[-1] <= player.used_bytes[1] + SLACK_BYTES
