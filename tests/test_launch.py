@@ -254,7 +254,7 @@ def wait_until_gone(folder: Path, ranks: Iterable[int]) -> None:
 def is_alive(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter between its opening and reading
         return False
     return state != "Z"
 

@@ -81,8 +81,11 @@ def stop_before_read(communicator: NixlEplbCommunicator, rank: Rank, other: int)
 
 
 def read_state(stat: Path) -> str:
-    """Of a process or thread; T once it is stopped."""
-    return stat.read_text().rpartition(")")[2].split()[0]
+    """Of a thread; T once it is stopped, or has ended meanwhile."""
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "T"
 
 
 def kill(rank: Rank, other: int) -> None:

@@ -190,9 +190,10 @@ def _supervise(
 
 
 def _drain(records: Connection, emit: Callable[[Any], None]) -> None:
-    """Pass on what rank 0 has said already."""
+    """Pass on what rank 0 has said already; it may still run, and say more."""
+    deadline = time.monotonic() + STOP_S
     with contextlib.suppress(EOFError, ConnectionResetError):
-        while records.poll():
+        while time.monotonic() < deadline and records.poll():
             emit(records.recv())
 
 
