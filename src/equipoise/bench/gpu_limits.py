@@ -71,7 +71,6 @@ class BareReads:
         memory: [bytes] uint8, this rank's weights, laid out alike on every rank.
         rows: per layer [S, row bytes] uint8, in `memory`.
         landing: [bytes] uint8, what READs fill.
-        plan: what is read.
     Collective: every rank of the group.
     """
 
@@ -81,10 +80,8 @@ class BareReads:
         memory: Tensor,
         rows: list[list[Tensor]],
         landing: Tensor,
-        plan: TransferPlan,
     ) -> None:
         self._group = group
-        self._plan = plan
         self._table = WeightTable(rows)
         self._base = memory.data_ptr()
         self._landing = landing
@@ -92,19 +89,19 @@ class BareReads:
         self._agent.register(Spans.of([span_of(memory), span_of(landing)]))
         self._peers = self._meet()
 
-    def read_all(self) -> None:
+    def read_all(self, plan: TransferPlan) -> None:
         """Everything at once, one READ for each peer, to where it stays."""
-        mine = np.flatnonzero((self._plan.dst_rank == self._group.rank) & ~self._plan.is_local)
-        self._finish(list(self._post(mine, 0)))
+        mine = np.flatnonzero((plan.dst_rank == self._group.rank) & ~plan.is_local)
+        self._finish(list(self._post(plan, mine, 0)))
 
-    def read_chunks(self, shares: Sequence[ChunkShare]) -> None:
+    def read_chunks(self, plan: TransferPlan, shares: Sequence[ChunkShare]) -> None:
         """Chunk after chunk into two halves of the landing in turns, two chunks under way."""
         half = max((share.remote_bytes for share in shares), default=0)
         pending: list[list[Read]] = []
         for number, share in enumerate(shares):
             if len(pending) == 2:
                 self._finish(pending.pop(0))
-            pending.append(list(self._post(share.received, number % 2 * half)))
+            pending.append(list(self._post(plan, share.received, number % 2 * half)))
         for reads in pending:
             self._finish(reads)
 
@@ -113,9 +110,8 @@ class BareReads:
         self._agent.close()
 
     def _post(
-        self, rows: np.ndarray[tuple[int], np.dtype[np.int64]], offset: int
+        self, plan: TransferPlan, rows: np.ndarray[tuple[int], np.dtype[np.int64]], offset: int
     ) -> Iterator[Read]:
-        plan = self._plan
         slots_per_rank = plan.old.topology.slots_per_rank
         sources = plan.src_rank[rows]
         for source in np.unique(sources):

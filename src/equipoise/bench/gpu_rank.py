@@ -125,6 +125,10 @@ class _Course:
         self._group = group
         self._old, self._new = case.make_placements(spec.num_ranks, spec.seed)
         self._plan = make_plan(self._old, self._new)
+        # There and back; slots that were filled are emptied instead.
+        self._plans = [self._plan]
+        if case.kind != "fill":
+            self._plans.append(make_plan(self._new, self._old))
         self._weights = GpuWeights(case, self._old, group.rank, group.device)
         self._sizes = measure_experts(self._weights.tensors)
         received = count_received(self._plan, group.rank) * case.expert_bytes
@@ -164,18 +168,24 @@ class _Course:
         self._group.all_reduce(everywhere, "min")
         if not bool(everywhere):
             return
-        reads = BareReads(
-            self._group, self._weights.memory, self._weights.tensors, landing, self._plan
-        )
-        yield self._limit("one READ in place", None, reads.read_all)
+        weights = self._weights
+        reads = BareReads(self._group, weights.memory, weights.tensors, landing)
+        in_place = [partial(reads.read_all, plan) for plan in self._plans]
+        yield self._limit("one READ in place", None, *in_place)
         for staging in self._spec.stagings:
-            run = partial(reads.read_chunks, self._share(staging))
-            yield self._limit("bare READs of the same chunks", staging, run)
+            runs = [
+                partial(reads.read_chunks, plan, self._share(plan, staging)) for plan in self._plans
+            ]
+            yield self._limit("bare READs of the same chunks", staging, *runs)
         self._group.barrier()
         reads.close()
 
-    def _limit(self, limit: Limit, staging: Staging | None, run: Callable[[], None]) -> LimitFound:
-        seconds = [self._time(run) for _ in range(self._spec.num_rounds + 1)][1:]
+    def _limit(
+        self, limit: Limit, staging: Staging | None, *runs: Callable[[], None]
+    ) -> LimitFound:
+        """By turns, each as often as `_measure` has it."""
+        rounds = range(_count_rounds(self._spec.num_rounds))
+        seconds = [self._time(runs[number % len(runs)]) for number in rounds][1:]
         return LimitFound(self._case.name, limit, staging, self._most_bytes, median(seconds))
 
     def _measure(self, backend: str, staging: Staging) -> WireMeasured:
@@ -184,16 +194,12 @@ class _Course:
         before = _MemoryInUse.of(device)
         communicator = create_eplb_communicator(self._group, backend, self._weights.tensors)
         seconds, peaks, num_chunks = [], [0], 0
-        # The first warms up; an even number, so that every wire begins with the same placement.
         wanted = self._spec.num_rounds // (3 if backend == "torch_gloo" else 1)
-        places = (self._old, self._new)
         try:
-            for number in range(wanted + 2 - wanted % 2):
-                is_back = number % 2 and self._case.kind != "fill"
-                old, new = reversed(places) if is_back else places
+            for number in range(_count_rounds(wanted)):
+                plan = self._plans[number % len(self._plans)]
+                old, new = plan.old, plan.new
                 torch.cuda.reset_peak_memory_stats(device)
-
-                plan = make_plan(old, new)
 
                 def move(
                     old: Placement = old, new: Placement = new, plan: TransferPlan = plan
@@ -221,7 +227,7 @@ class _Course:
             communicator.close()
         peak = torch.tensor(max(peaks) + max(0, others))
         self._group.all_reduce(peak, "max")
-        most = int(self._share(staging).num_bytes.max())
+        most = int(self._share(self._plan, staging).num_bytes.max())
         return WireMeasured(
             self._case.name,
             backend,
@@ -260,10 +266,10 @@ class _Course:
             self._group.device,
         )
 
-    def _share(self, staging: Staging) -> PlanShares:
+    def _share(self, plan: TransferPlan, staging: Staging) -> PlanShares:
         budget = self._budget(staging)
         return share_plan(
-            self._plan,
+            plan,
             self._group.rank,
             self._sizes,
             budget.buffer_bytes,
@@ -279,6 +285,11 @@ class _Course:
         taken = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
         self._group.all_reduce(taken, "max")
         return float(taken)
+
+
+def _count_rounds(wanted: int) -> int:
+    """The first warms up; an even number, so that every wire begins with the same placement."""
+    return wanted + 2 - wanted % 2
 
 
 @dataclass(frozen=True)

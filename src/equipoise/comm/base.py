@@ -36,9 +36,10 @@ class GroupCoordinator(Protocol):
 class ExpertMoves:
     """One rank's share of an exchange, as index arrays over the registered weights.
 
-    Both sides order what travels between them alike: by layer, within a layer by expert. On the
-    wire, and where it lands, the bytes of a pair of ranks stand together: for each layer, for each
-    tensor of the layer, one row per expert.
+    Both sides order what travels between them alike: by layer, within a layer as they agree on. In
+    the order of the sender's slots, those that stand side by side are read as one. On the wire,
+    and where it lands, the bytes of a pair of ranks stand together: for each layer, for each tensor
+    of the layer, one row per expert.
 
     Attributes:
         send_rank: [n] int64, destination of each sent expert; ascending.

@@ -70,17 +70,26 @@ class WeightTable:
             layers: [n] int64, its layer; ascending within a rank.
             slots: [n] int64, its local slot; below 0 for none.
         """
-        expert, tensor = _count_up(self._num_tensors[layers])
-        run = np.ones(len(ranks), dtype=np.int64)
-        run[1:] = (ranks[1:] != ranks[:-1]) | (layers[1:] != layers[:-1])
-        run = np.cumsum(run)
-        block = run[expert] * self._row_bytes.shape[1] + tensor
-        order = np.argsort(block * len(layers) + expert)
-        expert, tensor = expert[order], tensor[order]
+        expert, tensor, block = self._order_rows(ranks, layers)
         layer = layers[expert]
         num_bytes = self._row_bytes[layer, tensor]
         spans = Spans(self._address[layer, tensor] + slots[expert] * num_bytes, num_bytes)
-        return RowList(ranks[expert], block[order], slots[expert] >= 0, spans)
+        return RowList(ranks[expert], block, slots[expert] >= 0, spans)
+
+    def _order_rows(self, ranks: IntArray, layers: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+        """[rows] each, in the order of the wire: of which expert, which tensor, and the block."""
+        count = len(ranks)
+        if count and ranks[0] == ranks[-1] and layers[0] == layers[-1]:
+            # One layer to one rank, a chunk of the least memory: nothing to sort.
+            expert, tensor = np.arange(count), np.arange(self._num_tensors[layers[0]])
+            block = np.repeat(tensor, count)
+            return np.tile(expert, len(tensor)), block, block
+        expert, tensor = _count_up(self._num_tensors[layers])
+        run = np.ones(count, dtype=np.int64)
+        run[1:] = (ranks[1:] != ranks[:-1]) | (layers[1:] != layers[:-1])
+        block = np.cumsum(run)[expert] * self._row_bytes.shape[1] + tensor
+        order = np.argsort(block, kind="stable")
+        return expert[order], tensor[order], block[order]
 
     def pair_up(
         self,

@@ -24,7 +24,8 @@ class TransferPlan:
     Attributes:
         old: the placement that stands.
         new: the one that shall stand.
-        layer: [M] int64. Rows are sorted by layer, dst_rank, expert.
+        layer: [M] int64. Rows are sorted by layer, dst_rank, src_slot: what stands side by side is
+            read as one.
         dst_rank: [M] int64, rank that stages the row.
         expert: [M] int64.
         src_slot: [M] int64, global slot in `old` that holds the expert.
@@ -173,8 +174,12 @@ def make_plan(old: Placement, new: Placement) -> TransferPlan:
     group, expert = np.divmod(rows, num_experts)
     layer, dst_rank = np.divmod(group, ranks)
     holders = find_holders(old)
-    source = _choose_holder(holders, old, layer, dst_rank, expert)
-    columns = (layer, dst_rank, expert, holders.slot[source], write_row, write_slot)
+    src_slot = holders.slot[_choose_holder(holders, old, layer, dst_rank, expert)]
+    order = np.argsort(group * new.topology.num_slots + src_slot)
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    by_slot = (each[order] for each in (layer, dst_rank, expert, src_slot))
+    columns = (*by_slot, place[write_row], write_slot)
     for column in columns:
         column.setflags(write=False)
     return TransferPlan(old, new, *columns)

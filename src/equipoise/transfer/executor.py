@@ -242,7 +242,9 @@ def _move_all(
         for number in range(len(shares)):
             problem = pipeline.receive()
             share = pipeline.find_share(number)
-            problem = _compare(mover, share, pipeline.find_buffer(number), verify, problem)
+            problem = _compare(
+                mover, share, pipeline.find_buffer(number), verify, problem, pipeline.look_ahead
+            )
             stands = mover.group.decide("abort" if problem else "commit")
             if stands == "commit":
                 pipeline.fill()
@@ -271,12 +273,14 @@ def _compare(
     staging: Tensor,
     verify: Verify,
     problem: Exception | None,
+    meanwhile: Callable[[], None],
 ) -> Exception | None:
     """Hear how every rank fared; None if all are fine."""
     group = mover.group
     try:
         status = torch.tensor([problem is not None])
-        fared = group.all_gather(status, busy_s=find_busy_s(share.busiest_bytes, group))
+        busy_s = find_busy_s(share.busiest_bytes, group)
+        fared = group.all_gather(status, busy_s=busy_s, meanwhile=meanwhile)
         failed = [rank for rank, theirs in enumerate(fared) if bool(theirs)]
         if not failed and verify != "off":
             return mover.verify(share, staging, verify)

@@ -95,6 +95,7 @@ class Pipeline:
         self._freed: list[torch.cuda.Event | None] = [None] * len(buffers)
         self._last: _Chunk | None = None
         self._copies: SpanCopies
+        self._num_prepared = 0
         self._course: Iterator[_Chunk] = iter(())
         self._thread: threading.Thread | None = None
 
@@ -136,6 +137,20 @@ class Pipeline:
         if received.staged is not None:
             torch.cuda.current_stream(self._device).wait_event(received.staged)
         return None
+
+    def look_ahead(self) -> None:
+        """Make the next chunk ready while ranks agree on this one; what goes wrong shows with it.
+
+        Collective: none; between `receive` and `fill`.
+        """
+        # Where there is another thread, the communicator is its.
+        if self._thread is not None or self._last is None or not self._received.empty():
+            return
+        try:
+            self._prepare_copies(self._last.number + 1)
+            self._mover.communicator.advance()
+        except Exception as error:
+            self._received.put(error)
 
     def fill(self) -> None:
         """Fill slots from the chunk that was received last, on the current stream.
@@ -221,14 +236,20 @@ class Pipeline:
     def _finish(self, chunk: _Chunk) -> _Chunk:
         """Make ready what fills its slots, once the next is on its way, and receive it."""
         chunk.part = chunk.number % _CHUNKS_AT_ONCE
-        if chunk.part == 0:
-            some = range(chunk.number, min(chunk.number + _CHUNKS_AT_ONCE, len(self._shares)))
-            self._copies = self._mover.prepare_many(
-                [self._cut(each) for each in some], [self.find_buffer(each) for each in some]
-            )
+        self._prepare_copies(chunk.number)
         chunk.copies = self._copies
         self._mover.communicator.finish()
         return chunk
+
+    def _prepare_copies(self, number: int) -> None:
+        """Make ready what fills a chunk's slots, and those of some behind it; once."""
+        if number < self._num_prepared or number >= len(self._shares):
+            return
+        some = range(number, min(number + _CHUNKS_AT_ONCE, len(self._shares)))
+        self._copies = self._mover.prepare_many(
+            [self._cut(each) for each in some], [self.find_buffer(each) for each in some]
+        )
+        self._num_prepared = some.stop
 
     def _await_buffer(self, number: int) -> bool:
         """Whether there is a buffer for a chunk, rather than an end."""

@@ -55,8 +55,8 @@ class StagedBlock:
 class StagedRows:
     """What a rank stages in a chunk, in the order in which it lies.
 
-    Received experts come first, by source, layer and expert, as the wire brings them; then its own
-    by layer and expert. Those of one source and layer are a block, which lies tensor by tensor.
+    Received experts come first, by source, layer and its slot, as the wire brings them; then its
+    own by layer and slot. Those of one source and layer are a block, which lies tensor by tensor.
 
     Attributes:
         row: [n] int64, rows of the plan.
@@ -92,8 +92,8 @@ class ChunkShare:
 
     Attributes:
         layers: [l] int64, the chunk's, ascending; the same on every rank.
-        sent: [s] int64, rows of the plan that this rank sends; by destination, layer, expert.
-        received: [m] int64, rows that it receives; by source, layer, expert.
+        sent: [s] int64, rows of the plan that this rank sends; by destination, layer, slot.
+        received: [m] int64, rows that it receives; by source, layer, its slot.
         received_into: [m] int64, the empty local slot (0..S-1) that each lands in; -1 if staged.
         staged: what it stages.
         write_staged: [w] int64, which of the staged rows each write takes; several may take one.
