@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from equipoise.comm.groups import RankGroup
 from equipoise.config import EPLBConfig
+from equipoise.engine import attention
 from equipoise.engine.engine import Engine, EngineLimits
 from equipoise.engine.figures import StepResult
 from equipoise.engine.requests import Delta, Request, SamplingParams
@@ -215,22 +217,31 @@ def test_all_slots_of_an_expert_get_their_share() -> None:
     assert abs(first.sum() - second.sum()) <= 0.1 * counts.sum()
 
 
-@pytest.mark.parametrize("window", [3, 16])
-def test_a_window_is_kept(window: int) -> None:
-    """Shorter than a chunk, and than a request."""
+def make_windowed(window: int | None, kind: str = "sdpa") -> Any:
+    """Mixtral, each of whose tokens looks at so many."""
     model: Any = make_model("mixtral")
+    model.set_attn_implementation(kind)
     model.config.sliding_window = window
     for layer in model.model.layers:
         layer.self_attn.sliding_window = window
+    return model
+
+
+def generate_uncached(model: Any, prompts: list[tuple[int, ...]]) -> list[list[int]]:
+    """Greedy decoding of whole texts, one at a time."""
+    texts = [list(prompt) for prompt in prompts]
+    for tokens in texts * MAX_NEW:
+        logits = model(torch.tensor([tokens]), use_cache=False).logits
+        tokens.append(int(logits[0, -1].argmax()))
+    return [tokens[-MAX_NEW:] for tokens in texts]
+
+
+@pytest.mark.parametrize("window", [3, 16])
+def test_a_window_is_kept(window: int) -> None:
+    """Shorter than a chunk, and than a request."""
+    model = make_windowed(window)
     prompts = draw_prompts([30, 6])
-    want = []
-    for prompt in prompts:
-        tokens = list(prompt)
-        for _ in range(MAX_NEW):
-            tokens.append(
-                int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax())
-            )
-        want.append(tokens[len(prompt) :])
+    want = generate_uncached(model, prompts)
     plainly = generate("mixtral", prompts, None)
     assert want != plainly
 
@@ -241,6 +252,49 @@ def test_a_window_is_kept(window: int) -> None:
     engine.submit(*requests)
     run_until_idle(engine, group)
     assert [request.generated for request in requests] == want
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+def test_prompts_of_one_length_are_attended_at_once(
+    kind: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside others, a prompt in parts, and decoding sequences; 5 tokens in a row are not alike."""
+    model = make_windowed(window, kind)
+    prompts = draw_prompts([6, 6, 6, 9, 4, 4, 10, 5, 5])
+    want = generate_uncached(model, prompts)
+    parallel = parallelize(model, make_lone_group(), EPLBConfig(use_async=False))
+    engine = Engine(parallel, EngineLimits(9, 30, prefill_chunk=40, end_tokens=frozenset()))
+    asked = count_attention(monkeypatch)
+    requests = [make_request(i, prompt) for i, prompt in enumerate(prompts)]
+    engine.submit(*requests[:7])
+    engine.step()
+    assert asked == [(3, 6, 6), (1, 9, 9), (2, 4, 4), (1, 5, 5)] * LAYERS
+    asked.clear()
+    engine.submit(*requests[7:])
+    engine.step()
+    assert asked == [(6, 1, 10), (1, 5, 10), (2, 5, 5)] * LAYERS
+    while engine.has_work:
+        engine.step()
+    assert [request.generated for request in requests] == want
+
+
+def count_attention(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """Sequences, tokens and keys of each call of the family's own attention from now on."""
+    asked = []
+
+    def find_counted(name: str, module: Any) -> Any:
+        inner = find_inner(name, module)
+
+        def attend(module: Any, query: Tensor, key: Tensor, *given: Any, **named: Any) -> Any:
+            asked.append((query.shape[0], query.shape[2], key.shape[2]))
+            return inner(module, query, key, *given, **named)
+
+        return attend
+
+    find_inner = attention._find_inner
+    monkeypatch.setattr(attention, "_find_inner", find_counted)
+    return asked
 
 
 def test_ends_are_told_for_what_they_are() -> None:

@@ -3,18 +3,19 @@
 A step's tokens lie in one row, without padding: one of each decoding sequence, then chunks of
 prompts. Everything but attention takes them as they are. Attention, which transformers lets others
 provide, keeps their keys and values, and asks the model's implementation once for all decoding
-sequences and once for each chunk.
+sequences, once for each run of prompts of one length, and once for each other chunk.
 
-Axis letters: N tokens of a step, H heads, D head dimension, C tokens of a chunk.
+Axis letters: N tokens of a step, H heads, D head dimension, B sequences, C tokens of each.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
+from itertools import groupby
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -32,30 +33,46 @@ _INNER = ("sdpa", "eager")
 
 
 class Chunk(NamedTuple):
-    """Tokens of one sequence: row of the cache, position of the first, and how many."""
+    """Tokens of one sequence: row of the cache, position of the first, and how many.
+
+    Or of several in rows behind each other: position of the last one's first, and of how many.
+    """
 
     row: int
     start: int
     length: int
+    num: int = 1
+
+
+def join(chunks: Iterable[Chunk]) -> list[Chunk]:
+    """Make one of each run that begins sequences by chunks of one length; its row is none."""
+    alike = groupby(chunks, lambda chunk: chunk if chunk.start else chunk._replace(row=-1))
+    return [chunk._replace(num=len(list(run))) for chunk, run in alike]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which sequences a step's tokens belong to.
-
-    Attributes:
-        rows: [N] int64, of the cache.
-        positions: [N] int64.
-        num_decoding: the first tokens, one of each of the first rows.
-        longest: positions that any of these looks at.
-        chunks: behind them, in order.
-    """
+    """Which sequences a step's tokens belong to: rows of the cache and positions, [N] int64."""
 
     rows: Tensor
     positions: Tensor
-    num_decoding: int
-    longest: int
-    chunks: tuple[Chunk, ...] = ()
+    chunks: list[Chunk]
+    _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+
+    def hide(self, chunk: Chunk, at: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[B or 1, 1, C, keys]: 0 where a token of the chunk looks, -inf elsewhere.
+
+        Layers share it: token `at` of the step and the window tell one from another.
+        """
+        if (at, window) not in self._masks:
+            _, start, length, num = chunk
+            key = torch.arange(start + length, device=self.positions.device)
+            position = self.positions[at : at + num * length] if start else key
+            back = position.view(-1, 1, length, 1) - key
+            hidden = back < 0 if window is None else (back < 0) | (back >= window)
+            shown = torch.zeros_like(hidden, dtype=dtype)
+            self._masks[at, window] = shown.masked_fill_(hidden, float("-inf"))
+        return self._masks[at, window]
 
 
 @dataclass
@@ -66,23 +83,6 @@ class _Pass:
     cache: KVCache | None = None
     layout: Layout | None = None
     seen: dict[int, LayerShape] = field(default_factory=dict)
-    _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
-
-    def hide(
-        self, position: Tensor, until: int, window: int | None, dtype: torch.dtype, at: int
-    ) -> Tensor:
-        """[tokens, until]: 0 where a token of a position looks, -inf elsewhere.
-
-        Layers share it: token `at` of the step and the window tell one from another.
-        """
-        if (at, window) not in self._masks:
-            key, position = torch.arange(until, device=position.device), position[:, None]
-            hidden = key > position
-            if window is not None:
-                hidden |= key <= position - window
-            shown = torch.zeros(hidden.shape, dtype=dtype, device=position.device)
-            self._masks[at, window] = shown.masked_fill_(hidden, float("-inf"))
-        return self._masks[at, window]
 
 
 class Attention:
@@ -151,24 +151,23 @@ def _attend(
     if this.cache is None or this.layout is None:
         return inner(module, query, key, value, None, **named)[0], None
     layout, window = this.layout, cast("int | None", named.get("sliding_window"))
-    keys, values = this.cache.store(layer, layout.rows, layout.positions, key, value)
-    outputs, at = [], layout.num_decoding
-    if at:
-        until, each = layout.longest, query[0, :, :at].transpose(0, 1)[:, :, None]
-        mask = this.hide(layout.positions[:at], until, window, query.dtype, 0)[:, None, None]
-        seen = keys[:at, :, :until], values[:at, :, :until]
-        outputs.append(inner(module, each, *seen, mask, **named)[0].transpose(0, 1))
-    for row, start, length in layout.chunks:
-        until, part = start + length, query[:, :, at : at + length]
-        chunk_mask: Tensor | None = None
+    cached = this.cache.store(layer, layout.rows, layout.positions, key, value)
+    outputs, at = [], 0
+    for chunk in layout.chunks:
+        row, start, length, num = chunk
+        until, behind, mask = start + length, at + num * length, None
         # From the first token on, sdpa knows by itself that it is causal.
         if this.inner != "sdpa" or start or (window is not None and window < until):
-            position = layout.positions[at : at + length]
-            chunk_mask = this.hide(position, until, window, query.dtype, at)[None, None]
-        seen = keys[row : row + 1, :, :until], values[row : row + 1, :, :until]
-        outputs.append(inner(module, part, *seen, chunk_mask, **named)[0])
-        at += length
-    return torch.cat(outputs, dim=1), None
+            mask = layout.hide(chunk, at, window, query.dtype)
+        each, *seen = (
+            tensor[0, :, at:behind].view(-1, num, length, tensor.shape[3]).transpose(0, 1)
+            for tensor in (query, key, value)
+        )
+        if start:
+            seen = [tensor[row : row + num, :, :until] for tensor in cached]
+        outputs.append(inner(module, each, *seen, mask, **named)[0].flatten(0, 1)[None])
+        at = behind
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
 
 
 def _find_inner(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from equipoise.engine.attention import Attention, Chunk, Layout
+from equipoise.engine.attention import Attention, Chunk, Layout, join
 from equipoise.engine.cache import CacheMemory, KVCache
 from equipoise.engine.graphs import DecodeGraphs
 from equipoise.engine.schedule import Sequence, Work
@@ -67,7 +67,7 @@ class Forward:
             whole = model.base_model(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
             for start, end in pairwise((*range(0, length, 3), length)):
                 place, chunk = tokens[start:end], Chunk(0, start, end - start)
-                layout = Layout(torch.zeros_like(place), place, 0, 0, (chunk,))
+                layout = Layout(torch.zeros_like(place), place, [chunk])
                 parts.append(self._call(place, layout, None, 0))
             if model.get_output_embeddings() is None:
                 raise ModelError("it has no head that gives tokens")
@@ -96,7 +96,7 @@ class Forward:
         """
         tokens, rows, positions = list[int](), list[int](), list[int]()
         getters, lasts = [], []
-        for sequence, (row, start, length) in work.parts:
+        for sequence, (row, start, length, _) in work.parts:
             tokens += sequence.list_pending(length)
             rows += [row] * length
             positions += range(start, start + length)
@@ -104,10 +104,10 @@ class Forward:
                 getters.append(sequence)
                 lasts.append(len(tokens) - 1)
         longest = max(positions[: work.num_decoding], default=-1) + 1
-        chunks = tuple(chunk for _, chunk in work.parts[work.num_decoding :])
+        chunks = join(chunk for _, chunk in work.parts[work.num_decoding :])
         valid = None
         if not tokens:
-            tokens, rows, positions, chunks = [0], [0], [0], (Chunk(0, 0, 1),)
+            tokens, rows, positions, chunks = [0], [0], [0], [Chunk(0, 0, 1)]
             valid = torch.zeros(1, dtype=torch.bool, device=self._device)
         first, self._position = self._position, self._position + len(tokens)
         if self._captures and not chunks:
@@ -117,7 +117,8 @@ class Forward:
         placed = placed.to(self._device, non_blocking=True)
         # A list would be placed behind the pass, by a wait for the device that has no deadline.
         last = torch.tensor(lasts, dtype=torch.int64).to(self._device, non_blocking=True)
-        layout = Layout(placed[1], placed[2], work.num_decoding, longest, chunks)
+        decoding = [Chunk(0, longest - 1, 1, work.num_decoding)] if longest else []
+        layout = Layout(placed[1], placed[2], decoding + chunks)
         return self._score(self._call(placed[0], layout, valid, first)[last]), getters
 
     def check(self) -> None:
@@ -132,7 +133,7 @@ class Forward:
         """As `Decode` says; what is no token goes nowhere, and leaves its mark in a free row."""
         token, position, is_there, first = inputs
         rows = torch.arange(inputs.shape[1], device=self._device)
-        layout = Layout(rows, position, inputs.shape[1], longest)
+        layout = Layout(rows, position, [Chunk(0, longest - 1, 1, len(rows))])
         return self._score(self._call(token, layout, is_there.bool(), first[0]))
 
     def _call(
