@@ -64,5 +64,5 @@ def test_rows_land_in_neighbouring_slots_as_one_and_others_in_the_buffer() -> No
     table = WeightTable([[weights]])
     slots = np.array([-1, -1, 1, 2])
     rows = table.list_rows(np.zeros(4, dtype=np.int64), np.zeros(4, dtype=np.int64), slots)
-    [landings] = rows.split_landings(1 << 40)
+    landings = rows.land(slice(None), 1 << 40)
     assert list_ends(landings) == [(1 << 40, 16), (weights.data_ptr() + 8, 16)]

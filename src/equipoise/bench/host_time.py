@@ -94,7 +94,7 @@ def measure_host_time(seed: int) -> Row:
         mover = ChunkMover(plan, rows, wire, seat, WeightTable(rows))
         staging = torch.empty(int(shares.num_bytes.max()), dtype=torch.uint8)
         for share in shares:
-            mover.start(share, staging)
+            mover.start(mover.find_moves(share, staging))
             mover.prepare_own(share, staging)
             mover.prepare(share, staging)
             wire.finish()

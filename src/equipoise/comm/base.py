@@ -146,6 +146,17 @@ class EplbCommunicator(ABC):
             closed.
         """
 
+    def foresee(self, several: Sequence[ExpertMoves]) -> None:  # noqa: B027 - a wire may not care
+        """Say which moves will be queued, each once and as it is given here.
+
+        Never needed; a wire may get ready for all of them at little more than the cost of one.
+
+        Args:
+            several: what `add_moves` will be given.
+        Collective: none.
+        Raises: as `add_moves`.
+        """
+
     def execute(self) -> None:
         """Do all that was queued, and forget it.
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Generic, Literal, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
@@ -18,8 +17,8 @@ from equipoise.comm.announcement import NOTHING, Announcement, Sizes
 from equipoise.comm.base import EplbCommunicator, ExpertMoves, ExpertWeights, MayLand
 from equipoise.comm.byte_views import view_bytes, view_rows
 from equipoise.comm.exchange import PeerFailure, explain
+from equipoise.comm.move_lists import MoveEnds, MoveList, join_ends, list_moves
 from equipoise.comm.parcels import (
-    ExpertRows,
     Inbox,
     Landing,
     Outbox,
@@ -28,8 +27,7 @@ from equipoise.comm.parcels import (
     join_sizes,
 )
 from equipoise.comm.span_copies import warm_up
-from equipoise.comm.spans import Spans
-from equipoise.comm.weight_table import WeightTable, find_runs
+from equipoise.comm.weight_table import WeightTable
 from equipoise.comm.weights import check_expert_weights
 from equipoise.errors import TransferError
 
@@ -79,6 +77,7 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
         self._device: torch.device | None = devices[0] if devices else None
         self._outbox: dict[int, list[Outgoing]] = {}
         self._inbox: dict[int, list[Landing]] = {}
+        self._foreseen: dict[int, tuple[ExpertMoves, MoveList]] = {}
         self._state: Literal["open", "failed", "closed"] = "open"
         self._stream: torch.cuda.Stream | None = None
         if self._is_cuda:
@@ -116,18 +115,25 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
                 "was created with, and it was created with none",
                 rank=self.rank,
             )
-        self._check_device(moves.into)
-        self._check_moves(moves)
-        incoming = list(self._find_landings(moves))
-        table = self._open_table
-        sends = table.list_rows(moves.send_rank, moves.send_layer, moves.send_slot)
-        for (peer, *spans), (start, stop) in zip(
-            sends.split(), find_runs(moves.send_rank), strict=True
-        ):
-            experts = moves.send_layer[start:stop], moves.send_slot[start:stop]
-            self._outbox.setdefault(peer, []).append(ExpertRows(table, *experts, *spans))
-        for peer, landing in incoming:
+        if id(moves) not in self._foreseen:
+            self.foresee([moves])
+        _, listed = self._foreseen.pop(id(moves))
+        for peer, outgoing in listed.outgoing:
+            self._outbox.setdefault(peer, []).append(outgoing)
+        for peer, landing in listed.incoming:
             self._inbox.setdefault(peer, []).append(landing)
+
+    def foresee(self, several: Sequence[ExpertMoves]) -> None:  # noqa: D102 - see the base
+        self._refuse_unless_open()
+        for moves in several:
+            self._check_device(moves.into)
+            if moves.recv_slot is not None and not self.lands_in_place:
+                raise ValueError(f"{self.name} brings experts to a buffer, and never to slots")
+        sent, received = join_ends(several, self.size)
+        self._check_ends(sent, received)
+        listed = list_moves(self._open_table, several, sent, received, self.size)
+        # Held as well, so that none of them gives its number to another.
+        self._foreseen |= {id(each): (each, its) for each, its in zip(several, listed, strict=True)}
 
     def start(self, may_land: MayLand | None = None) -> None:  # noqa: D102 - see the base
         self._refuse_unless_open()
@@ -163,7 +169,7 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
 
     def close(self) -> None:  # noqa: D102 - see the base
         self._state = "closed"
-        self._outbox, self._inbox, self._rows = {}, {}, []
+        self._outbox, self._inbox, self._rows, self._foreseen = {}, {}, [], {}
         self._under_way.clear()
         self.table = None
         self._release()
@@ -193,9 +199,9 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
         return self._stream or torch.cuda.current_stream(self._device)
 
     def _on_stream(self) -> contextlib.AbstractContextManager[object]:
-        if not self._is_cuda:
+        if self._stream is None or not self._is_cuda:
             return contextlib.nullcontext()
-        return torch.cuda.stream(self._current_stream())
+        return torch.cuda.stream(self._stream)
 
     def _refuse_if_interrupted(self) -> None:
         if self._interrupted.is_set():
@@ -227,29 +233,6 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
             f"rank {self.rank}, {self.name}: {'; '.join(parts)}", rank=self.rank, peer=peers[0]
         ) from cause
 
-    def _find_landings(self, moves: ExpertMoves) -> Iterator[tuple[int, Landing]]:
-        slots = moves.recv_slot
-        if slots is not None and not self.lands_in_place:
-            raise ValueError(f"{self.name} brings experts to a buffer, and never to slots")
-        wanted = np.full(len(moves.recv_rank), -1) if slots is None else slots
-        rows = self._open_table.list_rows(moves.recv_rank, moves.recv_layer, wanted)
-        stops = np.cumsum(np.where(rows.in_slot, 0, rows.spans.num_bytes))
-        needed = int(stops[-1]) if len(stops) else 0
-        into = moves.into
-        if into.dtype != torch.uint8 or not into.is_contiguous() or into.numel() < needed:
-            raise ValueError(
-                f"the experts to be received need a contiguous uint8 tensor of {needed} bytes, "
-                f"got {into.numel()} elements of {into.dtype}"
-            )
-        landed, offset = view_bytes(into), 0
-        places: Iterator[Spans | None] = itertools.repeat(None)
-        if slots is not None:
-            places = rows.split_landings(into.data_ptr())
-        for (peer, first, last), where in zip(rows.find_peers(), places, strict=False):
-            stop = int(stops[last - 1])
-            yield peer, Landing(landed[offset:stop], rows.spans.num_bytes[first:last], where)
-            offset = stop
-
     def _refuse_unless_open(self) -> None:
         if self._state != "open":
             reason = "has failed and can only be closed" if self._state == "failed" else "is closed"
@@ -266,30 +249,24 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
                 f"rank {self.rank} cannot {what} rank {peer}: ranks are 0 to {self.size - 1}"
             )
 
-    def _check_moves(self, moves: ExpertMoves) -> None:
-        for ranks in (moves.send_rank, moves.recv_rank):
+    def _check_ends(self, sent: MoveEnds, received: MoveEnds) -> None:
+        for ends in (sent, received):
+            ranks = ends.rank
             strange = (ranks == self.rank) | (ranks < 0) | (ranks >= self.size)
             if strange.any():
                 self._check_peer(int(ranks[strange][0]), "exchange experts with")
-        for ranks, layers in (
-            (moves.send_rank, moves.send_layer),
-            (moves.recv_rank, moves.recv_layer),
-        ):
-            outside = layers[(layers < 0) | (layers >= len(self._rows))]
+            outside = ends.layer[(ends.layer < 0) | (ends.layer >= len(self._rows))]
             if outside.size:
                 raise ValueError(f"there are {len(self._rows)} layers, no layer {outside[0]}")
-            order = ranks * len(self._rows) + layers
-            if (order[1:] < order[:-1]).any():
+            if not ends.is_in_order(len(self._rows)):
                 raise ValueError("moves must be in order of ranks, and of layers within a rank")
         num_slots = self._open_table.num_slots
-        last = num_slots[moves.send_layer] - 1
-        outside = moves.send_slot[(moves.send_slot < 0) | (moves.send_slot > last)]
+        outside = sent.slot[(sent.slot < 0) | (sent.slot >= num_slots[sent.layer])]
         if outside.size:
             raise ValueError(f"there is no local slot {outside[0]} to send from")
-        if moves.recv_slot is not None:
-            outside = moves.recv_slot[moves.recv_slot >= num_slots[moves.recv_layer]]
-            if outside.size:
-                raise ValueError(f"there is no local slot {outside[0]} to land in")
+        outside = received.slot[received.slot >= num_slots[received.layer]]
+        if outside.size:
+            raise ValueError(f"there is no local slot {outside[0]} to land in")
 
     def _check_device(self, tensor: Tensor) -> None:
         if self._device is None:

@@ -158,20 +158,19 @@ class RowList:
             edges = np.searchsorted(first, (start, stop)).tolist()
             yield rank, self.spans.cut(start, stop), pieces.cut(*edges)
 
-    def split_landings(self, address: int) -> Iterator[Spans]:
-        """By rank: where its rows land, in their slots, and those without one in a buffer.
+    def land(self, rows: slice, address: int) -> Spans:
+        """Where some rows land, in their slots, and those without one in a buffer.
 
         Args:
-            address: of the buffer, in which they stand behind each other.
+            rows: of one rank.
+            address: in the buffer, where those without a slot stand behind each other from.
         """
-        num_bytes = self.spans.num_bytes
-        filled = np.where(self.in_slot, 0, num_bytes)
+        in_slot, num_bytes = self.in_slot[rows], self.spans.num_bytes[rows]
+        filled = np.where(in_slot, 0, num_bytes)
         buffered = address + np.cumsum(filled) - filled
-        where = np.where(self.in_slot, self.spans.address, buffered)
-        block = np.where(self.in_slot, self.block, -1)
-        for _, *ends in self.find_peers():
-            rows = slice(*ends)
-            yield join_touching(Spans(where[rows], num_bytes[rows]), block[rows])[0]
+        where = np.where(in_slot, self.spans.address[rows], buffered)
+        block = np.where(in_slot, self.block[rows], -1)
+        return join_touching(Spans(where, num_bytes), block)[0]
 
 
 def find_runs(numbers: IntArray) -> list[tuple[int, int]]:

@@ -56,7 +56,7 @@ class ChunkMover:
         Collective: every rank of the group.
         Raises: as `EplbCommunicator.execute`.
         """
-        self.start(share, staging)
+        self.start(self.find_moves(share, staging))
         # Behind the start, which waits for what stands on the stream; beside a forward pass.
         self.prepare_own(share, staging).run(gently=True)
         self.communicator.finish()
@@ -69,29 +69,37 @@ class ChunkMover:
         with contextlib.suppress(TransferError):
             self.communicator.execute()
 
-    def start(self, share: ChunkShare, staging: Tensor, may_land: MayLand | None = None) -> None:
+    def start(self, moves: ExpertMoves, may_land: MayLand | None = None) -> None:
         """Begin to bring what comes from other ranks into staging; the communicator finishes it.
 
         Args:
-            share: this rank's.
-            staging: as for `stage`; or still read, until `may_land` says that it is not.
+            moves: as `find_moves` says; the staging is free, or still read until `may_land` says
+                that it is not.
             may_land: as for `EplbCommunicator.start`.
         Collective: as `EplbCommunicator.start`.
         Raises: as `EplbCommunicator.start`.
         """
-        plan, slots_per_rank = self.plan, self.plan.old.topology.slots_per_rank
-        self.communicator.add_moves(
-            ExpertMoves(
-                send_rank=plan.dst_rank[share.sent],
-                send_layer=plan.layer[share.sent],
-                send_slot=plan.src_slot[share.sent] % slots_per_rank,
-                recv_rank=plan.old.topology.rank_of_slot(plan.src_slot[share.received]),
-                recv_layer=plan.layer[share.received],
-                into=staging[: share.remote_bytes],
-                recv_slot=share.received_into if (share.received_into >= 0).any() else None,
-            )
-        )
+        self.communicator.add_moves(moves)
         self.communicator.start(may_land)
+
+    def find_moves(self, share: ChunkShare, staging: Tensor) -> ExpertMoves:
+        """What is exchanged with other ranks.
+
+        Args:
+            share: this rank's.
+            staging: as for `stage`.
+        Collective: none.
+        """
+        plan, slots_per_rank = self.plan, self.plan.old.topology.slots_per_rank
+        return ExpertMoves(
+            send_rank=plan.dst_rank[share.sent],
+            send_layer=plan.layer[share.sent],
+            send_slot=plan.src_slot[share.sent] % slots_per_rank,
+            recv_rank=plan.old.topology.rank_of_slot(plan.src_slot[share.received]),
+            recv_layer=plan.layer[share.received],
+            into=staging[: share.remote_bytes],
+            recv_slot=share.received_into if (share.received_into >= 0).any() else None,
+        )
 
     def prepare_own(self, share: ChunkShare, staging: Tensor) -> SpanCopies:
         """What brings this rank's own experts into staging, on the stream that it is run on.

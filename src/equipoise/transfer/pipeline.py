@@ -14,6 +14,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from equipoise.comm.base import ExpertMoves
 from equipoise.comm.exchange import deadline_in
 from equipoise.comm.span_copies import SpanCopies
 from equipoise.errors import TransferError
@@ -26,7 +27,7 @@ _PACE_UNLESS_HELD = 1.5
 _PACE_OF_TWO = 4.0
 # For the peers' word on the first chunk: nothing travels meanwhile that work could go beside.
 _FIRST_WORD_S = 2e-3
-# Whose copies are made ready together: little more than those of one would take.
+# Whose exchanges are listed, and copies made ready, together: little more than one would take.
 _CHUNKS_AT_ONCE = 8
 # Between two looks at what has come, while a buffer is waited for.
 _LOOK_S = 2e-4
@@ -96,6 +97,7 @@ class Pipeline:
         self._last: _Chunk | None = None
         self._copies: SpanCopies
         self._num_prepared = 0
+        self._moves: dict[int, ExpertMoves] = {}
         self._course: Iterator[_Chunk] = iter(())
         self._thread: threading.Thread | None = None
 
@@ -147,8 +149,9 @@ class Pipeline:
         if self._thread is not None or self._last is None or not self._received.empty():
             return
         try:
-            self._prepare_copies(self._last.number + 1)
             self._mover.communicator.advance()
+            self._prepare_copies(self._last.number + 1)
+            self._foresee(self._last.number + 2)
         except Exception as error:
             self._received.put(error)
 
@@ -300,10 +303,20 @@ class Pipeline:
         return event is None or bool(event.query())  # type: ignore[no-untyped-call]
 
     def _start(self, number: int) -> _Chunk:
-        mover, share, buffer = self._mover, self._cut(number), self.find_buffer(number)
-        chunk = _Chunk(number, share, is_free=not self._holds)
-        mover.start(share, buffer, partial(self._land, number, chunk) if self._holds else None)
+        self._foresee(number)
+        chunk = _Chunk(number, self._cut(number), is_free=not self._holds)
+        may_land = partial(self._land, number, chunk) if self._holds else None
+        self._mover.start(self._moves.pop(number), may_land)
         return chunk
+
+    def _foresee(self, number: int) -> None:
+        """List what a chunk exchanges, and some behind it; the first alone, as the wire waits."""
+        if number in self._moves or number >= len(self._shares):
+            return
+        some = range(number, min(number + _CHUNKS_AT_ONCE, len(self._shares)) if number else 1)
+        found = [self._mover.find_moves(self._cut(each), self.find_buffer(each)) for each in some]
+        self._mover.communicator.foresee(found)
+        self._moves = dict(zip(some, found, strict=True))
 
     def _prepare_own(self, chunk: _Chunk) -> None:
         mover = self._mover

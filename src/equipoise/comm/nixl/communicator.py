@@ -116,7 +116,7 @@ class NixlEplbCommunicator(QueuedCommunicator[_Flight]):
         self._agent = agent
         mailbox = Mailbox(agent, token, remotes)
         self._wire: _Wire | None = _Wire(pool, Regions(registered), remotes, mailbox)
-        self._buffers: list[Spans] = []
+        self._buffers: list[Regions] = []
 
     @contextlib.contextmanager
     def register(self, buffer: torch.Tensor) -> Iterator[None]:  # noqa: D102 - see the base
@@ -125,12 +125,12 @@ class NixlEplbCommunicator(QueuedCommunicator[_Flight]):
         if not buffer.numel():
             yield
             return
-        registration = self._agent.register(spans)
-        self._buffers.append(spans)
+        registration, region = self._agent.register(spans), Regions(spans)
+        self._buffers.append(region)
         try:
             yield
         finally:
-            self._buffers.remove(spans)
+            self._buffers.remove(region)
             # Where READs may still write, the agent keeps everything.
             if self._wire is not None and not self._agent.has_reads:
                 self._agent.deregister(registration)
@@ -307,7 +307,7 @@ class NixlEplbCommunicator(QueuedCommunicator[_Flight]):
         """Make known what is not registered yet: of each storage what will be written."""
         bounds: dict[int, tuple[int, int]] = {}
         landings: list[Landing] = [landing for each in inbox.values() for landing in each]
-        known = [wire.registered, *map(Regions, self._buffers)]
+        known = [wire.registered, *self._buffers]
         for landing in landings:
             address, num_bytes = span_of(landing.data)
             if not num_bytes or any(region.contain(address, num_bytes) for region in known):
