@@ -159,7 +159,7 @@ def weights_of(world: World, rank: int) -> list[list[torch.Tensor]]:
     ]
 
 
-def queue_ring(communicator: EplbCommunicator, world: World) -> torch.Tensor:
+def find_ring(world: World) -> ExpertMoves:
     """Each rank sends the next (0: 3, 1), (1: 2), (2: 0, 2, 3), and the one after it (1: 0)."""
     after, second = (world.rank + 1) % 3, (world.rank + 2) % 3
     to_next = [(0, 3), (0, 1), (1, 2), (2, 0), (2, 2), (2, 3)]
@@ -169,9 +169,13 @@ def queue_ring(communicator: EplbCommunicator, world: World) -> torch.Tensor:
     into = world.zeros(2 * 62 + 7 + 3 + 7 + 5, dtype=torch.uint8)
     send = np.array(sends)
     recv = np.array(receives)
-    moves = ExpertMoves(send[:, 0], send[:, 1], send[:, 2], recv[:, 0], recv[:, 1], into)
+    return ExpertMoves(send[:, 0], send[:, 1], send[:, 2], recv[:, 0], recv[:, 1], into)
+
+
+def queue_ring(communicator: EplbCommunicator, world: World) -> torch.Tensor:
+    moves = find_ring(world)
     communicator.add_moves(moves)
-    return into
+    return moves.into
 
 
 def expect_ring(world: World) -> torch.Tensor:
@@ -196,6 +200,26 @@ def test_moves_land_by_rank_layer_tensor_and_row(world: World) -> None:
         expected = expect_ring(world)
         assert torch.equal(into[: len(expected)], expected)
         assert not into[len(expected) :].any()
+
+
+@on_ranks(3)
+def test_moves_that_were_foreseen_land_each_in_its_own_exchange(world: World) -> None:
+    communicator = world.make(weights_of(world, world.rank))
+    nothing = ExpertMoves(**no_moves(world.zeros(0, dtype=torch.uint8)))  # type: ignore[arg-type]
+    several = [find_ring(world), nothing, find_ring(world)]
+    communicator.foresee(several)
+    expected = expect_ring(world)
+    for number, moves in enumerate(several):
+        communicator.add_moves(moves)
+        # What was not foreseen is queued as ever, and travels in the same exchange.
+        beside = queue_ring(communicator, world) if number == 1 else None
+        communicator.execute()
+        landed = [each.into[: len(expected)].any().item() for each in several]
+        assert landed == [True, False, number == 2]
+        if beside is not None:
+            assert torch.equal(beside[: len(expected)], expected)
+    for moves in (several[0], several[2]):
+        assert torch.equal(moves.into[: len(expected)], expected)
 
 
 @on_ranks(3)
@@ -243,6 +267,8 @@ def test_what_cannot_be_is_refused_and_changes_nothing(world: World) -> None:
     ):
         with pytest.raises(ValueError, match=complaint):
             communicator.add_moves(ExpertMoves(**{**no_moves(room), **fields}))  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=complaint):
+            communicator.foresee([ExpertMoves(**{**no_moves(room), **fields})])  # type: ignore[arg-type]
     communicator.execute()
     assert not room.any()
     bare = world.make(generation=1)

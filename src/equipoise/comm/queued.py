@@ -109,12 +109,6 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
 
     def add_moves(self, moves: ExpertMoves) -> None:  # noqa: D102 - see the base
         self._refuse_unless_open()
-        if not self._rows:
-            raise TransferError(
-                f"rank {self.rank}: add_moves needs the expert weights that the communicator "
-                "was created with, and it was created with none",
-                rank=self.rank,
-            )
         if id(moves) not in self._foreseen:
             self.foresee([moves])
         _, listed = self._foreseen.pop(id(moves))
@@ -125,6 +119,12 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
 
     def foresee(self, several: Sequence[ExpertMoves]) -> None:  # noqa: D102 - see the base
         self._refuse_unless_open()
+        if not self._rows:
+            raise TransferError(
+                f"rank {self.rank}: add_moves needs the expert weights that the communicator "
+                "was created with, and it was created with none",
+                rank=self.rank,
+            )
         for moves in several:
             self._check_device(moves.into)
             if moves.recv_slot is not None and not self.lands_in_place:
