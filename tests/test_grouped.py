@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from equipoise.comm.byte_views import view_widest
+from equipoise.models import grouped
 from equipoise.models.grouped import (
     compute_blocks,
     compute_rows,
@@ -95,6 +97,46 @@ def test_no_rows_at_all_are_blocks_too() -> None:
     blocks = torch.full((NUM_SLOTS, 8, WIDTH), float("nan"))
     counts = torch.zeros(NUM_SLOTS, dtype=torch.int32)
     assert compute_blocks(experts, blocks, counts, 16).shape == blocks.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [32, 12, 6, 5])
+@torch.inference_mode()
+def test_blocks_are_put_in_place_to_the_bit(
+    dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the bytes are: NaNs keep what else they say."""
+    random = torch.Generator().manual_seed(3)
+    shape = (NUM_SLOTS, 8, width * dtype.itemsize)
+    sent = torch.randint(256, shape, generator=random, dtype=torch.uint8)
+    # The first bits of some numbers of any width are all ones.
+    sent.view(torch.int16)[:, :, 3::4] |= -128
+    blocks, count = sent.view(dtype), torch.tensor([3, 0, 8, 1, 2])
+    assert blocks.isnan().any()
+    monkeypatch.setattr(grouped, "compute_sorted", lambda _, hidden, *rest: hidden)
+    got = compute_blocks(None, blocks, count, 20)
+    is_row = torch.arange(8) < count[:, None]
+    assert torch.equal(got.view(torch.uint8)[is_row], sent[is_row])
+
+
+def test_rows_are_seen_in_the_widest_unit_that_divides_them() -> None:
+    rows = torch.arange(160, dtype=torch.int16).view(4, 40)
+    for one, unit in (
+        (rows, torch.complex128),
+        (rows[:, :36], torch.int64),
+        (rows[:, 2:], torch.int32),
+        (rows[:, :39], torch.int16),
+        (rows[:, ::2], torch.int16),
+        (rows.long(), torch.complex128),
+        (rows.to(torch.complex128), torch.complex128),
+    ):
+        seen, _ = view_widest(one, one.new_empty(9, one.shape[1]))
+        assert seen.dtype == unit
+        assert torch.equal(seen.clone().view(one.dtype), one)
+    # Both have to allow it.
+    assert (
+        view_widest(rows[:, :8], torch.empty(9, 20, dtype=rows.dtype)[:, :8])[0].element_size() == 8
+    )
 
 
 def test_another_implementation_is_left_alone() -> None:

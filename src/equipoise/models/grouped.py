@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import grouped_mm
 
+from equipoise.comm.byte_views import view_widest
+
 _DESCRIPTION = ("has_gate", "has_bias", "is_transposed", "down_proj")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of weights as they are multiplied; what is quantised is its family's own business."""
@@ -105,7 +107,8 @@ def compute_blocks(experts: Any, hidden_SCD: Tensor, count_S: Tensor, max_rows: 
     hidden_BD = hidden_SCD.flatten(0, 1).index_select(0, read_B)
     output_BD = compute_sorted(experts, hidden_BD, slot_B, end_S.int())
     output = hidden_SCD.new_empty(num_slots * capacity + 1, width)
-    output.index_copy_(0, place_B, output_BD)
+    wide, wide_BD = view_widest(output, output_BD)
+    wide.index_copy_(0, place_B, wide_BD)
     return output[:-1].view(num_slots, capacity, width)
 
 
