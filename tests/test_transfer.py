@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from equipoise.comm import create_eplb_communicator
+from equipoise.comm.base import ExpertMoves
 from equipoise.comm.groups import RankGroup
 from equipoise.comm.torch_gloo import TorchDistGlooStagedEplbCommunicator
 from equipoise.errors import ConfigError, PlacementError, TransferError
@@ -309,14 +310,16 @@ def test_what_was_staged_is_let_go_of_at_once(rank: Rank) -> None:
     group = rank.make_group()
     topology = Topology(2, 4)
     rng = np.random.default_rng(3)
-    old, new = (random_placement(rng, len(SHAPES.layers), 8, topology) for _ in range(2))
-    weights = SHAPES.weights(old, rank.rank)
+    shapes = Shapes(SHAPES.layers[:1] * 20)
+    old, new = (random_placement(rng, 20, 8, topology) for _ in range(2))
+    weights = shapes.weights(old, rank.rank)
     communicator = create_eplb_communicator(group, "torch_gloo", weights)
     gc.collect()
     gc.disable()
-    rearrange_expert_weights_inplace(old, new, weights, communicator, group)
+    stats = rearrange_expert_weights_inplace(old, new, weights, communicator, group)
+    assert stats.num_chunks > 16
     # What only the collector would free is memory that nobody else gets meanwhile.
-    assert not any(isinstance(each, Pipeline) for each in gc.get_objects())
+    assert not any(isinstance(each, (Pipeline, ExpertMoves)) for each in gc.get_objects())
     gc.enable()
     communicator.close()
 
@@ -335,12 +338,12 @@ def test_chunks_that_wait_for_room_arrive_whole(rank: Rank) -> None:
     group = rank.make_group()
     topology = Topology(2, 6)
     rng = np.random.default_rng(7)
-    shapes = Shapes(SHAPES.layers[:1] * 6)
-    standing = random_placement(rng, 6, 9, topology)
+    shapes = Shapes(SHAPES.layers[:1] * 12)
+    standing = random_placement(rng, 12, 9, topology)
     weights = shapes.weights(standing, rank.rank)
     communicator = create_eplb_communicator(group, "nixl", weights)
     for num_buffers in (1, 2, 3) * 2:
-        target = random_placement(rng, 6, 9, topology)
+        target = random_placement(rng, 12, 9, topology)
         budget = StagingBudget(None, num_buffers)
         with (
             mock.patch.object(executor, "Pipeline", HoldingPipeline),
@@ -350,6 +353,6 @@ def test_chunks_that_wait_for_room_arrive_whole(rank: Rank) -> None:
                 standing, target, weights, communicator, group, verify="all"
             )
         shapes.assert_hold(weights, target, rank.rank, num_buffers)
-        assert stats.num_chunks > 3
+        assert stats.num_chunks > 9
         standing = target
     communicator.close()

@@ -98,6 +98,7 @@ class Pipeline:
         self._copies: SpanCopies
         self._num_prepared = 0
         self._moves: dict[int, ExpertMoves] = {}
+        self._num_listed = 0
         self._course: Iterator[_Chunk] = iter(())
         self._thread: threading.Thread | None = None
 
@@ -311,12 +312,14 @@ class Pipeline:
 
     def _foresee(self, number: int) -> None:
         """List what a chunk exchanges, and some behind it; the first alone, as the wire waits."""
-        if number in self._moves or number >= len(self._shares):
+        first = self._num_listed
+        if number < first or number >= len(self._shares):
             return
-        some = range(number, min(number + _CHUNKS_AT_ONCE, len(self._shares)) if number else 1)
+        some = range(first, min(first + _CHUNKS_AT_ONCE, len(self._shares)) if first else 1)
         found = [self._mover.find_moves(self._cut(each), self.find_buffer(each)) for each in some]
         self._mover.communicator.foresee(found)
-        self._moves = dict(zip(some, found, strict=True))
+        self._moves.update(zip(some, found, strict=True))
+        self._num_listed = some.stop
 
     def _prepare_own(self, chunk: _Chunk) -> None:
         mover = self._mover
