@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from equipoise.bench import step_model
 from equipoise.bench.step import _make_rows, compare_steps
 from equipoise.bench.step_case import (
     BUNDLED,
@@ -33,12 +36,18 @@ from equipoise.bench.step_prediction import (
     sum_slowest,
 )
 from equipoise.cli.app import app
+from equipoise.comm.groups import RankGroup
 from equipoise.config import EPLBConfig
 from equipoise.dispatch import create_dispatcher
+from equipoise.dispatch.base import DispatchedBlocks, TokenDispatcher
+from equipoise.dispatch.nixl_ep.all_to_all import NixlEPAll2AllManager
+from equipoise.dispatch.nixl_ep.dispatcher import NixlEPOptions
 from equipoise.engine.graphs import _round_up
 from equipoise.errors import ConfigError
+from equipoise.models.experts import compute_dispatched
 from equipoise.models.parallel import parallelize
 from equipoise.topology import Topology
+from tests.fake_nixl_ep import FakeFabric, FakeKernels
 from tests.ranks import Rank, processes
 from tests.test_models import CPU, make_lone_group
 
@@ -209,6 +218,55 @@ def test_tokens_go_to_experts_as_often_as_their_shares_say() -> None:
     before = routes._pools[1].clone()
     routes.rename_experts()
     assert not torch.equal(before, routes._pools[1])
+
+
+@pytest.mark.parametrize("name", ["torch", "nixl_ep"])
+def test_experts_are_timed_with_what_layers_call(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows or blocks, of the shapes that dispatch leaves, with the loads that were asked for."""
+    manager = NixlEPAll2AllManager(1, CPU, timedelta(seconds=20), kernels=FakeKernels(FakeFabric()))
+
+    def make_dispatcher(group: RankGroup, topology: Topology) -> TokenDispatcher:
+        options = NixlEPOptions(manager, 24, BUNDLED.hidden_size)
+        return create_dispatcher(name if name == "torch" else options, group, topology)
+
+    model = build_model(BUNDLED, torch.bfloat16, CPU, 0)
+    parallel = parallelize(
+        model, make_lone_group(), EPLBConfig(use_async=False), dispatcher=make_dispatcher
+    )
+    hidden = torch.randn(24, BUNDLED.hidden_size).bfloat16()
+    chosen = torch.rand(24, 32).topk(BUNDLED.top_k).indices
+    real = parallel.dispatchers[0].dispatch(hidden, chosen)
+    num_slots = parallel.spread.maps.placement.num_slots
+    slot_count = torch.stack(
+        [chosen.flatten().bincount(minlength=num_slots), torch.arange(num_slots) % 3]
+    )
+    timed: list[Any] = []
+
+    def compute(module: Any, dispatched: Any, top_k: int) -> None:
+        timed.append(dispatched)
+        output = compute_dispatched(module, dispatched, top_k)
+        assert output.shape == (real.hidden_SCD if is_blocks else dispatched.hidden_ND).shape
+
+    is_blocks = isinstance(real, DispatchedBlocks)
+    assert is_blocks == (name == "nixl_ep")
+    monkeypatch.setattr(step_model, "compute_dispatched", compute)
+    seconds = step_model.measure_experts(parallel, slot_count)
+    assert seconds.shape == (2,)
+    assert seconds.min() > 0
+    for index, dispatched in enumerate(timed):
+        assert isinstance(dispatched, DispatchedBlocks) == is_blocks
+        assert torch.equal(dispatched.slot_N.bincount(minlength=num_slots), slot_count[index % 2])
+        assert dispatched.hidden_ND.shape == (len(dispatched.slot_N), BUNDLED.hidden_size)
+        assert dispatched.hidden_ND.dtype == real.hidden_ND.dtype
+        if is_blocks:
+            assert dispatched.hidden_SCD.shape == real.hidden_SCD.shape
+            assert dispatched.max_rows == real.max_rows
+            assert dispatched.count_S.dtype == real.count_S.dtype
+            assert torch.equal(dispatched.count_S.long(), slot_count[index % 2])
+    parallel.close()
+    manager.close()
 
 
 def test_graphs_are_few() -> None:

@@ -1,11 +1,12 @@
 """A model of the bundled one's architecture whose tokens go where a real trace's went.
 
-Axis letters: L layers, E experts, T tokens, K experts per token.
+Axis letters: L layers, E experts, T tokens, K experts per token, S slots of a rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from equipoise.bench.step_case import ModelSize
 from equipoise.bench.step_parts import mark, measure
-from equipoise.dispatch.base import DispatchedRows
+from equipoise.dispatch.base import Dispatched, DispatchedBlocks, DispatchedRows
 from equipoise.models.experts import compute_dispatched
 from equipoise.models.parallel import ParallelModel
 from equipoise.topology import IntArray
@@ -119,11 +120,51 @@ class Routes:
         return forward
 
 
+@dataclass(frozen=True)
+class _Blocks(DispatchedBlocks):
+    """Blocks of noise, of which as much is rows as a load says.
+
+    Attributes:
+        noise: [S, C, D].
+        count: [S] int32.
+        most: that all counts together can be.
+    """
+
+    noise: Tensor
+    count: Tensor
+    most: int
+
+    @property
+    def hidden_SCD(self) -> Tensor:  # noqa: N802 - as its contract says
+        return self.noise
+
+    @property
+    def count_S(self) -> Tensor:  # noqa: N802 - as its contract says
+        return self.count
+
+    @property
+    def max_rows(self) -> int:
+        return self.most
+
+    @property
+    def hidden_ND(self) -> Tensor:  # noqa: N802 - as its contract says
+        return self.noise[self._is_row]
+
+    @property
+    def slot_N(self) -> Tensor:  # noqa: N802 - as its contract says
+        return self._is_row.nonzero()[:, 0]
+
+    @property
+    def _is_row(self) -> Tensor:
+        place = torch.arange(self.noise.shape[1], device=self.count.device)
+        return place < self.count[:, None]
+
+
 def measure_experts(parallel: ParallelModel, slot_count: Tensor) -> Tensor:
     """Time a layer's experts with given loads.
 
-    As layers compute what came, from tokens that all have as many slots on this rank. Each load
-    once a round, so that what drifts meets all alike.
+    As layers compute what came, be it rows or blocks. Each load once a round, so that what drifts
+    meets all alike.
 
     Args:
         parallel: the model, of one set of layers.
@@ -136,15 +177,9 @@ def measure_experts(parallel: ParallelModel, slot_count: Tensor) -> Tensor:
     (one,) = parallel.spread.sets
     module: Any = one.layers[0].module
     top_k: int = parallel.model.config.num_experts_per_tok
-    # Rows that come are read several times, and from caches.
-    each = max(1, top_k // parallel.state.group.size)
     device = parallel.state.group.device
-    dtype = next(module.parameters()).dtype
-    most = int(slot_count.sum(1).max())
-    hidden = torch.randn(most, parallel.model.config.hidden_size, dtype=dtype, device=device)
-    row = torch.arange(most, device=device) // each
-    slots = [_mix(count).to(device) for count in slot_count]
-    came = [DispatchedRows(hidden, row[: len(slot)], slot, None) for slot in slots]
+    make = _make_blocks if one.dispatcher.captures else _make_rows
+    came = make(parallel, slot_count, next(module.parameters()).dtype)
     rounds = []
     with torch.inference_mode():
         for _ in range(1 + _ROUNDS):
@@ -158,6 +193,33 @@ def measure_experts(parallel: ParallelModel, slot_count: Tensor) -> Tensor:
             rounds.append([measure(*pair) for pair in marks])
     # The first round is for whatever happens once.
     return torch.tensor(rounds[1:], dtype=torch.float64).quantile(0.5, dim=0)
+
+
+def _make_blocks(
+    parallel: ParallelModel, slot_count: Tensor, dtype: torch.dtype
+) -> list[Dispatched]:
+    """As dispatchers that a graph captures leave what came: no host knows how many rows that is."""
+    (dispatcher,), group = parallel.dispatchers, parallel.state.group
+    assert dispatcher.max_tokens is not None, "blocks have room for so many"
+    config = parallel.model.config
+    num_slots, capacity = slot_count.shape[1], group.size * dispatcher.max_tokens
+    # Gigabytes, so that all loads share them.
+    shape = num_slots, capacity, config.hidden_size
+    noise = torch.randn(shape, dtype=dtype, device=group.device)
+    most = capacity * min(num_slots, config.num_experts_per_tok)
+    return [_Blocks(noise, count, most) for count in slot_count.int().to(group.device)]
+
+
+def _make_rows(parallel: ParallelModel, slot_count: Tensor, dtype: torch.dtype) -> list[Dispatched]:
+    """Of tokens that all have as many slots on this rank."""
+    group, config = parallel.state.group, parallel.model.config
+    # Rows that come are read several times, and from caches.
+    each = max(1, config.num_experts_per_tok // group.size)
+    most = int(slot_count.sum(1).max())
+    hidden = torch.randn(most, config.hidden_size, dtype=dtype, device=group.device)
+    row = torch.arange(most, device=group.device) // each
+    slots = [_mix(count).to(group.device) for count in slot_count]
+    return [DispatchedRows(hidden, row[: len(slot)], slot, None) for slot in slots]
 
 
 def _mix(count: Tensor) -> Tensor:
