@@ -43,8 +43,8 @@ _NOTES = (
     "neighbours as are needed, and experts begin in order. Each step's time is the slowest rank's.",
     "gain: seconds that a step is shorter on the balanced placement, the median of the means of "
     "all two pairs of steps by turns, over what planes through each rank's measured times of "
-    "experts by rows and occupied slots predict from the measured loads, the slowest rank of each "
-    "layer counting.",
+    "experts by rows and occupied slots, computed as layers compute what came, predict from the "
+    "measured loads, the slowest rank of each layer counting.",
     "stall: decode steps with rebalances in the background back to back, experts' loads changing "
     "names between them, and without, in blocks by turns. Decode leaves out steps that take "
     "prompts.",
