@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from equipoise.comm.byte_views import view_rows
 from equipoise.comm.spans import Spans
 from equipoise.comm.weight_table import WeightTable, join_touching
 
@@ -66,3 +67,30 @@ def test_rows_land_in_neighbouring_slots_as_one_and_others_in_the_buffer() -> No
     rows = table.list_rows(np.zeros(4, dtype=np.int64), np.zeros(4, dtype=np.int64), slots)
     landings = rows.land(slice(None), 1 << 40)
     assert list_ends(landings) == [(1 << 40, 16), (weights.data_ptr() + 8, 16)]
+
+
+def test_a_table_knows_its_tensors_and_no_others() -> None:
+    weights = [[torch.zeros(4, 8), torch.zeros(4, 2)], [torch.zeros(4, 8)]]
+    table = WeightTable([[view_rows(tensor) for tensor in layer] for layer in weights])
+    # Twice: what was found before is looked at less closely.
+    assert table.is_of(weights)
+    assert table.is_of(weights)
+    assert table.is_of([[tensor.detach() for tensor in layer] for layer in weights])
+    first, second = weights[0]
+    for others in (
+        [[first, second]],
+        [[first], [second, *weights[1]]],
+        [[first, second], [torch.zeros(4, 8)]],
+        [[first.T, second], weights[1]],
+        [[first[:2], second], weights[1]],
+        [[first.view(8, 4), second], weights[1]],
+    ):
+        assert not table.is_of(others)
+    first.data = torch.zeros(4, 8)
+    assert not table.is_of(weights)
+
+
+def test_an_expert_has_the_bytes_of_all_its_tensors() -> None:
+    weights = [[torch.zeros(4, 8), torch.zeros(4, 2)], [torch.zeros(3, 0)]]
+    table = WeightTable([[view_rows(tensor) for tensor in layer] for layer in weights])
+    assert table.expert_bytes.tolist() == [40, 0]

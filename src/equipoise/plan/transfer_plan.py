@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -42,12 +43,12 @@ class TransferPlan:
     write_row: IntArray
     write_slot: IntArray
 
-    @property
+    @cached_property
     def src_rank(self) -> IntArray:
         """[M] int64, rank that holds the source slot."""
         return self.old.topology.rank_of_slot(self.src_slot)
 
-    @property
+    @cached_property
     def is_local(self) -> npt.NDArray[np.bool_]:
         """[M] bool, whether the row comes from a slot of the rank that stages it."""
         return np.equal(self.src_rank, self.dst_rank)
@@ -62,7 +63,7 @@ class TransferPlan:
         """[L] int64, rows that travel between ranks, by layer."""
         return np.bincount(self.layer[~self.is_local], minlength=self.old.num_layers)
 
-    @property
+    @cached_property
     def rows_per_layer(self) -> IntArray:
         """[L] int64, rows of each layer."""
         return np.bincount(self.layer, minlength=self.old.num_layers)

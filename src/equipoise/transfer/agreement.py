@@ -43,6 +43,8 @@ def agree(
     told = [tuple(theirs[1:]) for theirs in heard]
     if problem is not None:
         raise problem
+    if told[0][0] == _READY and told.count(told[0]) == len(told):
+        return least
     refusing = [rank for rank, theirs in enumerate(told) if theirs[0] == _REFUSES]
     if refusing:
         raise TransferError(
@@ -54,21 +56,19 @@ def agree(
     # Counter keeps first-come order among equals: rank 0's word decides where there is no most.
     common = Counter(told).most_common(1)[0][0]
     differing = [rank for rank, theirs in enumerate(told) if theirs != common]
-    if differing:
-        first = told[differing[0]]
-        names = [
-            name
-            for name, ours, theirs in zip(facts, common[1:], first[1:], strict=True)
-            if ours != theirs
-        ]
-        reference = told.index(common)
-        raise TransferError(
-            f"rank {group.rank}: nothing was moved, {name_ranks(differing)} and rank {reference} "
-            f"come with different {', '.join(names)}",
-            rank=group.rank,
-            peer=differing[0] if group.rank not in differing else reference,
-        )
-    return least
+    first = told[differing[0]]
+    names = [
+        name
+        for name, ours, theirs in zip(facts, common[1:], first[1:], strict=True)
+        if ours != theirs
+    ]
+    reference = told.index(common)
+    raise TransferError(
+        f"rank {group.rank}: nothing was moved, {name_ranks(differing)} and rank {reference} "
+        f"come with different {', '.join(names)}",
+        rank=group.rank,
+        peer=differing[0] if group.rank not in differing else reference,
+    )
 
 
 def _digest(text: str) -> int:

@@ -34,7 +34,7 @@ from equipoise.transfer.budget import StagingBudget, choose_budget, find_spare, 
 from equipoise.transfer.mover import ChunkMover, Verify
 from equipoise.transfer.pipeline import Pipeline
 from equipoise.transfer.profile import reserve_buffers
-from equipoise.transfer.staging import ChunkShare, PlanShares, measure_experts, share_plan
+from equipoise.transfer.staging import ChunkShare, PlanShares, share_plan
 
 _ALIGNMENT = 256
 _FACTS = ("old placement", "new placement", "plan", "weights", "options")
@@ -122,8 +122,8 @@ def rearrange_expert_weights_inplace(
         num_chunks = _move_all(mover, budget, shares, verify, on_commit)
     except MembershipError as error:
         raise TransferError(str(error), rank=error.rank, peer=error.peer) from error
-    rows = checked.table.rows
-    return _sum_up(checked.plan, rows, group.rank, num_chunks, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return _sum_up(checked.plan, checked.table, group.rank, num_chunks, seconds)
 
 
 @dataclass(frozen=True)
@@ -209,8 +209,7 @@ class _Cutter:
         """Chunks for the memory that the rank has which has least, and this rank's shares."""
         if self._early is not None and self._early[0] == spare_bytes:
             return self._early[1]
-        mover = self.mover
-        sizes = measure_experts(mover.rows)
+        mover, sizes = self.mover, self._checked.table.expert_bytes
         budget = choose_budget(
             mover.plan, sizes, self._staging_bytes, spare_bytes, self._checked.device
         )
@@ -350,9 +349,9 @@ def _collect_facts(
 
 
 def _sum_up(
-    plan: TransferPlan, rows: list[list[Tensor]], rank: int, num_chunks: int, seconds: float
+    plan: TransferPlan, table: WeightTable, rank: int, num_chunks: int, seconds: float
 ) -> TransferStats:
-    sizes = measure_experts(rows)[plan.layer]
+    sizes = table.expert_bytes[plan.layer]
     received = (plan.dst_rank == rank) & (plan.src_rank != rank)
     sent = (plan.src_rank == rank) & (plan.dst_rank != rank)
     writes = int(np.count_nonzero(plan.new.topology.rank_of_slot(plan.write_slot) == rank))

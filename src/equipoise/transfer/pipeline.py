@@ -152,7 +152,6 @@ class Pipeline:
         try:
             self._mover.communicator.advance()
             self._prepare_copies(self._last.number + 1)
-            self._foresee(self._last.number + 2)
         except Exception as error:
             self._received.put(error)
 
@@ -311,11 +310,13 @@ class Pipeline:
         return chunk
 
     def _foresee(self, number: int) -> None:
-        """List what a chunk exchanges, and some behind it; the first alone, as the wire waits."""
+        """List what a chunk exchanges, and of many chunks some behind it; beside a READ."""
         first = self._num_listed
-        if number < first or number >= len(self._shares):
+        if number < first:
             return
-        some = range(first, min(first + _CHUNKS_AT_ONCE, len(self._shares)) if first else 1)
+        # The wire waits for the first. Where there are few, each leaves time to list the next.
+        num = _CHUNKS_AT_ONCE if first and len(self._shares) > 2 * _CHUNKS_AT_ONCE else 1
+        some = range(first, min(first + num, len(self._shares)))
         found = [self._mover.find_moves(self._cut(each), self.find_buffer(each)) for each in some]
         self._mover.communicator.foresee(found)
         self._moves.update(zip(some, found, strict=True))

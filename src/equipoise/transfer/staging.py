@@ -145,7 +145,8 @@ def share_plan(
     Collective: none; the same chunks on every rank.
     Raises: ConfigError if a layer does not fit `staging_bytes`.
     """
-    landing = _find_landing(plan) if in_place else None
+    # Where no slot stands empty, as is usual, there is nothing to look for.
+    landing = _find_landing(plan) if in_place and plan.old.slot_to_expert.min() < 0 else None
     staged = None if landing is None else landing < 0
     chunks = plan.chunks(expert_bytes, staging_bytes, staged=staged, most_bytes=_MOST_LANDING_BYTES)
     if ends_small:
