@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +25,8 @@ from equipoise.comm.span_copies import SpanCopies, shift
 from equipoise.comm.spans import Spans, align, span_of
 from equipoise.errors import CommunicatorUnavailable, TransferError
 
+logger = logging.getLogger(__name__)
+
 _TAG_DONE = 8
 _POOL_BYTES = 1 << 30
 # Of packing, in what the wire takes: so that a message is packed before the one before it is out.
@@ -31,6 +35,7 @@ _ALIGNMENT = 256
 _PAUSE_S = 20e-6
 _LEAST_SET_UP_S = 30.0
 """NCCL takes seconds where many processes begin at once, however soon a peer shall be given up."""
+_MOST_ABORT_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -154,8 +159,23 @@ class NcclStagedCommunicator(QueuedCommunicator[_Flight]):
         """Enqueue messages, as one group, on the current stream."""
 
     @abstractmethod
+    def _take_abort(self) -> Callable[[], None] | None:
+        """What ends all that was enqueued, for whoever takes it; None where there is nothing."""
+
     def _abort(self) -> None:
-        """End what was enqueued and will never come to its end."""
+        """End what was enqueued and will never come to its end.
+
+        NCCL ends its kernels at once. Then it waits, without a deadline, for peers on this host to
+        let go of its memory: for one that hangs it does so on a thread of its own.
+        """
+        abort = self._take_abort()
+        if abort is None:
+            return
+        seconds = min(_MOST_ABORT_S, self.timeout_s / 4)
+        try:
+            call_in_time(abort, seconds)
+        except Exception as error:
+            logger.info("rank %d, %s: NCCL has not let go yet: %s", self.rank, self.name, error)
 
     @abstractmethod
     def _disconnect(self) -> None:
@@ -269,6 +289,7 @@ class NcclStagedCommunicator(QueuedCommunicator[_Flight]):
             dead = self._lifeline.find_dead()
             if dead or time.monotonic() > deadline or self._interrupted.is_set():
                 self._abort()
+                self._await_end(ended)
                 self._refuse_if_interrupted()
                 return _blame(dead, peers)
             time.sleep(_PAUSE_S)
@@ -280,6 +301,14 @@ class NcclStagedCommunicator(QueuedCommunicator[_Flight]):
         for peer in peers:
             done.send(word, peer)
         return dict(done.wait(deadline_in(seconds)))
+
+    def _await_end(self, ended: torch.cuda.Event) -> None:
+        """Kernels that were told to end need a moment, where NCCL is not waited for."""
+        deadline = deadline_in(min(_MOST_ABORT_S, self.timeout_s / 4))
+        # A device that is lost says so to whoever uses it next.
+        with contextlib.suppress(RuntimeError):
+            while not ended.query() and time.monotonic() < deadline:  # type: ignore[no-untyped-call]
+                time.sleep(_PAUSE_S)
 
     def _release(self) -> None:
         self._lifeline.close()

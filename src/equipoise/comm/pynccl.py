@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -102,13 +102,12 @@ class PyNcclEplbCommunicator(NcclStagedCommunicator):
             for message in sends:
                 self._comm.send(view_bytes(message.data), message.peer, stream=stream.cuda_stream)
 
-    def _abort(self) -> None:
+    def _take_abort(self) -> Callable[[], None] | None:
         comm, self._comm = self._comm, None
-        if comm is not None:
-            # Unlike destroying it, this waits for no peer.
-            comm.abort()
+        return None if comm is None else comm.abort
 
     def _disconnect(self) -> None:
+        # Destroying it would wait for peers to do so, too.
         self._abort()
 
 

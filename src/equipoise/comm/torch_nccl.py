@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch.distributed as dist
@@ -49,9 +49,9 @@ class TorchDistNcclEplbCommunicator(NcclStagedCommunicator):
         # Makes the current stream wait, not the host.
         group._end_coalescing(device).wait()
 
-    def _abort(self) -> None:
-        if self._device_group is not None:
-            self._device_group.abort()
+    def _take_abort(self) -> Callable[[], None] | None:
+        group = self._device_group
+        return None if group is None else group.abort
 
     def _disconnect(self) -> None:
         # The engine's; its connections stay.
