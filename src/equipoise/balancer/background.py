@@ -45,7 +45,9 @@ class Background:
         self._config = config
         self._policy = policy
         timeout_s = group.timeout.total_seconds()
-        self._handover = Handover(self._ask_store, timeout_s)
+        decide = group.decide
+        # No method of this: what goes round in a circle stays until somebody collects garbage.
+        self._handover = Handover(lambda asked, proposal: decide(proposal, asked), timeout_s)
         self._worker: EplbWorker | None = None
         self._models: tuple[EplbModelState, ...] = ()
         self._number = 0
@@ -197,9 +199,6 @@ class Background:
             self._handover.let_go()
             self.group.close()
         return has_ended
-
-    def _ask_store(self, question: str, proposal: str) -> str:
-        return self.group.decide(proposal, question)
 
     def _commit(self, chunk: Chunk, step: int) -> list[RebalanceOutcome]:
         started = time.perf_counter()
