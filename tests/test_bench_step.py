@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from equipoise.bench import step_model
-from equipoise.bench.step import _make_rows, compare_steps
+from equipoise.bench.step import _advise, _make_rows, compare_steps
 from equipoise.bench.step_case import (
     BUNDLED,
     SCALED,
@@ -98,6 +98,14 @@ def test_every_case_is_measured_or_says_what_it_needs() -> None:
     assert gain["moves"] > 0
     assert not any("goal" in row for row in told["rows"])
     assert any(note.startswith("Goals are for GPUs") for note in outcome.notes)
+
+
+def test_over_torch_on_gpus_it_says_where_no_host_is_waited_for() -> None:
+    spec = StepSpec(device="cuda", cases=("prefill", "decode"))
+    (note,) = _advise(spec)
+    assert "--case prefill --dispatcher nixl_ep" in note
+    assert not _advise(replace(spec, dispatcher="nixl_ep"))
+    assert not _advise(replace(spec, cases=("decode",)))
 
 
 @processes(2)
