@@ -97,8 +97,11 @@ class Pipeline:
         self._last: _Chunk | None = None
         self._copies: SpanCopies
         self._num_prepared = 0
+        # One thread alone has to do all of it beside a READ: a little each time, then.
+        is_alone = len(buffers) == 1 and self._holds
+        self._num_at_once = 1 if is_alone else _CHUNKS_AT_ONCE
         self._moves: dict[int, ExpertMoves] = {}
-        self._num_listed = 0
+        self._num_found = 0
         self._course: Iterator[_Chunk] = iter(())
         self._thread: threading.Thread | None = None
 
@@ -151,7 +154,7 @@ class Pipeline:
             return
         try:
             self._mover.communicator.advance()
-            self._prepare_copies(self._last.number + 1)
+            self._foresee(self._last.number + 2)
         except Exception as error:
             self._received.put(error)
 
@@ -238,7 +241,7 @@ class Pipeline:
 
     def _finish(self, chunk: _Chunk) -> _Chunk:
         """Make ready what fills its slots, once the next is on its way, and receive it."""
-        chunk.part = chunk.number % _CHUNKS_AT_ONCE
+        chunk.part = chunk.number % self._num_at_once
         self._prepare_copies(chunk.number)
         chunk.copies = self._copies
         self._mover.communicator.finish()
@@ -248,7 +251,7 @@ class Pipeline:
         """Make ready what fills a chunk's slots, and those of some behind it; once."""
         if number < self._num_prepared or number >= len(self._shares):
             return
-        some = range(number, min(number + _CHUNKS_AT_ONCE, len(self._shares)))
+        some = range(number, min(number + self._num_at_once, len(self._shares)))
         self._copies = self._mover.prepare_many(
             [self._cut(each) for each in some], [self.find_buffer(each) for each in some]
         )
@@ -310,17 +313,18 @@ class Pipeline:
         return chunk
 
     def _foresee(self, number: int) -> None:
-        """List what a chunk exchanges, and of many chunks some behind it; beside a READ."""
-        first = self._num_listed
-        if number < first:
+        """Find what a chunk exchanges, and of many chunks list some behind it too."""
+        first = self._num_found
+        if number < first or number >= len(self._shares):
             return
         # The wire waits for the first. Where there are few, each leaves time to list the next.
-        num = _CHUNKS_AT_ONCE if first and len(self._shares) > 2 * _CHUNKS_AT_ONCE else 1
+        num = self._num_at_once if first and len(self._shares) > 2 * _CHUNKS_AT_ONCE else 1
         some = range(first, min(first + num, len(self._shares)))
         found = [self._mover.find_moves(self._cut(each), self.find_buffer(each)) for each in some]
-        self._mover.communicator.foresee(found)
+        if len(found) > 1:
+            self._mover.communicator.foresee(found)
         self._moves.update(zip(some, found, strict=True))
-        self._num_listed = some.stop
+        self._num_found = some.stop
 
     def _prepare_own(self, chunk: _Chunk) -> None:
         mover = self._mover
