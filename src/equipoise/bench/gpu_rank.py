@@ -16,12 +16,13 @@ from equipoise.bench.gpu_limits import BareReads, send_one_message
 from equipoise.comm.groups import RankGroup, has_nccl
 from equipoise.comm.nixl.agent import has_nixl
 from equipoise.comm.registry import create_eplb_communicator
+from equipoise.comm.weight_table import WeightTable
 from equipoise.errors import CommunicatorUnavailable
 from equipoise.placement import Placement
 from equipoise.plan.transfer_plan import TransferPlan, make_plan
 from equipoise.transfer.budget import StagingBudget, choose_budget, find_spare
 from equipoise.transfer.executor import rearrange_expert_weights_inplace
-from equipoise.transfer.staging import PlanShares, measure_experts, share_plan
+from equipoise.transfer.staging import PlanShares, share_plan
 
 Staging = Literal["as is free", "one buffer", "two of a layer"]
 Limit = Literal["one NCCL message", "one READ in place", "bare READs of the same chunks"]
@@ -130,7 +131,7 @@ class _Course:
         if case.kind != "fill":
             self._plans.append(make_plan(self._new, self._old))
         self._weights = GpuWeights(case, self._old, group.rank, group.device)
-        self._sizes = measure_experts(self._weights.tensors)
+        self._sizes = WeightTable(self._weights.tensors).expert_bytes
         received = count_received(self._plan, group.rank) * case.expert_bytes
         most = torch.tensor(received)
         group.all_reduce(most, "max")

@@ -22,7 +22,7 @@ from equipoise.placement import Placement, place_in_order
 from equipoise.plan.transfer_plan import make_plan
 from equipoise.topology import Topology
 from equipoise.transfer.mover import ChunkMover
-from equipoise.transfer.staging import measure_experts, share_plan
+from equipoise.transfer.staging import share_plan
 
 GOAL_S = 0.02
 """Most that planning and issuing may take of one rank's processor."""
@@ -87,11 +87,12 @@ def measure_host_time(seed: int) -> Row:
     for _ in range(_NUM_ROUNDS + 1):
         started = time.perf_counter()
         plan = make_plan(old, new)
-        sizes = measure_experts(rows)
+        table = WeightTable(rows)
+        sizes = table.expert_bytes
         budget = 8 * _SLOTS_PER_RANK * int(sizes[0])
         shares = share_plan(plan, 0, sizes, budget)
         seat: RankGroup = _Seat(0)  # type: ignore[assignment]
-        mover = ChunkMover(plan, rows, wire, seat, WeightTable(rows))
+        mover = ChunkMover(plan, rows, wire, seat, table)
         staging = torch.empty(int(shares.num_bytes.max()), dtype=torch.uint8)
         for share in shares:
             mover.start(mover.find_moves(share, staging))

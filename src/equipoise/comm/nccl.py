@@ -149,6 +149,11 @@ class NcclStagedCommunicator(QueuedCommunicator[_Flight]):
     def _set_up_s(self) -> float:
         return max(self.timeout_s, _LEAST_SET_UP_S)
 
+    @property
+    def _abort_s(self) -> float:
+        """Well below what others wait for this rank."""
+        return min(_MOST_ABORT_S, self.timeout_s / 4)
+
     def _explain_set_up(self, cause: Exception) -> TransferError:
         return TransferError(
             f"rank {self.rank}, {self.name}: NCCL could not be set up: {cause}", rank=self.rank
@@ -171,9 +176,8 @@ class NcclStagedCommunicator(QueuedCommunicator[_Flight]):
         abort = self._take_abort()
         if abort is None:
             return
-        seconds = min(_MOST_ABORT_S, self.timeout_s / 4)
         try:
-            call_in_time(abort, seconds)
+            call_in_time(abort, self._abort_s)
         except Exception as error:
             logger.info("rank %d, %s: NCCL has not let go yet: %s", self.rank, self.name, error)
 
@@ -304,7 +308,7 @@ class NcclStagedCommunicator(QueuedCommunicator[_Flight]):
 
     def _await_end(self, ended: torch.cuda.Event) -> None:
         """Kernels that were told to end need a moment, where NCCL is not waited for."""
-        deadline = deadline_in(min(_MOST_ABORT_S, self.timeout_s / 4))
+        deadline = deadline_in(self._abort_s)
         # A device that is lost says so to whoever uses it next.
         with contextlib.suppress(RuntimeError):
             while not ended.query() and time.monotonic() < deadline:  # type: ignore[no-untyped-call]

@@ -199,9 +199,12 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
         return self._stream or torch.cuda.current_stream(self._device)
 
     def _on_stream(self) -> contextlib.AbstractContextManager[object]:
-        if self._stream is None or not self._is_cuda:
+        if self._device is None or self._device.type != "cuda":
             return contextlib.nullcontext()
-        return torch.cuda.stream(self._stream)
+        # To enter a stream, and with it its device, costs as much as a launch.
+        if self._stream is None and torch.cuda.current_device() == self._device.index:
+            return contextlib.nullcontext()
+        return torch.cuda.stream(self._current_stream())
 
     def _refuse_if_interrupted(self) -> None:
         if self._interrupted.is_set():

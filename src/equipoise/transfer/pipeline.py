@@ -96,7 +96,6 @@ class Pipeline:
         self._freed: list[torch.cuda.Event | None] = [None] * len(buffers)
         self._last: _Chunk | None = None
         self._copies: SpanCopies
-        self._num_prepared = 0
         # One thread alone has to do all of it beside a READ: a little each time, then.
         is_alone = len(buffers) == 1 and self._holds
         self._num_at_once = 1 if is_alone else _CHUNKS_AT_ONCE
@@ -154,7 +153,7 @@ class Pipeline:
             return
         try:
             self._mover.communicator.advance()
-            self._foresee(self._last.number + 2)
+            self._find_moves(self._last.number + 2)
         except Exception as error:
             self._received.put(error)
 
@@ -242,20 +241,14 @@ class Pipeline:
     def _finish(self, chunk: _Chunk) -> _Chunk:
         """Make ready what fills its slots, once the next is on its way, and receive it."""
         chunk.part = chunk.number % self._num_at_once
-        self._prepare_copies(chunk.number)
+        if chunk.part == 0:
+            some = range(chunk.number, min(chunk.number + self._num_at_once, len(self._shares)))
+            self._copies = self._mover.prepare_many(
+                [self._cut(each) for each in some], [self.find_buffer(each) for each in some]
+            )
         chunk.copies = self._copies
         self._mover.communicator.finish()
         return chunk
-
-    def _prepare_copies(self, number: int) -> None:
-        """Make ready what fills a chunk's slots, and those of some behind it; once."""
-        if number < self._num_prepared or number >= len(self._shares):
-            return
-        some = range(number, min(number + self._num_at_once, len(self._shares)))
-        self._copies = self._mover.prepare_many(
-            [self._cut(each) for each in some], [self.find_buffer(each) for each in some]
-        )
-        self._num_prepared = some.stop
 
     def _await_buffer(self, number: int) -> bool:
         """Whether there is a buffer for a chunk, rather than an end."""
@@ -306,13 +299,13 @@ class Pipeline:
         return event is None or bool(event.query())  # type: ignore[no-untyped-call]
 
     def _start(self, number: int) -> _Chunk:
-        self._foresee(number)
+        self._find_moves(number)
         chunk = _Chunk(number, self._cut(number), is_free=not self._holds)
         may_land = partial(self._land, number, chunk) if self._holds else None
         self._mover.start(self._moves.pop(number), may_land)
         return chunk
 
-    def _foresee(self, number: int) -> None:
+    def _find_moves(self, number: int) -> None:
         """Find what a chunk exchanges, and of many chunks list some behind it too."""
         first = self._num_found
         if number < first or number >= len(self._shares):

@@ -115,11 +115,6 @@ class ChunkShare:
     busiest_bytes: int
 
 
-def measure_experts(rows: list[list[Tensor]]) -> IntArray:
-    """[L] int64, bytes of one expert of each layer, whose weights are [S, row bytes] uint8."""
-    return np.array([sum(tensor.shape[1] for tensor in layer) for layer in rows], dtype=np.int64)
-
-
 def share_plan(
     plan: TransferPlan,
     rank: int,
