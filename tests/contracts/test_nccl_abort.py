@@ -6,11 +6,24 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, NoReturn, cast
 
 import pytest
+import torch
 
 from equipoise.comm.nccl import NcclStagedCommunicator
+from equipoise.comm.queued import QueuedCommunicator
+from equipoise.errors import TransferError
+
+
+class Kernels:
+    """What was enqueued: under way until it is told to end, as where it waits for a peer."""
+
+    def __init__(self) -> None:
+        self.told_to_end = threading.Event()
+
+    def query(self) -> bool:
+        return self.told_to_end.is_set()
 
 
 class Stuck(NcclStagedCommunicator):
@@ -18,9 +31,13 @@ class Stuck(NcclStagedCommunicator):
 
     name: ClassVar[str] = "stuck"
 
-    def __init__(self, end: Callable[[], None]) -> None:
-        self.rank, self.timeout_s = 0, 1.0
+    def __init__(self, end: Callable[[], None], kernels: Kernels | None = None) -> None:
+        QueuedCommunicator.__init__(self, 0, 2, [], 1.0)
         self._end_all: Callable[[], None] | None = end
+        self._wire = cast(torch.cuda.Stream, kernels or Kernels())
+
+    def _begin(self, *_: object) -> NoReturn:
+        raise TransferError("rank 1 did not answer within 1.0 s", rank=0, peer=1)
 
     def _post(self, *_: object) -> None:
         raise AssertionError("nothing is sent")
@@ -66,3 +83,23 @@ def test_nccl_that_refuses_to_end_is_no_other_error(caplog: pytest.LogCaptureFix
 
     Stuck(refuse)._abort()
     assert "NCCL has not let go yet: ncclInternalError" in caplog.text
+
+
+def test_what_travels_ends_where_the_next_exchange_cannot_begin() -> None:
+    kernels = Kernels()
+    wire = Stuck(kernels.told_to_end.set, kernels)
+    with pytest.raises(TransferError, match="rank 1 did not answer"):
+        wire.start()
+    # Else it would wait for rank 1 for good, and whoever uses the device for it.
+    assert kernels.told_to_end.is_set()
+
+
+def test_what_has_ended_by_itself_is_not_aborted() -> None:
+    kernels = Kernels()
+    kernels.told_to_end.set()
+    aborted = threading.Event()
+    wire = Stuck(aborted.set, kernels)
+    with pytest.raises(TransferError, match="rank 1 did not answer"):
+        wire.start()
+    # The engine's group would go with it.
+    assert not aborted.is_set()

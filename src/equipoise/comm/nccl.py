@@ -293,7 +293,7 @@ class NcclStagedCommunicator(QueuedCommunicator[_Flight]):
             dead = self._lifeline.find_dead()
             if dead or time.monotonic() > deadline or self._interrupted.is_set():
                 self._abort()
-                self._await_end(ended)
+                self._await_end()
                 self._refuse_if_interrupted()
                 return _blame(dead, peers)
             time.sleep(_PAUSE_S)
@@ -306,16 +306,26 @@ class NcclStagedCommunicator(QueuedCommunicator[_Flight]):
             done.send(word, peer)
         return dict(done.wait(deadline_in(seconds)))
 
-    def _await_end(self, ended: torch.cuda.Event) -> None:
-        """Kernels that were told to end need a moment, where NCCL is not waited for."""
+    def _cut_short(self) -> None:
+        # A kernel that waits for a peer would wait for good, and with it whoever uses the device.
+        if not self._await_end():
+            self._abort()
+            self._await_end()
+
+    def _await_end(self) -> bool:
+        """Whether all that was enqueued ends soon; kernels that were told to need a moment."""
         deadline = deadline_in(self._abort_s)
         # A device that is lost says so to whoever uses it next.
         with contextlib.suppress(RuntimeError):
-            while not ended.query() and time.monotonic() < deadline:  # type: ignore[no-untyped-call]
+            while not self._wire.query():
+                if time.monotonic() > deadline:
+                    return False
                 time.sleep(_PAUSE_S)
+        return True
 
     def _release(self) -> None:
         self._lifeline.close()
+        self._cut_short()
         self._disconnect()
         for pool in (self._send_pool, self._recv_pool):
             if pool is not None and pool.is_cuda:

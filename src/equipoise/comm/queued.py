@@ -146,7 +146,7 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
         try:
             self._under_way.append(self._begin(self._num_exchanges, outbox, inbox))
         except BaseException:
-            self._state = "failed"
+            self._fail()
             raise
         finally:
             self._may_land = None
@@ -158,7 +158,7 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
         try:
             self._end(self._under_way.popleft())
         except BaseException:
-            self._state = "failed"
+            self._fail()
             raise
 
     def interrupt(self) -> None:  # noqa: D102 - see the base
@@ -181,6 +181,13 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
     @abstractmethod
     def _end(self, flight: FlightT) -> None:
         """Do what `finish` promises."""
+
+    def _fail(self) -> None:
+        self._state = "failed"
+        self._cut_short()
+
+    def _cut_short(self) -> None:
+        """After a failure: end what is under way still, and may never come to its end."""
 
     @abstractmethod
     def _release(self) -> None:
