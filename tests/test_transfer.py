@@ -331,8 +331,6 @@ class HoldingPipeline(Pipeline):
         super().__init__(*arguments)  # type: ignore[arg-type]
         wire = self._mover.communicator
         self._holds, self._num_ahead = wire.can_hold, wire.num_ahead
-        if len(self._buffers) == 1:
-            self._num_at_once = 1
 
 
 @processes(2)

@@ -93,6 +93,10 @@ class EplbCommunicator(ABC):
     """Set it where a forward pass runs beside exchanges: they then take longer between two looks at
     how far they have come, and leave the interpreter to it."""
 
+    is_beside_thread: bool = False
+    """Set it where another thread has its part in the exchanges, and must get at the interpreter:
+    between two looks they then sleep, where else they look on."""
+
     can_hold: bool = False
     """Whether `start` takes `may_land`."""
 

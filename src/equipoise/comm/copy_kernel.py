@@ -100,8 +100,9 @@ class KernelTable:
         table[: tables[0].size], table[wide:] = tables[0].ravel(), tables[1].ravel()
         self._table: Tensor = torch.from_numpy(table).pin_memory().to(device, non_blocking=True)
         parts = self._table[: tables[0].size], self._table[wide:]
+        # Compiled kernels are found once: it takes long in a launch.
         self._launches = [
-            (kernel, columns, len(columns) // 3, starts, sums)
+            (_compile(kernel, device), columns.data_ptr(), len(columns) // 3, starts, sums)
             for kernel, columns, starts, sums in zip(
                 (_copy_words, _copy_bytes), parts, all_starts, all_sums, strict=True
             )
@@ -127,9 +128,7 @@ class KernelTable:
                         most = int(gently * _GENTLE_PROGRAMS)
                         grid = split_programs(most, count, num_blocks // _BLOCKS_A_LANE)
                     numbers = num_spans, starts[part], starts[part + 1]
-                    _compile(kernel, device)[(*grid, 1)](
-                        columns.data_ptr(), *numbers, _BLOCK, stream=stream.cuda_stream
-                    )
+                    kernel[(*grid, 1)](columns, *numbers, _BLOCK, stream=stream.cuda_stream)
 
     def bind(self, part: int) -> Callable[[], None]:
         """A part's launches with all that they need, for a thread that has no time to spare.
@@ -142,8 +141,8 @@ class KernelTable:
         for kernel, columns, num_spans, starts, _ in self._launches:
             if part + 1 < len(starts) and (count := starts[part + 1] - starts[part]):
                 numbers = num_spans, starts[part], starts[part + 1]
-                enqueue = _compile(kernel, device)[(count, _NUM_LANES, 1)]
-                launches.append(partial(enqueue, columns.data_ptr(), *numbers, _BLOCK))
+                enqueue = kernel[(count, _NUM_LANES, 1)]
+                launches.append(partial(enqueue, columns, *numbers, _BLOCK))
 
         def launch() -> None:
             stream = torch.cuda.current_stream(device).cuda_stream

@@ -14,10 +14,10 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from equipoise.comm.base import ExpertMoves
 from equipoise.comm.exchange import deadline_in
 from equipoise.comm.span_copies import SpanCopies
 from equipoise.errors import TransferError
+from equipoise.transfer.chunk_list import ChunkList
 from equipoise.transfer.mover import ChunkMover
 from equipoise.transfer.staging import ChunkShare
 
@@ -27,8 +27,6 @@ _PACE_UNLESS_HELD = 1.5
 _PACE_OF_TWO = 4.0
 # For the peers' word on the first chunk: nothing travels meanwhile that work could go beside.
 _FIRST_WORD_S = 2e-3
-# Whose exchanges are listed, and copies made ready, together: little more than one would take.
-_CHUNKS_AT_ONCE = 8
 # Between two looks at what has come, while a buffer is waited for.
 _LOOK_S = 2e-4
 # Between two looks at whether slots are filled.
@@ -95,12 +93,7 @@ class Pipeline:
         self._is_stopped = False
         self._freed: list[torch.cuda.Event | None] = [None] * len(buffers)
         self._last: _Chunk | None = None
-        self._copies: SpanCopies
-        # One thread alone has to do all of it beside a READ: a little each time, then.
-        is_alone = len(buffers) == 1 and self._holds
-        self._num_at_once = 1 if is_alone else _CHUNKS_AT_ONCE
-        self._moves: dict[int, ExpertMoves] = {}
-        self._num_found = 0
+        self._list = ChunkList(mover, self._cut, buffers, len(shares))
         self._course: Iterator[_Chunk] = iter(())
         self._thread: threading.Thread | None = None
 
@@ -153,7 +146,6 @@ class Pipeline:
             return
         try:
             self._mover.communicator.advance()
-            self._find_moves(self._last.number + 2)
         except Exception as error:
             self._received.put(error)
 
@@ -204,6 +196,7 @@ class Pipeline:
             return
         self._course = self._go(first)
         if len(self._buffers) > 1:
+            self._mover.communicator.is_beside_thread = True
             self._thread = threading.Thread(
                 target=self._run, name="equipoise-transfer", daemon=True
             )
@@ -240,13 +233,8 @@ class Pipeline:
 
     def _finish(self, chunk: _Chunk) -> _Chunk:
         """Make ready what fills its slots, once the next is on its way, and receive it."""
-        chunk.part = chunk.number % self._num_at_once
-        if chunk.part == 0:
-            some = range(chunk.number, min(chunk.number + self._num_at_once, len(self._shares)))
-            self._copies = self._mover.prepare_many(
-                [self._cut(each) for each in some], [self.find_buffer(each) for each in some]
-            )
-        chunk.copies = self._copies
+        chunk.copies, chunk.part = self._list.take_copies(chunk.number)
+        self._list.look_ahead()
         self._mover.communicator.finish()
         return chunk
 
@@ -299,25 +287,11 @@ class Pipeline:
         return event is None or bool(event.query())  # type: ignore[no-untyped-call]
 
     def _start(self, number: int) -> _Chunk:
-        self._find_moves(number)
+        moves = self._list.take_moves(number)
         chunk = _Chunk(number, self._cut(number), is_free=not self._holds)
         may_land = partial(self._land, number, chunk) if self._holds else None
-        self._mover.start(self._moves.pop(number), may_land)
+        self._mover.start(moves, may_land)
         return chunk
-
-    def _find_moves(self, number: int) -> None:
-        """Find what a chunk exchanges, and of many chunks list some behind it too."""
-        first = self._num_found
-        if number < first or number >= len(self._shares):
-            return
-        # The wire waits for the first. Where there are few, each leaves time to list the next.
-        num = self._num_at_once if first and len(self._shares) > 2 * _CHUNKS_AT_ONCE else 1
-        some = range(first, min(first + num, len(self._shares)))
-        found = [self._mover.find_moves(self._cut(each), self.find_buffer(each)) for each in some]
-        if len(found) > 1:
-            self._mover.communicator.foresee(found)
-        self._moves.update(zip(some, found, strict=True))
-        self._num_found = some.stop
 
     def _prepare_own(self, chunk: _Chunk) -> None:
         mover = self._mover
@@ -373,6 +347,7 @@ class Pipeline:
             if self._thread.is_alive():
                 rank = self._mover.group.rank
                 raise TransferError(f"rank {rank}: the transfer's thread does not end", rank=rank)
+            self._mover.communicator.is_beside_thread = False
 
     def _own_stream(self) -> contextlib.AbstractContextManager[object]:
         """So that staging does not wait for slots that are being filled."""

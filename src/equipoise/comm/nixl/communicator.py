@@ -34,10 +34,12 @@ _FORMAT = 1
 _POOL_BYTES = 32 << 20
 _FEWEST_PIECES = 8
 # Ranks may share cores, and a forward pass wants the interpreter: who waits sleeps, from a
-# notification's latency up to a thousandth. With weights on GPUs and nothing beside, a READ of many
-# experts is over in some thousandths, and looked at all the time.
+# notification's latency up to a thousandth. With weights on GPUs and no forward pass beside, a READ
+# of many experts is over in some thousandths: for so long it is looked at all the time.
 _SHORTEST_PAUSE_S = 50e-6
 _LONGEST_PAUSE_S = 1e-3
+_WATCHED_S = 10e-3
+_WATCHED_PAUSE_S = 10e-6
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,21 @@ class _Wire:
     registered: Regions
     remotes: dict[int, Remote]
     mailbox: Mailbox
+
+
+@dataclass
+class _Buffer:
+    """Memory that many exchanges fill; made known to NIXL when the first of them begins.
+
+    Attributes:
+        spans: the memory, as one.
+        regions: the same.
+        registration: None until then.
+    """
+
+    spans: Spans
+    regions: Regions
+    registration: Registration | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +133,7 @@ class NixlEplbCommunicator(QueuedCommunicator[_Flight]):
         self._agent = agent
         mailbox = Mailbox(agent, token, remotes)
         self._wire: _Wire | None = _Wire(pool, Regions(registered), remotes, mailbox)
-        self._buffers: list[Regions] = []
+        self._buffers: list[_Buffer] = []
 
     @contextlib.contextmanager
     def register(self, buffer: torch.Tensor) -> Iterator[None]:  # noqa: D102 - see the base
@@ -125,15 +142,16 @@ class NixlEplbCommunicator(QueuedCommunicator[_Flight]):
         if not buffer.numel():
             yield
             return
-        registration, region = self._agent.register(spans), Regions(spans)
-        self._buffers.append(region)
+        lent = _Buffer(spans, Regions(spans))
+        self._buffers.append(lent)
         try:
             yield
         finally:
-            self._buffers.remove(region)
+            self._buffers.remove(lent)
             # Where READs may still write, the agent keeps everything.
-            if self._wire is not None and not self._agent.has_reads:
-                self._agent.deregister(registration)
+            known = lent.registration
+            if known is not None and self._wire is not None and not self._agent.has_reads:
+                self._agent.deregister(known)
 
     @property
     def num_open_handles(self) -> int:
@@ -210,20 +228,21 @@ class NixlEplbCommunicator(QueuedCommunicator[_Flight]):
         with self._on_stream():
             # READs follow no stream: all that writes or reads these tensors must be over.
             self._settle()
-            pairs = self._pair_up(wire, number, outbox, inbox)
+            exchange = NixlExchange(
+                self.rank,
+                number,
+                self.timeout_s,
+                self._agent,
+                wire.mailbox,
+                wire.pool,
+                wire.remotes,
+                self._settle,
+                self._pair_up(wire, number, outbox, inbox),
+                self._may_land,
+            )
+            # What peers wait for comes first.
+            exchange.offer()
             landing = self._register_landings(wire, inbox)
-        exchange = NixlExchange(
-            self.rank,
-            number,
-            self.timeout_s,
-            self._agent,
-            wire.mailbox,
-            wire.pool,
-            wire.remotes,
-            self._settle,
-            pairs,
-            self._may_land,
-        )
         flight = _Flight(exchange, landing)
         self._advance([*self._under_way, flight])
         return flight
@@ -239,16 +258,14 @@ class NixlEplbCommunicator(QueuedCommunicator[_Flight]):
 
     def _end(self, flight: _Flight) -> None:
         flights = [flight, *self._under_way]
-        is_alone = self._is_cuda and not self.is_beside_forward
-        longest, pause = _SHORTEST_PAUSE_S if is_alone else _LONGEST_PAUSE_S, _SHORTEST_PAUSE_S
+        pauses = self._find_pauses()
         try:
             while not flight.exchange.is_over:
                 self._refuse_if_interrupted()
                 if self._advance(flights, flight):
-                    pause = _SHORTEST_PAUSE_S
+                    pauses = self._find_pauses()
                     continue
-                time.sleep(pause)
-                pause = min(2 * pause, longest)
+                time.sleep(next(pauses))
         except BaseException:
             self._set_apart(flights)
             raise
@@ -257,6 +274,18 @@ class NixlEplbCommunicator(QueuedCommunicator[_Flight]):
             self._give_up(flight.exchange)
         if flight.landing is not None:
             self._agent.deregister(flight.landing)
+
+    def _find_pauses(self) -> Iterator[float]:
+        """Seconds between looks at what has come, from the last thing that came on."""
+        is_alone = self._is_cuda and not self.is_beside_forward
+        if is_alone:
+            stop = deadline_in(_WATCHED_S)
+            while time.monotonic() < stop:
+                yield _WATCHED_PAUSE_S if self.is_beside_thread else 0.0
+        pause = _SHORTEST_PAUSE_S
+        while True:
+            yield pause
+            pause = pause if is_alone else min(2 * pause, _LONGEST_PAUSE_S)
 
     def _advance(self, flights: Sequence[_Flight], awaited: _Flight | None = None) -> bool:
         """Bring every exchange that is under way as far as it goes; whether that was anywhere.
@@ -307,7 +336,10 @@ class NixlEplbCommunicator(QueuedCommunicator[_Flight]):
         """Make known what is not registered yet: of each storage what will be written."""
         bounds: dict[int, tuple[int, int]] = {}
         landings: list[Landing] = [landing for each in inbox.values() for landing in each]
-        known = [wire.registered, *self._buffers]
+        for buffer in self._buffers:
+            if buffer.registration is None:
+                buffer.registration = self._agent.register(buffer.spans)
+        known = [wire.registered, *(buffer.regions for buffer in self._buffers)]
         for landing in landings:
             address, num_bytes = span_of(landing.data)
             if not num_bytes or any(region.contain(address, num_bytes) for region in known):

@@ -187,6 +187,12 @@ class NixlExchange:
         """Whether every READ is under way, or over; or a pair has failed."""
         return all(pair.has_failed or (pair.heard_last and not pair.held) for pair in self.pairs)
 
+    def offer(self) -> None:
+        """Offer what can be offered now. `advance` does so too; this hears and reads nothing."""
+        for pair in self.pairs:
+            while not pair.has_failed and self._offer_next(pair):
+                pass
+
     def advance(self) -> bool:
         """Do what can be done without waiting; whether that was anything.
 
