@@ -177,9 +177,9 @@ def test_a_profile_pass_changes_nothing_and_takes_the_buffers(rank: Rank, num_ra
 class Damaging(TorchDistGlooStagedEplbCommunicator):
     """Flips a bit of what rank 1 receives from rank 2."""
 
-    def finish(self) -> None:
+    def finish(self, *, may_be_read: bool = False) -> None:
         landings = self._under_way[0].inbox.get(2, []) if self.rank == 1 else []
-        super().finish()
+        super().finish(may_be_read=may_be_read)
         for landing in landings:
             landing.data[-1] ^= 1
 

@@ -198,9 +198,12 @@ class EplbCommunicator(ABC):
         """
 
     @abstractmethod
-    def finish(self) -> None:
+    def finish(self, *, may_be_read: bool = False) -> None:
         """Return when the oldest exchange that was started, and not finished, has ended.
 
+        Args:
+            may_be_read: peers may then still be reading what was sent, where the wire can say so
+                earlier: for who hears from all of them before it changes any of it.
         Collective: as `execute`.
         Raises: as `execute`; TransferError if none was started.
         """

@@ -85,6 +85,8 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
         self._num_exchanges = 0
         # Of the exchange that begins.
         self._may_land: MayLand | None = None
+        # Of the exchange that ends.
+        self._may_be_read = False
         self._under_way: deque[FlightT] = deque()
         # Set by another thread, looked at by the one that waits for peers; once and for all.
         self._interrupted = threading.Event()
@@ -151,10 +153,11 @@ class QueuedCommunicator(EplbCommunicator, Generic[FlightT]):
         finally:
             self._may_land = None
 
-    def finish(self) -> None:  # noqa: D102 - see the base
+    def finish(self, *, may_be_read: bool = False) -> None:  # noqa: D102 - see the base
         self._refuse_unless_open()
         if not self._under_way:
             raise TransferError(f"rank {self.rank}: no exchange was started", rank=self.rank)
+        self._may_be_read = may_be_read
         try:
             self._end(self._under_way.popleft())
         except BaseException:

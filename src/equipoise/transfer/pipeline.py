@@ -235,7 +235,8 @@ class Pipeline:
         """Make ready what fills its slots, once the next is on its way, and receive it."""
         chunk.copies, chunk.part = self._list.take_copies(chunk.number)
         self._list.look_ahead()
-        self._mover.communicator.finish()
+        # All ranks agree on it before any slot is filled, and so before what was sent changes.
+        self._mover.communicator.finish(may_be_read=True)
         return chunk
 
     def _await_buffer(self, number: int) -> bool:

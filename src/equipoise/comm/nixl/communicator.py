@@ -260,7 +260,9 @@ class NixlEplbCommunicator(QueuedCommunicator[_Flight]):
         flights = [flight, *self._under_way]
         pauses = self._find_pauses()
         try:
-            while not flight.exchange.is_over:
+            while not (
+                flight.exchange.has_received if self._may_be_read else flight.exchange.is_over
+            ):
                 self._refuse_if_interrupted()
                 if self._advance(flights, flight):
                     pauses = self._find_pauses()

@@ -121,8 +121,14 @@ class Pair:
     @property
     def is_over(self) -> bool:
         """Whether nothing more is waited for."""
-        under_way = self.offers or self.unread or self.held or self.reads or not self.heard_last
-        return self.has_failed or not under_way
+        return self.has_failed or (self.has_received and not self.unread)
+
+    @property
+    def has_received(self) -> bool:
+        """Whether all is here, and all that the peer has not read of ours is where it stays."""
+        under_way = self.offers or self.held or self.reads or not self.heard_last
+        is_staged = any(piece is not None for piece in self.unread.values())
+        return self.has_failed or not (under_way or is_staged)
 
 
 class NixlExchange:
@@ -173,9 +179,16 @@ class NixlExchange:
 
         Where nothing lands either, what is to be filled is waited for, as has been said.
         """
-        pairs = self.pairs
-        may = self._may_land is None or any(pair.has_failed for pair in pairs)
-        return may and all(pair.is_over for pair in pairs)
+        return self._may_end and all(pair.is_over for pair in self.pairs)
+
+    @property
+    def has_received(self) -> bool:
+        """As `is_over`, though peers may still read weights: what they confirm is let go by."""
+        return self._may_end and all(pair.has_received for pair in self.pairs)
+
+    @property
+    def _may_end(self) -> bool:
+        return self._may_land is None or any(pair.has_failed for pair in self.pairs)
 
     @property
     def is_held(self) -> bool:
