@@ -134,8 +134,7 @@ class KernelTable:
         """A part's launches with all that they need, for a thread that has no time to spare.
 
         Returns:
-            Enqueues the copies on the current stream. It waits for nothing and keeps nothing: by
-            then the stream that this was made on is through, and this outlives the copies.
+            Enqueues the copies on the current stream; as for `SpanCopies.bind`.
         """
         device, launches = self._table.device, []
         for kernel, columns, num_spans, starts, _ in self._launches:

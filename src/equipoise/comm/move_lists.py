@@ -5,6 +5,7 @@ Axis letters: n experts of all exchanges.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -106,12 +107,16 @@ def _find_landings(
     table: WeightTable, several: Sequence[ExpertMoves], received: MoveEnds, size: int
 ) -> Iterator[tuple[int, int, Landing]]:
     rows = table.list_rows(received.key, received.layer, received.slot)
-    in_buffer = np.where(rows.in_slot, 0, rows.spans.num_bytes)
+    in_buffer = np.cumsum(np.where(rows.in_slot, 0, rows.spans.num_bytes))
+    peers = list(rows.find_peers())
+    ends = in_buffer[[last - 1 for _, _, last in peers]].tolist() if peers else []
     needed = [0] * len(several)
     found = []
-    for key, first, last in rows.find_peers():
+    for (key, first, last), (before, end) in zip(
+        peers, itertools.pairwise([0, *ends]), strict=True
+    ):
         number, peer = divmod(key, size)
-        offset, needed[number] = needed[number], needed[number] + int(in_buffer[first:last].sum())
+        offset, needed[number] = needed[number], needed[number] + end - before
         found.append((number, peer, slice(first, last), offset, needed[number]))
     buffers = [_view_buffer(moves.into, most) for moves, most in zip(several, needed, strict=True)]
     for number, peer, where, offset, stop in found:

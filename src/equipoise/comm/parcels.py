@@ -160,10 +160,8 @@ def find_sources(queued: Sequence[Outgoing]) -> tuple[Spans, list[Tensor]]:
 
 def find_spans(landings: Sequence[Landing]) -> Spans:
     """Where the bytes of a peer go; nothing for landings of no bytes."""
-    if len(landings) == 1 and landings[0].spans is not None:
-        return landings[0].spans
     return Spans.join(
-        [Spans.of([span_of(each.data)]) if each.spans is None else each.spans for each in landings]
+        [Spans.of_one(*span_of(one.data)) if one.spans is None else one.spans for one in landings]
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -77,15 +78,16 @@ class SpanCopies:
             for copy in self._copies[self._edges[part] : self._edges[part + 1]]:
                 ctypes.memmove(*copy)
 
-    def bind(self) -> Callable[[], None]:
-        """All copies of a single part, for a thread that has no time to spare.
+    def bind(self, part: int = 0) -> Callable[[], None]:
+        """The copies of a part, for a thread that has no time to spare.
 
         Returns:
-            As `run`, but waits for nothing and keeps nothing: on a GPU, what was enqueued before
-            this was made is over by then, and this outlives the copies.
+            As `run`, but waits for nothing and keeps nothing: on a GPU, it is called on the stream
+            that this was made on, or what was enqueued there before is over by then, and this
+            outlives the copies.
         Collective: none.
         """
-        return self.run if self._table is None else self._table.bind(0)
+        return partial(self.run, part) if self._table is None else self._table.bind(part)
 
     def outlive_stream(self) -> None:
         """Let go of this only behind what the current stream was given. Collective: none."""

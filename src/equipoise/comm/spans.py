@@ -32,6 +32,11 @@ class Spans:
         return cls(np.array(address, dtype=np.int64), np.array(num_bytes, dtype=np.int64))
 
     @classmethod
+    def of_one(cls, address: int, num_bytes: int) -> Spans:
+        """A single one; none if it has no bytes."""
+        return cls(np.array([address]), np.array([num_bytes])) if num_bytes else NO_SPANS
+
+    @classmethod
     def join(cls, parts: Sequence[Spans]) -> Spans:
         """One behind the other."""
         if not parts:

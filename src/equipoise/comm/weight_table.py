@@ -171,8 +171,9 @@ class RowList:
     def split(self) -> Iterator[tuple[int, Spans, Spans]]:
         """By rank: its rows, and where their bytes are, in as few spans as can be."""
         pieces, first = join_touching(self.spans, self.block)
-        for rank, start, stop in self.find_peers():
-            edges = np.searchsorted(first, (start, stop)).tolist()
+        peers = list(self.find_peers())
+        stops = np.searchsorted(first, [stop for _, _, stop in peers]).tolist()
+        for (rank, start, stop), edges in zip(peers, itertools.pairwise([0, *stops]), strict=True):
             yield rank, self.spans.cut(start, stop), pieces.cut(*edges)
 
     def land(self, rows: slice, address: int) -> Spans:

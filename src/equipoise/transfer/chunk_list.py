@@ -11,7 +11,7 @@ from equipoise.comm.span_copies import SpanCopies
 from equipoise.transfer.mover import ChunkMover
 from equipoise.transfer.staging import ChunkShare
 
-_MOST_AT_ONCE = 8
+_MOST_AT_ONCE = 4
 
 
 class ChunkList:

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 
@@ -93,6 +93,8 @@ class Pipeline:
         self._is_stopped = False
         self._freed: list[torch.cuda.Event | None] = [None] * len(buffers)
         self._last: _Chunk | None = None
+        # What fills slots from it, if there was time to make that ready.
+        self._fill_last: Callable[[], None] | None = None
         self._list = ChunkList(mover, self._cut, buffers, len(shares))
         self._course: Iterator[_Chunk] = iter(())
         self._thread: threading.Thread | None = None
@@ -146,6 +148,7 @@ class Pipeline:
             return
         try:
             self._mover.communicator.advance()
+            self._fill_last = self._last.copies.bind(self._last.part)
         except Exception as error:
             self._received.put(error)
 
@@ -155,22 +158,24 @@ class Pipeline:
         Collective: none; every rank, once the chunk is committed.
         """
         assert self._last is not None, "what was not received is not committed"
-        share = self._last.share
-        match len(self._shares) - self._num_filled:
-            case 1:
-                pace = 0.0
-            case 2:
-                # What fills the last chunk's slots comes behind.
-                pace = _MOST_PACE
-            case _:
-                pace = self._find_pace(share, share.num_bytes)
-        self._last.copies.run(self._last.part, gently=pace)
+        if self._fill_last is not None:
+            self._fill_last()
+            self._fill_last = None
+        else:
+            self._last.copies.run(self._last.part, gently=self._find_pace_of_last(self._last.share))
         with self._changed:
             if self._device.type == "cuda":
                 stream = torch.cuda.current_stream(self._device)
                 self._freed[self._num_filled % len(self._buffers)] = stream.record_event()
             self._num_filled += 1
             self._changed.notify_all()
+
+    def _find_pace_of_last(self, share: ChunkShare) -> float:
+        num_left = len(self._shares) - self._num_filled
+        if num_left == 1 or len(self._buffers) == 1:
+            return 0.0
+        # What fills the last chunk's slots comes behind.
+        return _MOST_PACE if num_left == 2 else self._find_pace(share, share.num_bytes)
 
     def _take_next(self) -> _Chunk | Exception:
         if self._thread is None and self._received.empty():
