@@ -32,8 +32,8 @@ class Recorded:
         self.steps.append((step, list(some)))
 
 
-def make_list(mover: Recorded, num_chunks: int) -> ChunkList:
-    buffers = [torch.tensor(0), torch.tensor(1), torch.tensor(2)]
+def make_list(mover: Recorded, num_chunks: int, num_buffers: int = 3) -> ChunkList:
+    buffers = [torch.tensor(number) for number in range(num_buffers)]
     return ChunkList(cast(ChunkMover, mover), cast(Any, lambda number: number), buffers, num_chunks)
 
 
@@ -53,21 +53,26 @@ def test_each_chunk_gets_its_own(num_chunks: int, looks: int) -> None:
         assert done == [(number, number % 3) for number in range(num_chunks)]
 
 
-def test_the_first_chunk_is_listed_alone_and_then_ever_more_at_once() -> None:
+@pytest.mark.parametrize(
+    ("num_buffers", "expected"), [(1, [1, 2, *[4] * 9, 1]), (2, [1, 2, 4, 8, 8, 8, 8, 1])]
+)
+def test_the_first_chunk_is_listed_alone_and_then_ever_more_at_once(
+    num_buffers: int, expected: list[int]
+) -> None:
     mover = Recorded()
-    listed = make_list(mover, 40)
+    listed = make_list(mover, 40, num_buffers)
     listed.take_moves(0)
     assert mover.steps == [("list", [(0, 0)])]
     for number in range(1, 40):
         listed.take_moves(number)
         listed.take_copies(number - 1)
     sizes = [len(some) for name, some in mover.steps if name == "list"]
-    assert sizes == [1, 2, *[4] * 9, 1]
+    assert sizes == expected
 
 
 def test_a_look_ahead_is_one_step_and_stops_where_enough_is_ready() -> None:
     mover = Recorded()
-    listed = make_list(mover, 100)
+    listed = make_list(mover, 100, 1)
     before = 0
     for _ in range(50):
         listed.look_ahead()

@@ -41,6 +41,27 @@ def test_collectives_give_every_rank_the_same(rank: Rank, num_ranks: int) -> Non
     group.close()
 
 
+@processes(3)
+def test_who_expects_a_gathering_early_hears_the_same(rank: Rank) -> None:
+    group = rank.make_group()
+    for number in range(6):
+        # Each round another one does not, and what ranks send each other goes its own way.
+        early = group.expect(torch.zeros(2)) if number % 3 != rank.rank else None
+        after, before = (rank.rank + 1) % 3, (rank.rank + 2) % 3
+        said = torch.zeros(1)
+        if rank.rank:
+            group.recv(said, before)
+            group.send(said + 1, after)
+        else:
+            group.send(said, after)
+            group.recv(said, before)
+            assert float(said) == 2
+        mine = torch.tensor([float(number), float(rank.rank)])
+        gathered = group.all_gather(mine, expected=early)
+        assert torch.stack(gathered).tolist() == [[number, peer] for peer in range(3)]
+    group.close()
+
+
 @processes(2)
 def test_send_meets_recv(rank: Rank) -> None:
     group = rank.make_group()

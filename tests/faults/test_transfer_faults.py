@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from equipoise.comm import create_eplb_communicator
 from equipoise.comm.byte_views import view_bytes
-from equipoise.comm.exchange import Exchange, deadline_in
-from equipoise.comm.groups import _TAG_CONTROL, RankGroup, create_rank_group
+from equipoise.comm.exchange import deadline_in
+from equipoise.comm.groups import Expected, RankGroup, create_rank_group
 from equipoise.comm.queued import Queued
 from equipoise.comm.torch_gloo import TorchDistGlooStagedEplbCommunicator
 from equipoise.errors import TransferError
@@ -70,15 +70,15 @@ class DyingGroup(RankGroup):
         *,
         busy_s: float = 0.0,
         meanwhile: Callable[[], None] | None = None,
+        expected: Expected | None = None,
     ) -> list[torch.Tensor]:
         self.num_gathered += 1
         # The first is the agreement on what moves.
         if self.num_gathered < 3:
-            return super().all_gather(tensor, busy_s=busy_s, meanwhile=meanwhile)
-        exchange = Exchange(self.cpu_group, _TAG_CONTROL)
-        exchange.recv(view_bytes(torch.empty_like(tensor)), 0)
-        exchange.send(view_bytes(tensor), 0)
-        exchange.wait(deadline_in(20))
+            return super().all_gather(tensor, busy_s=busy_s, meanwhile=meanwhile, expected=expected)
+        assert expected is not None
+        expected.exchange.send(view_bytes(tensor), 0)
+        expected.exchange.wait(deadline_in(20))
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError("still alive")
 

@@ -12,7 +12,8 @@ import torch
 from equipoise.balancer import EplbState
 from equipoise.balancer.events import CpuGpuEvent
 from equipoise.comm import create_eplb_communicator
-from equipoise.comm.groups import RankGroup, has_nccl
+from equipoise.comm.groups import RankGroup
+from equipoise.comm.process_groups import has_nccl
 from equipoise.config import EPLBConfig
 from equipoise.dispatch.maps import PlacementMaps
 from equipoise.load.recorder import LoadRecorder

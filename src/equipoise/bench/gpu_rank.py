@@ -13,8 +13,9 @@ import torch
 
 from equipoise.bench.gpu_case import GpuCase, GpuWeights, count_received
 from equipoise.bench.gpu_limits import BareReads, send_one_message
-from equipoise.comm.groups import RankGroup, has_nccl
+from equipoise.comm.groups import RankGroup
 from equipoise.comm.nixl.agent import has_nixl
+from equipoise.comm.process_groups import has_nccl
 from equipoise.comm.registry import create_eplb_communicator
 from equipoise.comm.weight_table import WeightTable
 from equipoise.errors import CommunicatorUnavailable

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from equipoise.comm.base import ExpertWeights, GroupCoordinator
 from equipoise.comm.exchange import Exchange, deadline_in, explain, name_ranks
-from equipoise.comm.groups import RankGroup, find_device, has_nccl
+from equipoise.comm.groups import RankGroup, find_device
 from equipoise.comm.nixl.agent import has_nixl
+from equipoise.comm.process_groups import has_nccl
 from equipoise.comm.pynccl import has_nccl4py
 from equipoise.errors import CommunicatorUnavailable, ConfigError, TransferError
 

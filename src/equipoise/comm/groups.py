@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import secrets
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -18,8 +17,16 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from equipoise.comm.base import ExpertWeights, GroupCoordinator
 from equipoise.comm.byte_views import view_bytes
-from equipoise.comm.exchange import Exchange, deadline_in, explain, name_ranks
-from equipoise.comm.process_groups import abort_later, create_gloo, create_nccl, drop
+from equipoise.comm.exchange import Exchange, deadline_in, explain
+from equipoise.comm.process_groups import (
+    abort_later,
+    check_gloo,
+    create_gloo,
+    create_nccl,
+    drop,
+    has_nccl,
+    meet,
+)
 from equipoise.comm.store_client import clone_store
 from equipoise.comm.store_thread import StoreThread
 from equipoise.errors import ConfigError, MembershipError
@@ -32,6 +39,18 @@ _ANSWERS_KEPT = 256
 _TAG_MESSAGE = 0
 _TAG_CONTROL = 1
 _TAG_NEVER = 11
+
+
+class Expected(NamedTuple):
+    """What `RankGroup.expect` has posted.
+
+    Attributes:
+        gathered: R tensors, one of each rank, to be filled.
+        exchange: that fills them; `abandon` it where no `all_gather` follows.
+    """
+
+    gathered: list[Tensor]
+    exchange: Exchange
 
 
 class RankGroup:
@@ -120,7 +139,7 @@ class RankGroup:
                     f"this process is rank {expected[0]} of {expected[1]} in cpu_group, but "
                     f"{seat[0]} of {seat[1]} in {name}: both must have the same ranks"
                 )
-        _check_gloo(cpu_group)
+        check_gloo(cpu_group)
         store = store or cpu_group.get_group_store()
         group = cls(
             store,
@@ -169,7 +188,7 @@ class RankGroup:
         # All ranks count their calls alike, so a mesh may be taken more than once.
         number = store.add(f"equipoise/mesh/{rank}", 1)
         prefixed = PrefixStore(f"equipoise/mesh{number}/", store)
-        _meet(prefixed, rank, size, timeout)
+        meet(prefixed, rank, size, timeout)
         cpu_group = create_gloo(prefixed, rank, size, device, timeout)
         return cls(
             prefixed,
@@ -193,12 +212,30 @@ class RankGroup:
         """NCCL, the gloo group itself, or the engine's. Raises: MembershipError after `close`."""
         return self._unless_closed(self._device_group)
 
+    def expect(self, like: Tensor) -> Expected:
+        """Make ready to hear what an `all_gather` will bring, before this rank has its own tensor.
+
+        Peers that are ready first then need not wait for this rank to say that it is.
+
+        Args:
+            like: of the shape and dtype that every rank will give.
+        Returns:
+            For `all_gather`, the next of the group's collectives; or to be abandoned.
+        Collective: none.
+        """
+        gathered = [torch.empty_like(like, device="cpu") for _ in range(self.size)]
+        exchange = Exchange(self.cpu_group, _TAG_CONTROL)
+        for peer in self._peers():
+            exchange.recv(view_bytes(gathered[peer]), peer)
+        return Expected(gathered, exchange)
+
     def all_gather(
         self,
         tensor: Tensor,
         *,
         busy_s: float = 0.0,
         meanwhile: Callable[[], None] | None = None,
+        expected: Expected | None = None,
     ) -> list[Tensor]:
         """Everybody's tensor, by rank.
 
@@ -208,17 +245,15 @@ class RankGroup:
                 timeout begins behind them.
             meanwhile: what this rank does between telling the others and hearing them; it does
                 not raise.
+            expected: from `expect`, if this rank called it.
         Returns:
             R tensors of that shape and dtype on the CPU, own one included.
         Collective: every rank of the group, in the same order among the group's collectives.
         Raises: MembershipError that names the peer, within `busy_s` and the timeout.
         """
         mine = tensor.detach().to("cpu").contiguous()
-        gathered = [torch.empty_like(mine) for _ in range(self.size)]
+        gathered, exchange = expected or self.expect(mine)
         gathered[self.rank].copy_(mine)
-        exchange = Exchange(self.cpu_group, _TAG_CONTROL)
-        for peer in self._peers():
-            exchange.recv(view_bytes(gathered[peer]), peer)
         for peer in self._peers():
             exchange.send(view_bytes(mine), peer)
         if meanwhile is not None:
@@ -286,7 +321,7 @@ class RankGroup:
         Raises: MembershipError if a rank does not come in time.
         """
         store = PrefixStore(f"{name}/", clone_store(self.store))
-        _meet(store, self.rank, self.size, self.timeout)
+        meet(store, self.rank, self.size, self.timeout)
         cpu_group = create_gloo(store, self.rank, self.size, self.device, self.timeout)
         return RankGroup(
             store,
@@ -437,7 +472,7 @@ def create_rank_group(
     if device_group == "nccl" and device.type != "cuda":
         raise ValueError(f"an NCCL group needs a CUDA device, not {device}: ask for gloo")
     prefixed = PrefixStore(f"gen{generation}/", store)
-    _meet(prefixed, rank, size, timeout)
+    meet(prefixed, rank, size, timeout)
     try:
         cpu_group = create_gloo(prefixed, rank, size, device, timeout)
         device_side = (
@@ -453,46 +488,9 @@ def create_rank_group(
     return RankGroup(prefixed, rank, size, device, generation, timeout, cpu_group, device_side)
 
 
-def _meet(store: Store, rank: int, size: int, timeout: timedelta) -> None:
-    store.set(f"here/{rank}", "yes")
-    deadline = time.monotonic() + timeout.total_seconds()
-    for peer in range(size):
-        left = max(deadline - time.monotonic(), 0.001)
-        try:
-            store.wait([f"here/{peer}"], timedelta(seconds=left))
-        except RuntimeError as error:
-            missing = [p for p in range(size) if not store.check([f"here/{p}"])]
-            raise MembershipError(
-                f"rank {rank}: {name_ranks(missing or [peer])} did not come within "
-                f"{timeout.total_seconds():.1f} s",
-                rank=rank,
-                peer=(missing or [peer])[0],
-            ) from error
-
-
 def find_device(coordinator: GroupCoordinator, expert_weights: ExpertWeights) -> torch.device:
     """Where weights are; where there are none, the group's device. Collective: none."""
     for layer in expert_weights:
         for tensor in layer:
             return tensor.device
     return coordinator.device if isinstance(coordinator, RankGroup) else torch.device("cpu")
-
-
-def has_nccl(group: dist.ProcessGroup) -> bool:
-    """Whether tensors on CUDA travel over a group by NCCL. Collective: none."""
-    try:
-        return str(group._get_backend(torch.device("cuda")).name()) == "nccl"
-    except RuntimeError:
-        return False
-
-
-def _check_gloo(group: dist.ProcessGroup) -> None:
-    try:
-        name = group._get_backend(torch.device("cpu")).name()
-    except RuntimeError:
-        name = "none"
-    if name != "gloo":
-        raise ConfigError(
-            f"cpu_group needs the backend gloo for CPU tensors, and has {name}: make one by "
-            'torch.distributed.new_group(ranks, backend="gloo")'
-        )

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from equipoise.comm.exchange import name_ranks
 from equipoise.comm.gloo_device import open_gloo_device
+from equipoise.errors import ConfigError, MembershipError
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +25,28 @@ carries 2 GB/s at best."""
 _LEAST_NCCL_TIMEOUT = timedelta(seconds=60)
 _NOTICE_S = 1.0
 """How long a forward pass has to notice a death by itself."""
+
+
+def meet(store: Store, rank: int, size: int, timeout: timedelta) -> None:
+    """Return when every rank has come to the store.
+
+    Collective: every rank.
+    Raises: MembershipError that names who has not come.
+    """
+    store.set(f"here/{rank}", "yes")
+    deadline = time.monotonic() + timeout.total_seconds()
+    for peer in range(size):
+        left = max(deadline - time.monotonic(), 0.001)
+        try:
+            store.wait([f"here/{peer}"], timedelta(seconds=left))
+        except RuntimeError as error:
+            missing = [p for p in range(size) if not store.check([f"here/{p}"])]
+            raise MembershipError(
+                f"rank {rank}: {name_ranks(missing or [peer])} did not come within "
+                f"{timeout.total_seconds():.1f} s",
+                rank=rank,
+                peer=(missing or [peer])[0],
+            ) from error
 
 
 def create_gloo(
@@ -87,3 +112,28 @@ def abort_later(group: dist.ProcessGroup, is_closed: threading.Event) -> None:
             group.abort()
 
     threading.Thread(target=abort, name="equipoise-abort-group", daemon=True).start()
+
+
+def has_nccl(group: dist.ProcessGroup) -> bool:
+    """Whether tensors on CUDA travel over a group by NCCL. Collective: none."""
+    try:
+        return str(group._get_backend(torch.device("cuda")).name()) == "nccl"
+    except RuntimeError:
+        return False
+
+
+def check_gloo(group: dist.ProcessGroup) -> None:
+    """Refuse a group that CPU tensors cannot travel over by gloo.
+
+    Collective: none.
+    Raises: ConfigError.
+    """
+    try:
+        name = group._get_backend(torch.device("cpu")).name()
+    except RuntimeError:
+        name = "none"
+    if name != "gloo":
+        raise ConfigError(
+            f"cpu_group needs the backend gloo for CPU tensors, and has {name}: make one by "
+            'torch.distributed.new_group(ranks, backend="gloo")'
+        )

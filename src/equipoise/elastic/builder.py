@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from equipoise.balancer.model_state import OnCommit
-from equipoise.comm.groups import RankGroup, create_rank_group, has_nccl
+from equipoise.comm.groups import RankGroup, create_rank_group
+from equipoise.comm.process_groups import has_nccl
 from equipoise.config import EPLBConfig
 from equipoise.dispatch import create_dispatcher
 from equipoise.dispatch.base import TokenDispatcher

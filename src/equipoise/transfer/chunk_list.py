@@ -11,7 +11,8 @@ from equipoise.comm.span_copies import SpanCopies
 from equipoise.transfer.mover import ChunkMover
 from equipoise.transfer.staging import ChunkShare
 
-_MOST_AT_ONCE = 4
+# Of one thread, which does a step beside each READ; another can take its time.
+_MOST_ALONE, _MOST_AT_ONCE = 4, 8
 
 
 class ChunkList:
@@ -39,6 +40,7 @@ class ChunkList:
         self._cut = cut
         self._buffers = buffers
         self._num_chunks = num_chunks
+        self._most = _MOST_ALONE if len(buffers) == 1 else _MOST_AT_ONCE
         self._batch = range(min(1, num_chunks))
         self._found: list[ExpertMoves] = []
         self._moves: dict[int, ExpertMoves] = {}
@@ -59,7 +61,7 @@ class ChunkList:
 
     def look_ahead(self) -> None:
         """One step, unless enough is ready for now. Collective: none."""
-        if self._batch and len(self._moves) < _MOST_AT_ONCE:
+        if self._batch and len(self._moves) < self._most:
             self._step()
 
     def _step(self) -> None:
@@ -75,7 +77,7 @@ class ChunkList:
                 shares, buffers = map(self._cut, batch), map(self._buffer, batch)
                 copies = self._mover.prepare_many(list(shares), list(buffers))
                 self._copies.update({each: (copies, part) for part, each in enumerate(batch)})
-                first, num = batch.stop, min(2 * len(batch), _MOST_AT_ONCE)
+                first, num = batch.stop, min(2 * len(batch), self._most)
                 self._batch = range(first, min(first + num, self._num_chunks))
         self._steps_done = (self._steps_done + 1) % 3
 

@@ -34,9 +34,10 @@ from equipoise.transfer.budget import StagingBudget, choose_budget, find_spare, 
 from equipoise.transfer.mover import ChunkMover, Verify
 from equipoise.transfer.pipeline import Pipeline
 from equipoise.transfer.profile import reserve_buffers
-from equipoise.transfer.staging import ChunkShare, PlanShares, share_plan
+from equipoise.transfer.staging import PlanShares, share_plan
 
 _ALIGNMENT = 256
+_FARED_WELL, _FARED_ILL = torch.tensor([False]), torch.tensor([True])
 _FACTS = ("old placement", "new placement", "plan", "weights", "options")
 
 
@@ -239,11 +240,8 @@ def _move_all(
     patience_s = find_busy_s(int(shares.busiest_bytes.max()), mover.group)
     with pipeline.open(patience_s):
         for number in range(len(shares)):
-            problem = pipeline.receive()
             share = pipeline.find_share(number)
-            problem = _compare(
-                mover, share, pipeline.find_buffer(number), verify, problem, pipeline.look_ahead
-            )
+            problem = _receive(pipeline, mover, number, verify)
             stands = mover.group.decide("abort" if problem else "commit")
             if stands == "commit":
                 pipeline.fill()
@@ -266,23 +264,27 @@ def _make_staging(shares: PlanShares, num_buffers: int, device: torch.device) ->
     return torch.empty(min(num_buffers, len(shares)), most, dtype=torch.uint8, device=device)
 
 
-def _compare(
-    mover: ChunkMover,
-    share: ChunkShare,
-    staging: Tensor,
-    verify: Verify,
-    problem: Exception | None,
-    meanwhile: Callable[[], None],
+def _receive(
+    pipeline: Pipeline, mover: ChunkMover, number: int, verify: Verify
 ) -> Exception | None:
-    """Hear how every rank fared; None if all are fine."""
-    group = mover.group
+    """Have a chunk staged, and hear how every rank fared with it; None if all are fine."""
+    group, share = mover.group, pipeline.find_share(number)
+    expected = group.expect(_FARED_WELL)
     try:
-        status = torch.tensor([problem is not None])
-        busy_s = find_busy_s(share.busiest_bytes, group)
-        fared = group.all_gather(status, busy_s=busy_s, meanwhile=meanwhile)
+        problem = pipeline.receive()
+    except BaseException:
+        expected.exchange.abandon()
+        raise
+    try:
+        fared = group.all_gather(
+            _FARED_WELL if problem is None else _FARED_ILL,
+            busy_s=find_busy_s(share.busiest_bytes, group),
+            meanwhile=pipeline.look_ahead,
+            expected=expected,
+        )
         failed = [rank for rank, theirs in enumerate(fared) if bool(theirs)]
         if not failed and verify != "off":
-            return mover.verify(share, staging, verify)
+            return mover.verify(share, pipeline.find_buffer(number), verify)
     except MembershipError as error:
         return problem or TransferError(str(error), rank=error.rank, peer=error.peer)
     if problem is None and failed:

@@ -301,8 +301,9 @@ class Pipeline:
 
     def _prepare_own(self, chunk: _Chunk) -> None:
         mover = self._mover
-        chunk.own = mover.prepare_own(chunk.share, self.find_buffer(chunk.number))
-        self._stage_own(chunk)
+        if chunk.share.remote_bytes < chunk.share.num_bytes:
+            chunk.own = mover.prepare_own(chunk.share, self.find_buffer(chunk.number))
+            self._stage_own(chunk)
         # By now what the peers have to say may have come.
         mover.communicator.advance()
 
