@@ -93,9 +93,9 @@ class EplbCommunicator(ABC):
     """Set it where a forward pass runs beside exchanges: they then take longer between two looks at
     how far they have come, and leave the interpreter to it."""
 
-    is_beside_thread: bool = False
-    """Set it where another thread has its part in the exchanges, and must get at the interpreter:
-    between two looks they then sleep, where else they look on."""
+    is_alone: bool = False
+    """Set it where nothing else in this process waits for the interpreter: exchanges then look all
+    the time, for a while, at how far they have come."""
 
     can_hold: bool = False
     """Whether `start` takes `may_land`."""
@@ -226,5 +226,5 @@ class EplbCommunicator(ABC):
     def close(self) -> None:
         """Release what the communicator holds; twice is fine.
 
-        Collective: none; never waits for a peer.
+        Collective: none; waits for a peer a second at most, where an exchange is under way.
         """

@@ -200,8 +200,8 @@ class Pipeline:
             self._received.put(error)
             return
         self._course = self._go(first)
+        self._mover.communicator.is_alone = len(self._buffers) == 1
         if len(self._buffers) > 1:
-            self._mover.communicator.is_beside_thread = True
             self._thread = threading.Thread(
                 target=self._run, name="equipoise-transfer", daemon=True
             )
@@ -347,6 +347,7 @@ class Pipeline:
             self._changed.notify_all()
         if self._num_filled < len(self._shares):
             self._mover.communicator.interrupt()
+        self._mover.communicator.is_alone = False
         # It holds this, and with it the staging, until somebody collects garbage.
         self._course = iter(())
         if self._thread is not None:
@@ -354,7 +355,6 @@ class Pipeline:
             if self._thread.is_alive():
                 rank = self._mover.group.rank
                 raise TransferError(f"rank {rank}: the transfer's thread does not end", rank=rank)
-            self._mover.communicator.is_beside_thread = False
 
     def _own_stream(self) -> contextlib.AbstractContextManager[object]:
         """So that staging does not wait for slots that are being filled."""

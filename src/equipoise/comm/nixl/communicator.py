@@ -279,15 +279,15 @@ class NixlEplbCommunicator(QueuedCommunicator[_Flight]):
 
     def _find_pauses(self) -> Iterator[float]:
         """Seconds between looks at what has come, from the last thing that came on."""
-        is_alone = self._is_cuda and not self.is_beside_forward
-        if is_alone:
+        is_short = self._is_cuda and not self.is_beside_forward
+        if is_short:
             stop = deadline_in(_WATCHED_S)
             while time.monotonic() < stop:
-                yield _WATCHED_PAUSE_S if self.is_beside_thread else 0.0
+                yield 0.0 if self.is_alone else _WATCHED_PAUSE_S
         pause = _SHORTEST_PAUSE_S
         while True:
             yield pause
-            pause = pause if is_alone else min(2 * pause, _LONGEST_PAUSE_S)
+            pause = pause if is_short else min(2 * pause, _LONGEST_PAUSE_S)
 
     def _advance(self, flights: Sequence[_Flight], awaited: _Flight | None = None) -> bool:
         """Bring every exchange that is under way as far as it goes; whether that was anywhere.
