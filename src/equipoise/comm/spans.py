@@ -12,7 +12,8 @@ from torch import Tensor
 from equipoise.topology import IntArray
 
 
-@dataclass(frozen=True)
+# Not frozen: that takes three times as long to make, and there are thousands.
+@dataclass(eq=False)
 class Spans:
     """Spans of memory that follow each other on the wire.
 

@@ -125,8 +125,8 @@ def _ordinal(group: IntArray) -> IntArray:
     """[M] int64, how many earlier entries are of the same group."""
     order = np.argsort(group, kind="stable")
     ordered = group[order]
-    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if order.size else order
+    begins = np.ones(len(order), dtype=np.bool_)
+    begins[1:] = ordered[1:] != ordered[:-1]
     ordinal = np.empty_like(order)
-    sizes = np.diff(np.r_[starts, order.size])
-    ordinal[order] = np.arange(order.size) - np.repeat(starts, sizes)
+    ordinal[order] = np.arange(len(order)) - np.flatnonzero(begins)[np.cumsum(begins) - 1]
     return ordinal
