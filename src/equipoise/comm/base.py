@@ -94,8 +94,8 @@ class EplbCommunicator(ABC):
     how far they have come, and leave the interpreter to it."""
 
     is_alone: bool = False
-    """Set it where nothing else in this process waits for the interpreter: exchanges then look all
-    the time, for a while, at how far they have come."""
+    """Whether no other thread that has a part in the exchanges waits for the interpreter, as a
+    transfer says while it lasts: what has come is then looked for all the time, for a while."""
 
     can_hold: bool = False
     """Whether `start` takes `may_land`."""

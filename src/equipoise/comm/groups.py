@@ -222,6 +222,7 @@ class RankGroup:
         Returns:
             For `all_gather`, the next of the group's collectives; or to be abandoned.
         Collective: none.
+        Raises: MembershipError after `close`.
         """
         gathered = [torch.empty_like(like, device="cpu") for _ in range(self.size)]
         exchange = Exchange(self.cpu_group, _TAG_CONTROL)

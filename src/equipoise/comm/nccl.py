@@ -170,8 +170,8 @@ class NcclStagedCommunicator(QueuedCommunicator[_Flight]):
     def _abort(self) -> None:
         """End what was enqueued and will never come to its end.
 
-        NCCL ends its kernels at once. Then it waits, without a deadline, for peers on this host to
-        let go of its memory: for one that hangs it does so on a thread of its own.
+        NCCL ends its kernels at once. Then it may wait, without a deadline, for peers on this host
+        to let go of its memory, which for one that hangs it does on a thread of its own.
         """
         abort = self._take_abort()
         if abort is None:

@@ -30,6 +30,11 @@ _NOTICE_S = 1.0
 def meet(store: Store, rank: int, size: int, timeout: timedelta) -> None:
     """Return when every rank has come to the store.
 
+    Args:
+        store: of these ranks and this meeting alone.
+        rank: this rank.
+        size: R.
+        timeout: longest wait for all of them.
     Collective: every rank.
     Raises: MembershipError that names who has not come.
     """

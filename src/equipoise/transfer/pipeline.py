@@ -171,11 +171,14 @@ class Pipeline:
             self._changed.notify_all()
 
     def _find_pace_of_last(self, share: ChunkShare) -> float:
-        num_left = len(self._shares) - self._num_filled
-        if num_left == 1 or len(self._buffers) == 1:
-            return 0.0
-        # What fills the last chunk's slots comes behind.
-        return _MOST_PACE if num_left == 2 else self._find_pace(share, share.num_bytes)
+        match len(self._shares) - self._num_filled:
+            case 1:
+                return 0.0
+            case 2 if len(self._buffers) > 1:
+                # What fills the last chunk's slots comes behind.
+                return _MOST_PACE
+            case _:
+                return self._find_pace(share, share.num_bytes)
 
     def _take_next(self) -> _Chunk | Exception:
         if self._thread is None and self._received.empty():
